@@ -1,0 +1,1 @@
+"""Words and rules that every part shares. Imports no torch and no grpc."""

@@ -1,0 +1,37 @@
+"""What the user decides about one engine. Derived values live where they are derived."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Intent only; nothing writes back to it."""
+
+    model: str
+    """Folder in Hugging Face form, or a .gguf file."""
+    load_format: LoadFormat = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: float32 on a CPU, the checkpoint's own on a GPU."""
+    device: str = "cpu"
+    block_size: int = 16
+    """Tokens per KV block."""
+    num_blocks: int | None = None
+    """Blocks in the KV pool; None: as many as fit kv_cache_bytes."""
+    kv_cache_bytes: int = 1 << 30
+    max_model_len: int | None = None
+    """Longest prompt + output in tokens; None: the model's own limit."""
+    max_num_seqs: int = 64
+    """Most sequences in one step."""
+    max_step_tokens: int = 512
+    """Most tokens computed in one step, decodes and prompt chunks together."""
+    max_chunk_tokens: int | None = None
+    """Most prompt tokens of one request in one step; None: max_step_tokens."""
+    prefix_caching: bool = True
+    attention_backend: Literal["auto", "torch_native"] = "auto"
+    num_threads: int | None = None
+    """Compute threads; None: every core this process may use."""
+    seed: int = 0
+    """Of dummy weights."""

@@ -1,0 +1,57 @@
+"""What the scheduler asks of the executor in one step, and what comes back. Plain data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.sampling import SamplingParams
+from core.tokens import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """Sample one token after the last token of a chunk."""
+
+    params: SamplingParams
+    position: int
+    """Index of the token in the whole output; with the seed it fixes the random draw."""
+    prompt_ids: Sequence[int]
+    """Read only when penalties are on. The request's original prompt."""
+    output_ids: Sequence[int]
+    """Every token sampled so far, earlier attempts included."""
+    banned_ids: Sequence[int] = ()
+    """Ids that may not be sampled now (end of sequence before min_tokens)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one sequence to run through the model in this step."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    """Tokens to compute, [num_new], num_new >= 1."""
+    start: int
+    """Position of token_ids[0]; everything before it is in the KV pool already."""
+    block_table: Sequence[int]
+    """Ids of the blocks that hold positions [0, start + num_new), in order."""
+    sample: SampleSpec | None
+    """None while the prompt goes on after this chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: prompt chunks and single decode tokens in any mix."""
+
+    chunks: Sequence[Chunk]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute."""
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Sampled tokens, aligned with `StepPlan.chunks`; None where nothing was to be sampled."""
+
+    token_ids: Sequence[int | None]
+    logprobs: Sequence[TokenLogprobs | None]

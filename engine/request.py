@@ -1,0 +1,79 @@
+"""What the engine is asked for and what it answers: the words between it and its caller."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from core.errors import DiptychError
+from core.finish import FinishReason
+from core.sampling import SamplingParams
+from core.tokens import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One sequence to generate."""
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    sampling: SamplingParams
+    output_ids: Sequence[int] = ()
+    """Tokens sampled by earlier attempts. They count for positions, penalties and max_tokens."""
+    block_hashes: Sequence[bytes] | None = None
+    """Hashes of the full blocks of prompt_ids + output_ids; computed here when None."""
+    prefill_only: bool = False
+    """End with HANDED_OVER after the first sampled token, unless that token ends the output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceOutput:
+    """What one step did for one request."""
+
+    request_id: str
+    token_ids: Sequence[int] = ()
+    first_index: int = 0
+    """Index of token_ids[0] in the whole output."""
+    logprobs: Sequence[TokenLogprobs] = ()
+    """One per token if asked for."""
+    num_computed: int = 0
+    """Tokens of prompt + output whose KV is in the pool now."""
+    finish_reason: FinishReason | None = None
+    matched_stop: int | None = None
+    error: DiptychError | None = None
+    """Why, when finish_reason is FAILED."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChange:
+    """Hashes that the prefix cache gained and lost since it was last asked, in no order."""
+
+    stored: Sequence[bytes] = ()
+    removed: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot of the engine's load. free + cached + held == total, always."""
+
+    waiting: int = 0
+    running: int = 0
+    backlog_tokens: int = 0
+    """Prompt tokens accepted and not yet computed."""
+    total_blocks: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    held_blocks: int = 0
+    prefill_tokens_per_s: float = 0.0
+    decode_step_s: float = 0.0
+    preemptions: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens served from the prefix cache since start."""
+
+
+@dataclass(slots=True)
+class StepOutputs:
+    """Everything one step changed."""
+
+    outputs: list[SequenceOutput] = field(default_factory=list)
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    duration_s: float = 0.0

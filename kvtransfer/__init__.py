@@ -1,0 +1,1 @@
+"""Moves KV blocks between processes: the lease protocol and the transports."""

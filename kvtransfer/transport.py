@@ -1,0 +1,86 @@
+"""The seam between the lease protocol and whatever moves bytes: what every transport does.
+
+A transport lives in the engine process, next to the memory that it serves and fills. All its methods
+are called by the engine loop's thread, return at once and never wait for a peer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvLayout:
+    """How one block lies in memory. Blocks move only between equal layouts."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    """Tokens per block."""
+    dtype: str
+    block_bytes: int
+
+
+class BlockPool(Protocol):
+    """Contiguous memory cut into equal blocks; block i starts at base_address + i * block_bytes."""
+
+    @property
+    def layout(self) -> KvLayout: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def base_address(self) -> int: ...
+    @property
+    def device_id(self) -> int | None:
+        """CUDA device index, or None for host memory."""
+        ...
+
+
+class ReadState(StrEnum):
+    """Where one READ is. DONE and FAILED are final: no byte is written after either was seen."""
+
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Read(Protocol):
+    """One batch of blocks on its way from a peer into the local pool."""
+
+    def poll(self) -> ReadState:
+        """Look, don't wait."""
+        ...
+
+    @property
+    def error(self) -> str:
+        """Why it FAILED; empty otherwise."""
+        ...
+
+
+class Transport(Protocol):
+    """Moves blocks by one-sided READ. Raises core.errors.TransferError where it can't go on."""
+
+    @property
+    def name(self) -> str: ...
+
+    def metadata(self) -> bytes:
+        """What a peer needs in order to connect to this pool."""
+        ...
+
+    def connect(self, peer_id: str, metadata: bytes) -> None:
+        """Make a peer's pool readable. A peer id names one lifetime of a pool; it is never reused."""
+        ...
+
+    def read(self, peer_id: str, pairs: Sequence[tuple[int, int]]) -> Read:
+        """Start copying blocks: (peer's block id, own block id) each."""
+        ...
+
+    def disconnect(self, peer_id: str) -> None:
+        """Drop a peer. On return its pending reads are FAILED and write nothing any more."""
+        ...
+
+    def close(self) -> None:
+        """Drop all peers and free everything. Idempotent."""
+        ...

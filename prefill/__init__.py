@@ -1,0 +1,1 @@
+"""The prefill worker: computes prompt KV and leases it out."""

@@ -1,0 +1,106 @@
+"""The seam between the HTTP side of the router and the side that finds workers.
+
+The API turns a client's request into GenerationRequests and reads tokens from Generations; placement,
+attempts, failover and accounting stay behind `Generator`.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from core.finish import FinishReason
+from core.sampling import SamplingParams
+from core.tokens import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One sequence to generate; a client's request with n > 1 becomes n of these."""
+
+    request_id: str
+    """Unique in this router."""
+    prompt_ids: Sequence[int]
+    sampling: SamplingParams
+    deadline: float
+    """When the request must have ended, on the router's monotonic clock, in seconds."""
+    received_at: float
+    """When the router read the client's request, same clock: where the time ledger starts."""
+    tokenized_at: float
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token, each index exactly once and in order."""
+
+    index: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationEnd:
+    """How a generation ended well. Failures are raised as core.errors.DiptychError instead."""
+
+    finish_reason: FinishReason
+    """STOP or LENGTH."""
+    matched_stop: int | None = None
+    cached_tokens: int = 0
+    mode: str = ""
+    """disaggregated, or which pool served it alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """What the workers serve."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Generation(Protocol):
+    """A running sequence. Leaving its context, for whatever reason, frees both workers."""
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Token]]:
+        """Tokens as they arrive, at least one per turn; ends after the last.
+
+        Raises:
+            DiptychError: the sequence can't go on; raised once, after the tokens that were made.
+        """
+        ...
+
+    @property
+    def end(self) -> GenerationEnd:
+        """How it ended. Only after iteration has finished."""
+        ...
+
+
+class Generator(Protocol):
+    """Runs sequences on the fleet."""
+
+    def generate(self, request: GenerationRequest) -> AbstractAsyncContextManager[Generation]:
+        """Place and run one sequence.
+
+        Raises:
+            InvalidRequestError: prompt + max_tokens do not fit the model's context.
+            OverloadedError: the queue is full.
+            UnavailableError: no worker can take it.
+        """
+        ...
+
+    @property
+    def model(self) -> ServedModel:
+        """Raises UnavailableError until a worker has said what it serves."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """True if a request would be admitted now."""
+        ...
+
+    def timeline(self, request_id: str) -> dict[str, object] | None:
+        """The stage ledger and routing decision of a recent request, None if unknown."""
+        ...

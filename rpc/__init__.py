@@ -1,0 +1,1 @@
+"""The gRPC contract in Python: generated stubs, channels, servers, authentication."""

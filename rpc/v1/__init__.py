@@ -1,0 +1,1 @@
+"""Generated from proto/rpc/v1 by `make proto`; not edited by hand."""
