@@ -26,7 +26,7 @@ from rpc.v1 import kv_export_pb2 as rpc_dot_v1_dot_kv__export__pb2
 from rpc.v1 import worker_pb2 as rpc_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10rpc/v1/ipc.proto\x12\ndiptych.v1\x1a\x16rpc/v1/kv_export.proto\x1a\x13rpc/v1/worker.proto\"\x90\x02\n\rEngineCommand\x12)\n\x06router\x18\x01 \x01(\x0b\x32\x17.diptych.v1.RouterFrameH\x00\x12)\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32\x17.diptych.v1.DecodeFrameH\x00\x12+\n\x07prefill\x18\x03 \x01(\x0b\x32\x18.diptych.v1.PrefillFrameH\x00\x12+\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x19.diptych.v1.ChannelClosedH\x00\x12%\n\x04\x63\x61ll\x18\x05 \x01(\x0b\x32\x15.diptych.v1.AdminCallH\x00\x12 \n\x04stop\x18\x06 \x01(\x0b\x32\x10.diptych.v1.StopH\x00\x42\x06\n\x04\x62ody\"\xc0\x03\n\x0b\x45ngineEvent\x12\"\n\x05ready\x18\x01 \x01(\x0b\x32\x11.diptych.v1.ReadyH\x00\x12)\n\x06worker\x18\x02 \x01(\x0b\x32\x17.diptych.v1.WorkerFrameH\x00\x12+\n\x07prefill\x18\x03 \x01(\x0b\x32\x18.diptych.v1.PrefillFrameH\x00\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x17.diptych.v1.DecodeFrameH\x00\x12$\n\x04open\x18\x05 \x01(\x0b\x32\x14.diptych.v1.OpenLinkH\x00\x12)\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x18.diptych.v1.CloseChannelH\x00\x12\'\n\x05reply\x18\x07 \x01(\x0b\x32\x16.diptych.v1.AdminReplyH\x00\x12*\n\theartbeat\x18\x08 \x01(\x0b\x32\x15.diptych.v1.HeartbeatH\x00\x12+\n\x06\x66\x61iled\x18\t \x01(\x0b\x32\x19.diptych.v1.StartupFailedH\x00\x12/\n\x08progress\x18\n \x01(\x0b\x32\x1b.diptych.v1.StartupProgressH\x00\x42\x06\n\x04\x62ody\"J\n\x0bRouterFrame\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12*\n\x07message\x18\x02 \x01(\x0b\x32\x19.diptych.v1.RouterMessage\"J\n\x0bWorkerFrame\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12*\n\x07message\x18\x02 \x01(\x0b\x32\x19.diptych.v1.WorkerMessage\"J\n\x0b\x44\x65\x63odeFrame\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12*\n\x07message\x18\x02 \x01(\x0b\x32\x19.diptych.v1.DecodeMessage\"L\n\x0cPrefillFrame\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12+\n\x07message\x18\x02 \x01(\x0b\x32\x1a.diptych.v1.PrefillMessage\"0\n\rChannelClosed\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"/\n\x0c\x43loseChannel\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\",\n\x08OpenLink\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x80\x01\n\tAdminCall\x12\n\n\x02id\x18\x01 \x01(\x04\x12)\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x18.diptych.v1.DrainRequestH\x00\x12\x34\n\x0b\x66lush_cache\x18\x03 \x01(\x0b\x32\x1d.diptych.v1.FlushCacheRequestH\x00\x42\x06\n\x04verb\"\x83\x01\n\nAdminReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12*\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x19.diptych.v1.DrainResponseH\x00\x12\x35\n\x0b\x66lush_cache\x18\x03 \x01(\x0b\x32\x1e.diptych.v1.FlushCacheResponseH\x00\x42\x06\n\x04verb\"\x06\n\x04Stop\"6\n\x05Ready\x12-\n\x06worker\x18\x01 \x01(\x0b\x32\x1d.diptych.v1.WorkerDescription\" \n\x0fStartupProgress\x12\r\n\x05stage\x18\x01 \x01(\t\":\n\rStartupFailed\x12\x12\n\nerror_code\x18\x01 \x01(\t\x12\x15\n\rerror_message\x18\x02 \x01(\t\"B\n\tHeartbeat\x12$\n\x04load\x18\x01 \x01(\x0b\x32\x16.diptych.v1.LoadReport\x12\x0f\n\x07metrics\x18\x02 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10rpc/v1/ipc.proto\x12\ndiptych.v1\x1a\x16rpc/v1/kv_export.proto\x1a\x13rpc/v1/worker.proto\"\xb4\x02\n\rEngineCommand\x12)\n\x06router\x18\x01 \x01(\x0b\x32\x17.diptych.v1.RouterFrameH\x00\x12)\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32\x17.diptych.v1.DecodeFrameH\x00\x12+\n\x07prefill\x18\x03 \x01(\x0b\x32\x18.diptych.v1.PrefillFrameH\x00\x12+\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x19.diptych.v1.ChannelClosedH\x00\x12%\n\x04\x63\x61ll\x18\x05 \x01(\x0b\x32\x15.diptych.v1.AdminCallH\x00\x12 \n\x04stop\x18\x06 \x01(\x0b\x32\x10.diptych.v1.StopH\x00\x12\"\n\x05start\x18\x07 \x01(\x0b\x32\x11.diptych.v1.StartH\x00\x42\x06\n\x04\x62ody\"\xc0\x03\n\x0b\x45ngineEvent\x12\"\n\x05ready\x18\x01 \x01(\x0b\x32\x11.diptych.v1.ReadyH\x00\x12)\n\x06worker\x18\x02 \x01(\x0b\x32\x17.diptych.v1.WorkerFrameH\x00\x12+\n\x07prefill\x18\x03 \x01(\x0b\x32\x18.diptych.v1.PrefillFrameH\x00\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x17.diptych.v1.DecodeFrameH\x00\x12$\n\x04open\x18\x05 \x01(\x0b\x32\x14.diptych.v1.OpenLinkH\x00\x12)\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x18.diptych.v1.CloseChannelH\x00\x12\'\n\x05reply\x18\x07 \x01(\x0b\x32\x16.diptych.v1.AdminReplyH\x00\x12*\n\theartbeat\x18\x08 \x01(\x0b\x32\x15.diptych.v1.HeartbeatH\x00\x12+\n\x06\x66\x61iled\x18\t \x01(\x0b\x32\x19.diptych.v1.StartupFailedH\x00\x12/\n\x08progress\x18\n \x01(\x0b\x32\x1b.diptych.v1.StartupProgressH\x00\x42\x06\n\x04\x62ody\"J\n\x0bRouterFrame\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12*\n\x07message\x18\x02 \x01(\x0b\x32\x19.diptych.v1.RouterMessage\"J\n\x0bWorkerFrame\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12*\n\x07message\x18\x02 \x01(\x0b\x32\x19.diptych.v1.WorkerMessage\"J\n\x0b\x44\x65\x63odeFrame\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12*\n\x07message\x18\x02 \x01(\x0b\x32\x19.diptych.v1.DecodeMessage\"L\n\x0cPrefillFrame\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12+\n\x07message\x18\x02 \x01(\x0b\x32\x1a.diptych.v1.PrefillMessage\"0\n\rChannelClosed\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"/\n\x0c\x43loseChannel\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\",\n\x08OpenLink\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x80\x01\n\tAdminCall\x12\n\n\x02id\x18\x01 \x01(\x04\x12)\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x18.diptych.v1.DrainRequestH\x00\x12\x34\n\x0b\x66lush_cache\x18\x03 \x01(\x0b\x32\x1d.diptych.v1.FlushCacheRequestH\x00\x42\x06\n\x04verb\"\x83\x01\n\nAdminReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12*\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x19.diptych.v1.DrainResponseH\x00\x12\x35\n\x0b\x66lush_cache\x18\x03 \x01(\x0b\x32\x1e.diptych.v1.FlushCacheResponseH\x00\x42\x06\n\x04verb\"\x06\n\x04Stop\"\x1e\n\x05Start\x12\x15\n\rsettings_json\x18\x01 \x01(\x0c\"6\n\x05Ready\x12-\n\x06worker\x18\x01 \x01(\x0b\x32\x1d.diptych.v1.WorkerDescription\" \n\x0fStartupProgress\x12\r\n\x05stage\x18\x01 \x01(\t\":\n\rStartupFailed\x12\x12\n\nerror_code\x18\x01 \x01(\t\x12\x15\n\rerror_message\x18\x02 \x01(\t\"B\n\tHeartbeat\x12$\n\x04load\x18\x01 \x01(\x0b\x32\x16.diptych.v1.LoadReport\x12\x0f\n\x07metrics\x18\x02 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,35 +34,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rpc.v1.ipc_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENGINECOMMAND']._serialized_start=78
-  _globals['_ENGINECOMMAND']._serialized_end=350
-  _globals['_ENGINEEVENT']._serialized_start=353
-  _globals['_ENGINEEVENT']._serialized_end=801
-  _globals['_ROUTERFRAME']._serialized_start=803
-  _globals['_ROUTERFRAME']._serialized_end=877
-  _globals['_WORKERFRAME']._serialized_start=879
-  _globals['_WORKERFRAME']._serialized_end=953
-  _globals['_DECODEFRAME']._serialized_start=955
-  _globals['_DECODEFRAME']._serialized_end=1029
-  _globals['_PREFILLFRAME']._serialized_start=1031
-  _globals['_PREFILLFRAME']._serialized_end=1107
-  _globals['_CHANNELCLOSED']._serialized_start=1109
-  _globals['_CHANNELCLOSED']._serialized_end=1157
-  _globals['_CLOSECHANNEL']._serialized_start=1159
-  _globals['_CLOSECHANNEL']._serialized_end=1206
-  _globals['_OPENLINK']._serialized_start=1208
-  _globals['_OPENLINK']._serialized_end=1252
-  _globals['_ADMINCALL']._serialized_start=1255
-  _globals['_ADMINCALL']._serialized_end=1383
-  _globals['_ADMINREPLY']._serialized_start=1386
-  _globals['_ADMINREPLY']._serialized_end=1517
-  _globals['_STOP']._serialized_start=1519
-  _globals['_STOP']._serialized_end=1525
-  _globals['_READY']._serialized_start=1527
-  _globals['_READY']._serialized_end=1581
-  _globals['_STARTUPPROGRESS']._serialized_start=1583
-  _globals['_STARTUPPROGRESS']._serialized_end=1615
-  _globals['_STARTUPFAILED']._serialized_start=1617
-  _globals['_STARTUPFAILED']._serialized_end=1675
-  _globals['_HEARTBEAT']._serialized_start=1677
-  _globals['_HEARTBEAT']._serialized_end=1743
+  _globals['_ENGINECOMMAND']._serialized_end=386
+  _globals['_ENGINEEVENT']._serialized_start=389
+  _globals['_ENGINEEVENT']._serialized_end=837
+  _globals['_ROUTERFRAME']._serialized_start=839
+  _globals['_ROUTERFRAME']._serialized_end=913
+  _globals['_WORKERFRAME']._serialized_start=915
+  _globals['_WORKERFRAME']._serialized_end=989
+  _globals['_DECODEFRAME']._serialized_start=991
+  _globals['_DECODEFRAME']._serialized_end=1065
+  _globals['_PREFILLFRAME']._serialized_start=1067
+  _globals['_PREFILLFRAME']._serialized_end=1143
+  _globals['_CHANNELCLOSED']._serialized_start=1145
+  _globals['_CHANNELCLOSED']._serialized_end=1193
+  _globals['_CLOSECHANNEL']._serialized_start=1195
+  _globals['_CLOSECHANNEL']._serialized_end=1242
+  _globals['_OPENLINK']._serialized_start=1244
+  _globals['_OPENLINK']._serialized_end=1288
+  _globals['_ADMINCALL']._serialized_start=1291
+  _globals['_ADMINCALL']._serialized_end=1419
+  _globals['_ADMINREPLY']._serialized_start=1422
+  _globals['_ADMINREPLY']._serialized_end=1553
+  _globals['_STOP']._serialized_start=1555
+  _globals['_STOP']._serialized_end=1561
+  _globals['_START']._serialized_start=1563
+  _globals['_START']._serialized_end=1593
+  _globals['_READY']._serialized_start=1595
+  _globals['_READY']._serialized_end=1649
+  _globals['_STARTUPPROGRESS']._serialized_start=1651
+  _globals['_STARTUPPROGRESS']._serialized_end=1683
+  _globals['_STARTUPFAILED']._serialized_start=1685
+  _globals['_STARTUPFAILED']._serialized_end=1743
+  _globals['_HEARTBEAT']._serialized_start=1745
+  _globals['_HEARTBEAT']._serialized_end=1811
 # @@protoc_insertion_point(module_scope)

@@ -8,20 +8,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EngineCommand(_message.Message):
-    __slots__ = ("router", "decode", "prefill", "closed", "call", "stop")
+    __slots__ = ("router", "decode", "prefill", "closed", "call", "stop", "start")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
     router: RouterFrame
     decode: DecodeFrame
     prefill: PrefillFrame
     closed: ChannelClosed
     call: AdminCall
     stop: Stop
-    def __init__(self, router: _Optional[_Union[RouterFrame, _Mapping]] = ..., decode: _Optional[_Union[DecodeFrame, _Mapping]] = ..., prefill: _Optional[_Union[PrefillFrame, _Mapping]] = ..., closed: _Optional[_Union[ChannelClosed, _Mapping]] = ..., call: _Optional[_Union[AdminCall, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ...) -> None: ...
+    start: Start
+    def __init__(self, router: _Optional[_Union[RouterFrame, _Mapping]] = ..., decode: _Optional[_Union[DecodeFrame, _Mapping]] = ..., prefill: _Optional[_Union[PrefillFrame, _Mapping]] = ..., closed: _Optional[_Union[ChannelClosed, _Mapping]] = ..., call: _Optional[_Union[AdminCall, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ...) -> None: ...
 
 class EngineEvent(_message.Message):
     __slots__ = ("ready", "worker", "prefill", "decode", "open", "close", "reply", "heartbeat", "failed", "progress")
@@ -126,6 +128,12 @@ class AdminReply(_message.Message):
 class Stop(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class Start(_message.Message):
+    __slots__ = ("settings_json",)
+    SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
+    settings_json: bytes
+    def __init__(self, settings_json: _Optional[bytes] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("worker",)
