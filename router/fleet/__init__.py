@@ -1,0 +1,1 @@
+"""Streams to the workers and what the workers said over them."""

@@ -1,0 +1,132 @@
+"""What the router knows of a worker, in its own words. Frozen values, made by fleet.wire."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from core.errors import ErrorCode
+from core.finish import FinishReason
+from core.tokens import TokenLogprobs
+
+
+class Role(StrEnum):
+    """Which pool a worker is in. Every worker can do both phases."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class WorkerState(StrEnum):
+    """How the router sees a worker."""
+
+    LOST = "lost"
+    """Not attached: never reached yet, or its stream ended."""
+    READY = "ready"
+    DRAINING = "draining"
+    """Finishes what it has and takes nothing new."""
+    STALLED = "stalled"
+    """Its engine loop stands still."""
+
+
+class Phase(StrEnum):
+    """What one worker does for one attempt of a request."""
+
+    LOCAL = "local"
+    EXPORT = "export"
+    IMPORT = "import"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvLayout:
+    """How KV blocks lie in memory; only equal layouts can exchange blocks."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """What a worker said of itself when the router attached."""
+
+    worker_id: str
+    epoch: int
+    role: Role
+    model: str
+    model_digest: bytes
+    layout: KvLayout
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    kv_address: str
+    """Where decode workers fetch its KV; empty when it exports none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLoad:
+    """A load report. Rates are 0 until the worker has measured them."""
+
+    state: WorkerState = WorkerState.READY
+    heartbeat_age_s: float = 0.0
+    """How old the numbers were when the worker sent them."""
+    waiting: int = 0
+    running: int = 0
+    backlog_tokens: int = 0
+    held_blocks: int = 0
+    prefill_tokens_per_s: float = 0.0
+    decode_step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheChange:
+    """What changed in a worker's prefix cache; see CacheEvents of the wire."""
+
+    epoch: int
+    seq: int
+    reset: bool
+    stored: Sequence[bytes]
+    removed: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRun:
+    """Consecutive tokens of one request from one worker."""
+
+    request_id: str
+    attempt: int
+    first_index: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs]
+    """One per token, or none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """Seconds that a worker spent on one request, by stage."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    decode_queue_s: float = 0.0
+    first_decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegEnd:
+    """A worker's last word about its part of an attempt."""
+
+    request_id: str
+    attempt: int
+    reason: FinishReason
+    error_code: ErrorCode = ErrorCode.INTERNAL
+    """Only of FAILED."""
+    error_message: str = ""
+    cached_tokens: int = 0
+    kv_bytes: int = 0
+    times: StageTimes | None = None
+    matched_stop: int | None = None

@@ -1,0 +1,1 @@
+"""Which workers serve a request, and why. Pure: no I/O, no clock of its own."""

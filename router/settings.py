@@ -1,0 +1,117 @@
+"""What a user can set on a router."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+
+from core.settings import Seconds
+
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[^\s:\[\]]+):(\d{1,5})")
+
+
+def _checked_address(address: str) -> str:
+    match = _ADDRESS.fullmatch(address)
+    if match is None or not 0 < int(match[2]) < 65536:
+        raise ValueError(f"`{address}` is not host:port, such as 127.0.0.1:9001")
+    return address
+
+
+Address = Annotated[str, AfterValidator(_checked_address)]
+"""host:port of a worker's gRPC port."""
+
+
+class RouterSettings(BaseModel):
+    """Settings of one router. User intent only: what follows from it is derived elsewhere."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        "demo",
+        description="Where tokenizer and chat template are: a folder in Hugging Face form, a .gguf "
+        "file, or `demo` (SmolLM2-135M).",
+    )
+    served_model_name: str | None = Field(
+        None, description="Name in the API; default: the one that the workers announce."
+    )
+
+    host: str = Field("127.0.0.1", description="Address that the HTTP port binds to.")
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
+    prefill: tuple[Address, ...] = Field(
+        (), description="host:port of every prefill worker, separated by commas."
+    )
+    decode: tuple[Address, ...] = Field(
+        (), description="host:port of every decode worker, separated by commas."
+    )
+    auth_token: SecretStr | None = Field(
+        None, description="Shared token that every gRPC call to a worker carries."
+    )
+    tls_cert: str | None = Field(None, description="PEM file of this router's certificate.")
+    tls_key: str | None = Field(None, description="PEM file of the certificate's key.")
+    tls_ca: str | None = Field(
+        None, description="PEM file of the CA that workers' certificates must come from."
+    )
+
+    max_in_flight: int = Field(
+        1024, ge=1, description="Most requests at once; one more is answered 429."
+    )
+    request_timeout_s: Seconds = Field(
+        600.0, gt=0, description="Time that a request has from its arrival to its last token."
+    )
+    max_attempts: int = Field(
+        4, ge=1, description="Most times that a request is placed, the first time included."
+    )
+    retry_backoff_s: Seconds = Field(
+        0.1,
+        gt=0,
+        description="Wait before a request goes back to a worker that failed it; doubles each "
+        "time. Another worker is tried at once.",
+    )
+    no_worker_grace_s: Seconds = Field(
+        10.0, ge=0, description="How long a request waits while no worker can take it."
+    )
+    connect_timeout_s: Seconds = Field(
+        5.0, gt=0, description="Time that a worker has to answer when the router attaches to it."
+    )
+    worker_silence_s: Seconds = Field(
+        3.0, gt=0, description="A worker that says nothing for this long is taken for lost."
+    )
+    reconnect_max_s: Seconds = Field(
+        2.0, gt=0, description="Longest wait between two attempts to reach a lost worker."
+    )
+    link_queue: int = Field(
+        4096, ge=16, description="Most unsent messages to one worker before it is taken for lost."
+    )
+
+    local_prefill_max_tokens: int = Field(
+        0,
+        ge=0,
+        description="A prompt with at most this many tokens that the decode worker has not cached "
+        "is computed there, without a transfer; 0: never.",
+    )
+    default_prefill_tokens_per_s: float = Field(
+        2000.0, gt=0, description="Prefill rate assumed of a worker that has not measured its own."
+    )
+    default_decode_step_s: Seconds = Field(
+        0.03, gt=0, description="Decode step assumed of a worker that has not measured its own."
+    )
+    transfer_bytes_per_s: float = Field(
+        1e9, gt=0, description="Speed assumed for moving KV blocks between workers."
+    )
+    prediction_ttl_s: Seconds = Field(
+        30.0,
+        gt=0,
+        description="How long a prompt that was sent to a worker counts as cached there before the "
+        "worker says so itself.",
+    )
+
+    timelines: int = Field(
+        4096, ge=0, description="Recent requests whose timeline can be asked for."
+    )
+    shutdown_grace_s: Seconds = Field(
+        20.0, ge=0, description="Time that SIGTERM leaves running requests to finish."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe messages to log."
+    )
+    log_format: Literal["console", "json"] = Field("console", description="Form of log lines.")
