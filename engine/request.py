@@ -36,6 +36,8 @@ class SequenceOutput:
     """One per token if asked for."""
     num_computed: int = 0
     """Tokens of prompt + output whose KV is in the pool now."""
+    num_cached: int = 0
+    """Of the prompt, tokens that the prefix cache served when the request was first admitted."""
     finish_reason: FinishReason | None = None
     matched_stop: int | None = None
     error: DiptychError | None = None

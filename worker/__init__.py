@@ -1,1 +1,1 @@
-"""What both kinds of worker are made of: a service process, an engine process, and the pipe between."""
+"""What both kinds of worker are made of: a service process, an engine process, a pipe between."""

@@ -1,0 +1,27 @@
+"""Entry of a decode worker: its service process."""
+
+import asyncio
+from collections.abc import Sequence
+
+from telemetry.logs import setup
+
+from core.settings import load_or_exit
+from decode.links import DecodeExtension
+from decode.settings import DecodeSettings
+from worker.process import serve_worker
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a decode worker until it is told to stop; returns the exit status."""
+    settings = load_or_exit(
+        DecodeSettings, argv, prog="diptych decode", env_prefix="DIPTYCH_DECODE_"
+    )
+    setup(settings.log_level, settings.log_format, "decode")
+    return asyncio.run(
+        serve_worker(
+            settings,
+            role="decode",
+            engine_module="decode.engine_process",
+            build_extension=DecodeExtension,
+        )
+    )

@@ -1,0 +1,27 @@
+"""Entry of a prefill worker: its service process."""
+
+import asyncio
+from collections.abc import Sequence
+
+from telemetry.logs import setup
+
+from core.settings import load_or_exit
+from prefill.service import PrefillExtension
+from prefill.settings import PrefillSettings
+from worker.process import serve_worker
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a prefill worker until it is told to stop; returns the exit status."""
+    settings = load_or_exit(
+        PrefillSettings, argv, prog="diptych prefill", env_prefix="DIPTYCH_PREFILL_"
+    )
+    setup(settings.log_level, settings.log_format, "prefill")
+    return asyncio.run(
+        serve_worker(
+            settings,
+            role="prefill",
+            engine_module="prefill.engine_process",
+            build_extension=PrefillExtension,
+        )
+    )

@@ -1,0 +1,147 @@
+"""The engine process of a worker: builds the engine, then turns its loop until the pipe closes.
+
+Started by the service process with one end of the pipe as an inherited descriptor. What it is to
+build arrives over the pipe, since it holds secrets.
+"""
+
+import logging
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import xxhash
+from core.modelfile.digest import model_digest
+from core.modelfile.resolve import resolve_model
+from engine.engine import Engine
+from engine.metrics import EngineMetrics
+from engine.runner import build_executor
+from prometheus_client import CollectorRegistry
+
+from core.clock import monotonic
+from engine.request import EngineStats
+from rpc.v1 import ipc_pb2, worker_pb2
+from telemetry.logs import setup
+from telemetry.metrics import exposition
+from worker.convert import error_of, layout_to_proto
+from worker.ipc import EnginePipe, PipeClosedError
+from worker.loop import EngineLoop
+from worker.role import Outbox, Role
+from worker.settings import WorkerSettings, engine_config
+
+log = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 60.0
+
+BuildRole = Callable[[Engine, Outbox, worker_pb2.WorkerDescription, CollectorRegistry], Role]
+
+
+S = TypeVar("S", bound=WorkerSettings)
+
+
+def run_engine(fd: int, settings_class: type[S], build_role: Callable[[S], BuildRole]) -> int:
+    """Serve one engine over the pipe at `fd`; returns the process's exit status."""
+    # Ctrl-C reaches the whole process group; the service decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe = EnginePipe(socket.socket(fileno=fd))
+    try:
+        settings = settings_class.model_validate_json(_await_start(pipe))
+        setup(settings.log_level, settings.log_format, f"engine-{settings.worker_id}")
+        loop = _build(settings, build_role(settings), pipe)
+    except PipeClosedError:
+        return 0
+    except Exception as error:
+        log.exception("the engine could not start")
+        code, message = error_of(error)
+        failed = ipc_pb2.StartupFailed(error_code=code, error_message=message)
+        pipe.send(ipc_pb2.EngineEvent(failed=failed))
+        return 1
+    try:
+        loop.run()
+    except PipeClosedError as error:
+        log.info("the service process is gone: %s", error)
+    finally:
+        pipe.close()
+    return 0
+
+
+def _await_start(pipe: EnginePipe) -> bytes:
+    for command in pipe.receive(_START_TIMEOUT_S):
+        if command.WhichOneof("body") == "start":
+            return command.start.settings_json
+    raise PipeClosedError("no Start arrived")
+
+
+def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) -> EngineLoop:
+    def progress(stage: str) -> None:
+        pipe.send(ipc_pb2.EngineEvent(progress=ipc_pb2.StartupProgress(stage=stage)))
+
+    path = resolve_model(settings.model, progress=progress)
+    config = engine_config(settings, str(path))
+    executor = build_executor(config, progress)
+    registry = CollectorRegistry()
+    metrics = EngineMetrics(registry)
+    digest = _kv_digest(model_digest(path, dummy_seed=_dummy_seed(settings)), executor.dtype)
+    engine = Engine(config, executor, model_digest=digest, metrics=metrics)
+    description = describe(settings, engine, digest)
+
+    def render(stats: EngineStats) -> bytes:
+        metrics.observe_stats(stats)
+        return exposition(registry)
+
+    return EngineLoop(
+        engine=engine,
+        role_factory=lambda engine, outbox: build_role(engine, outbox, description, registry),
+        pipe=pipe,
+        description=description,
+        heartbeat_interval_s=settings.heartbeat_interval_s,
+        clock=monotonic,
+        metrics=render,
+    )
+
+
+def _dummy_seed(settings: WorkerSettings) -> int | None:
+    return settings.seed if settings.load_format == "dummy" else None
+
+
+def _kv_digest(digest: bytes, dtype: str) -> bytes:
+    """KV is interchangeable only if weights and the precision they ran in are equal."""
+    return xxhash.xxh3_128_digest(digest + dtype.encode())
+
+
+def describe(
+    settings: WorkerSettings, engine: Engine, digest: bytes
+) -> worker_pb2.WorkerDescription:
+    """Who this worker is; the role adds its own part."""
+    return worker_pb2.WorkerDescription(
+        worker_id=settings.worker_id or "",
+        epoch=secrets.randbits(64) or 1,
+        model=settings.served_model_name or "",
+        model_digest=digest,
+        layout=layout_to_proto(engine),
+        num_blocks=engine.pool.num_blocks,
+        max_model_len=engine.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        vocab_size=engine.vocab_size,
+        eos_token_ids=engine.eos_token_ids,
+        version=_version(),
+        kv_address=f"{settings.advertise_host or settings.host}:{settings.port}",
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("diptych")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def pipe_fd(argv: list[str]) -> int:
+    """The descriptor that the service process passed on the command line."""
+    if len(argv) != 2 or not argv[1].isdigit():
+        sys.exit("This module is started by its worker; use `diptych prefill` or `diptych decode`.")
+    return int(argv[1])

@@ -1,0 +1,122 @@
+"""What a role adds to the engine loop: the seam that prefill/ and decode/ fill.
+
+Every worker computes prompts and generates; a role is where the KV of a request goes to or comes
+from. All methods run in the engine loop's thread, between steps, and never wait.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.engine import Engine
+
+from core.errors import DiptychError
+from core.tokens import TokenLogprobs
+from engine.request import EngineRequest, StepOutputs
+from kvtransfer.messages import Key
+from rpc.v1 import ipc_pb2, worker_pb2
+
+
+def engine_id(key: Key) -> str:
+    """The engine's name for an attempt: an old one may still be ending when a new one starts."""
+    return f"{key.request_id}#{key.attempt}"
+
+
+@dataclass(slots=True)
+class Submission:
+    """A request as it lives on this worker, from Submit to Finished."""
+
+    key: Key
+    channel: int
+    request: EngineRequest
+    deadline: float
+    """On this host's monotonic clock, in seconds."""
+    submitted_at: float
+    phase: worker_pb2.Submit
+    """The message it came in; its oneof says where KV goes to or comes from."""
+    scheduled_at: float | None = None
+    """When the step began that first worked on it."""
+    first_token_at: float | None = None
+    committed_at: float | None = None
+    """Decode: when prefill said that the prompt is complete."""
+    received_at: float | None = None
+    """Decode: when the last block was read."""
+    cached_tokens: int = 0
+    kv_bytes: int = 0
+    times: worker_pb2.StageTimes = field(default_factory=worker_pb2.StageTimes)
+
+
+class Outbox(Protocol):
+    """What a role may say to the rest of the worker."""
+
+    def send(self, event: ipc_pb2.EngineEvent) -> None:
+        """To the service process."""
+        ...
+
+    def emit_token(
+        self, submission: Submission, token_id: int, logprobs: TokenLogprobs | None
+    ) -> None:
+        """Tell the router of a token that the engine did not sample in a step here."""
+        ...
+
+    def fail(self, key: Key, error: DiptychError) -> None:
+        """End a submission with a cause; its router decides what comes next."""
+        ...
+
+    def find(self, key: Key) -> Submission | None:
+        """The live submission of that name."""
+        ...
+
+
+class Role(Protocol):
+    """A role's part of the engine loop."""
+
+    @property
+    def role(self) -> "worker_pb2.Role":
+        """What routers are told."""
+        ...
+
+    @property
+    def transports(self) -> list[str]:
+        """Names of the KV transports in use, best first."""
+        ...
+
+    @property
+    def leases(self) -> int:
+        """Hand-overs under way; a drain waits for them."""
+        ...
+
+    def submit(self, submission: Submission) -> None:
+        """Take a submission whose phase is not `local`. Raises DiptychError to refuse it."""
+        ...
+
+    def abort(self, submission: Submission) -> None:
+        """Its router took it back; the submission is gone when this returns."""
+        ...
+
+    def receive(self, command: ipc_pb2.EngineCommand) -> None:
+        """A KvExport frame, or word that a channel closed."""
+        ...
+
+    def after_step(self, outputs: StepOutputs) -> None:
+        """A step ended; finished sequences still hold their blocks."""
+        ...
+
+    def turn(self, now: float) -> None:
+        """Once per turn of the loop: look at transfers, clocks and waiting hand-overs."""
+        ...
+
+    def wait_s(self, now: float) -> float:
+        """Longest the loop may sleep when the engine is idle, in seconds."""
+        ...
+
+    def close(self) -> None:
+        """The loop has ended."""
+        ...
+
+
+class RoleFactory(Protocol):
+    """Builds a role once the engine exists."""
+
+    def __call__(self, engine: Engine, outbox: Outbox) -> Role:
+        """Called once, before the loop turns."""
+        ...

@@ -1,0 +1,119 @@
+"""What a user can set on a worker, whichever its role."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from core.settings import ByteSize, Seconds
+from engine.config import EngineConfig
+
+
+class WorkerSettings(BaseModel):
+    """Settings of one worker. User intent only: what follows from it is derived elsewhere."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        "demo", description="Folder in Hugging Face form, a .gguf file, or `demo` (SmolLM2-135M)."
+    )
+    served_model_name: str | None = Field(
+        None, description="Name that routers announce; default: the last part of the model path."
+    )
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = Field(
+        "auto", description="`dummy` makes seeded random weights of the model's configuration."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Weights and KV; auto: float32 on a CPU, the checkpoint's on a GPU."
+    )
+    device: str = Field("cpu", description="torch device, as in `cpu` or `cuda:0`.")
+
+    host: str = Field("127.0.0.1", description="Address that the gRPC and metrics ports bind to.")
+    port: int = Field(9001, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
+    advertise_host: str | None = Field(
+        None, description="Address that peers reach this worker at; default: `host`."
+    )
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of /metrics, /healthz and /readyz; 0 takes a free one."
+    )
+    worker_id: str | None = Field(
+        None, description="Stable name of this worker; default: role, host and port."
+    )
+    auth_token: SecretStr | None = Field(
+        None, description="Shared token that every gRPC call must carry."
+    )
+    tls_cert: str | None = Field(None, description="PEM file of this process's certificate.")
+    tls_key: str | None = Field(None, description="PEM file of the certificate's key.")
+    tls_ca: str | None = Field(
+        None, description="PEM file of the CA that peers' certificates must come from."
+    )
+    insecure: bool = Field(
+        False, description="Allow a port beyond loopback with neither token nor TLS."
+    )
+
+    block_size: int = Field(16, ge=1, le=256, description="Tokens per KV block.")
+    num_blocks: int | None = Field(
+        None, ge=2, description="KV blocks in the pool; default: as many as fit kv_cache_memory."
+    )
+    kv_cache_memory: ByteSize = Field(
+        ByteSize(1 << 30), ge=1, description="Bytes of the KV pool when num_blocks is not set."
+    )
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest prompt + output in tokens; default: the model's own limit."
+    )
+    max_num_seqs: int = Field(64, ge=1, description="Most sequences in one step.")
+    max_step_tokens: int = Field(
+        512, ge=1, description="Most tokens computed in one step, prompts and decodes together."
+    )
+    max_chunk_tokens: int | None = Field(
+        None, ge=1, description="Most prompt tokens of one request per step; default: no own limit."
+    )
+    prefix_caching: bool = Field(True, description="Keep blocks of finished requests for reuse.")
+    num_threads: int | None = Field(
+        None, ge=1, description="Compute threads; default: every core this process may use."
+    )
+    seed: int = Field(0, ge=0, description="Seed of dummy weights.")
+
+    kv_transport: Literal["auto", "nixl", "tcp"] = Field(
+        "auto", description="How KV blocks move; auto: nixl where it is installed, else tcp."
+    )
+
+    heartbeat_interval_s: Seconds = Field(
+        0.1, gt=0, description="Seconds between two signs of life of the engine loop."
+    )
+    report_interval_s: Seconds = Field(
+        0.25, gt=0, description="Seconds between two load reports to each router."
+    )
+    stall_after_s: Seconds = Field(
+        30.0, gt=0, description="Seconds without a sign of life after which the worker is stalled."
+    )
+    start_timeout_s: Seconds = Field(
+        600.0, gt=0, description="Seconds that loading the model may take."
+    )
+    drain_timeout_s: Seconds = Field(
+        30.0, ge=0, description="Seconds that SIGTERM leaves running requests to finish."
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe messages to log."
+    )
+    log_format: Literal["console", "json"] = Field("console", description="Form of log lines.")
+
+
+def engine_config(settings: WorkerSettings, model_path: str) -> EngineConfig:
+    """The engine's share of the settings, with the model resolved to a path."""
+    return EngineConfig(
+        model=model_path,
+        load_format=settings.load_format,
+        dtype=settings.dtype,
+        device=settings.device,
+        block_size=settings.block_size,
+        num_blocks=settings.num_blocks,
+        kv_cache_bytes=settings.kv_cache_memory,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_step_tokens=settings.max_step_tokens,
+        max_chunk_tokens=settings.max_chunk_tokens,
+        prefix_caching=settings.prefix_caching,
+        num_threads=settings.num_threads,
+        seed=settings.seed,
+    )

@@ -1,0 +1,133 @@
+"""Joins gRPC streams to the engine's pipe, each stream under a channel number.
+
+Lives in the service process. It understands no message: what arrives on a stream goes to the
+engine tagged with the channel, what the engine addresses to a channel goes out on its stream. A
+stream whose peer does not read is closed when its bounded queue is full.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Generic, TypeVar
+
+from rpc.v1 import ipc_pb2
+from worker.ipc import ServicePipe
+
+log = logging.getLogger(__name__)
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+EVERY_ROUTER = 0
+FIRST_ENGINE_CHANNEL = 1 << 32
+"""Channels from here on are numbered by the engine, those below by the service."""
+_QUEUE_MESSAGES = 16_384
+
+
+class Channel(Generic[Out]):
+    """One stream: what waits to go out on it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.attached = False
+        """True once a router has got its hello; broadcasts reach it from then on."""
+        self.close_reason = ""
+        self._queue: asyncio.Queue[Out | None] = asyncio.Queue(_QUEUE_MESSAGES)
+        self._closed = False
+
+    def put(self, message: Out) -> None:
+        """Queue a message; closes the channel instead if its peer has stopped reading."""
+        if self._closed:
+            return
+        if self._queue.qsize() >= _QUEUE_MESSAGES - 1:
+            self.close(f"the peer left {_QUEUE_MESSAGES} messages unread")
+            return
+        self._queue.put_nowait(message)
+
+    def close(self, reason: str) -> None:
+        """End the stream after what is queued."""
+        if not self._closed:
+            self._closed = True
+            self.close_reason = reason
+            self._queue.put_nowait(None)
+
+    async def outgoing(self) -> AsyncIterator[Out]:
+        """Messages to write, until the channel is closed."""
+        while (message := await self._queue.get()) is not None:
+            yield message
+
+
+class Switchboard:
+    """All open channels of one worker."""
+
+    def __init__(self, pipe: ServicePipe) -> None:
+        self._pipe = pipe
+        self._channels: dict[int, Channel[object]] = {}
+        self._numbers = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._channels)
+
+    @asynccontextmanager
+    async def channel(self, number: int | None = None) -> AsyncIterator[Channel[Out]]:
+        """A channel for as long as its stream lives; the engine hears when it ends."""
+        channel: Channel[Out] = Channel(next(self._numbers) if number is None else number)
+        self._channels[channel.number] = channel  # type: ignore[assignment]
+        try:
+            yield channel
+        finally:
+            channel.close("the stream ended")
+            del self._channels[channel.number]
+            self.tell_closed(channel.number, channel.close_reason)
+
+    def tell_closed(self, number: int, reason: str) -> None:
+        """Tell the engine that a channel has ended, or could not be opened."""
+        closed = ipc_pb2.ChannelClosed(channel=number, reason=reason)
+        self._pipe.send(ipc_pb2.EngineCommand(closed=closed))
+
+    async def pump(
+        self,
+        channel: Channel[Out],
+        incoming: AsyncIterator[In],
+        wrap: Callable[[int, In], ipc_pb2.EngineCommand],
+    ) -> None:
+        """Forward a stream's messages to the engine until it ends; then close the channel."""
+        reason = "the peer ended the stream"
+        try:
+            async for message in incoming:
+                self._pipe.send(wrap(channel.number, message))
+                await self._pipe.drain()
+        except Exception as error:
+            reason = f"the stream broke: {error}"
+        finally:
+            channel.close(reason)
+
+    def to_router(self, frame: ipc_pb2.WorkerFrame) -> None:
+        """A frame for one router, or for all of them."""
+        if frame.channel == EVERY_ROUTER:
+            self.broadcast(frame.message)
+            return
+        channel = self._channels.get(frame.channel)
+        if channel is not None:
+            channel.attached |= frame.message.HasField("hello")
+            channel.put(frame.message)
+
+    def to_peer(self, frame: ipc_pb2.PrefillFrame | ipc_pb2.DecodeFrame) -> None:
+        """A frame for the worker at the other end of a KvExport link."""
+        channel = self._channels.get(frame.channel)
+        if channel is not None:
+            channel.put(frame.message)
+
+    def broadcast(self, message: object) -> None:
+        """A message for every attached router."""
+        for channel in list(self._channels.values()):
+            if channel.attached:
+                channel.put(message)
+
+    def close(self, number: int, reason: str) -> None:
+        """End one channel, at the engine's request."""
+        channel = self._channels.get(number)
+        if channel is not None:
+            channel.close(reason)
