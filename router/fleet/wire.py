@@ -1,0 +1,221 @@
+"""Between the worker protocol and the router's own values. The only file that reads its messages.
+
+What comes off the wire is checked here: a message that makes no sense raises ProtocolViolation,
+and the link that read it ends.
+"""
+
+from collections.abc import Sequence
+
+from core.block_hash import HASH_BYTES, unpack_hashes
+from core.errors import ErrorCode
+from core.finish import FinishReason
+from core.sampling import SamplingParams
+from core.tokens import TokenLogprobs
+from router.fleet.worker import (
+    CacheChange,
+    KvLayout,
+    LegEnd,
+    Phase,
+    Role,
+    StageTimes,
+    TokenRun,
+    WorkerInfo,
+    WorkerLoad,
+    WorkerState,
+)
+from rpc.v1 import worker_pb2
+
+_ROLES = {worker_pb2.ROLE_PREFILL: Role.PREFILL, worker_pb2.ROLE_DECODE: Role.DECODE}
+_STATES = {
+    worker_pb2.WORKER_STATE_READY: WorkerState.READY,
+    worker_pb2.WORKER_STATE_DRAINING: WorkerState.DRAINING,
+    worker_pb2.WORKER_STATE_STALLED: WorkerState.STALLED,
+}
+_REASONS = {
+    worker_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    worker_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    worker_pb2.FINISH_REASON_ABORTED: FinishReason.ABORTED,
+    worker_pb2.FINISH_REASON_FAILED: FinishReason.FAILED,
+    worker_pb2.FINISH_REASON_HANDED_OVER: FinishReason.HANDED_OVER,
+}
+_MAX_UINT32 = 2**32 - 1
+
+
+class ProtocolViolation(Exception):
+    """A worker sent what the protocol does not allow."""
+
+
+def info_from_proto(message: worker_pb2.WorkerDescription) -> WorkerInfo:
+    """Raises ProtocolViolation if role or block size are missing."""
+    role = _ROLES.get(message.role)
+    if role is None or message.layout.block_size < 1:
+        raise ProtocolViolation(f"worker {message.worker_id!r} named no role or no block size")
+    layout = message.layout
+    return WorkerInfo(
+        worker_id=message.worker_id,
+        epoch=message.epoch,
+        role=role,
+        model=message.model,
+        model_digest=message.model_digest,
+        layout=KvLayout(
+            num_layers=layout.num_layers,
+            num_kv_heads=layout.num_kv_heads,
+            head_dim=layout.head_dim,
+            block_size=layout.block_size,
+            dtype=layout.dtype,
+            block_bytes=layout.block_bytes,
+        ),
+        num_blocks=message.num_blocks,
+        max_model_len=message.max_model_len,
+        max_num_seqs=message.max_num_seqs,
+        vocab_size=message.vocab_size,
+        eos_token_ids=tuple(message.eos_token_ids),
+        kv_address=message.kv_address,
+    )
+
+
+def load_from_proto(message: worker_pb2.LoadReport) -> WorkerLoad:
+    """An unknown state counts as stalled: nothing new is sent there."""
+    return WorkerLoad(
+        state=_STATES.get(message.state, WorkerState.STALLED),
+        heartbeat_age_s=message.heartbeat_age_ms / 1e3,
+        waiting=message.waiting,
+        running=message.running,
+        backlog_tokens=message.backlog_tokens,
+        held_blocks=message.held_blocks,
+        prefill_tokens_per_s=message.prefill_tokens_per_s,
+        decode_step_s=message.decode_step_s,
+    )
+
+
+def cache_from_proto(message: worker_pb2.CacheEvents) -> CacheChange:
+    """Raises ProtocolViolation if the hashes are cut short."""
+    try:
+        stored, removed = unpack_hashes(message.stored), unpack_hashes(message.removed)
+    except ValueError as error:
+        raise ProtocolViolation(str(error)) from error
+    return CacheChange(
+        epoch=message.epoch,
+        seq=message.seq,
+        reset=message.reset,
+        stored=stored,
+        removed=removed,
+    )
+
+
+def token_run_from_proto(delta: worker_pb2.TokenDelta) -> TokenRun:
+    """Raises ProtocolViolation if logprobs do not match the tokens."""
+    if delta.logprobs and len(delta.logprobs) != len(delta.token_ids):
+        raise ProtocolViolation(
+            f"{len(delta.logprobs)} logprobs came with {len(delta.token_ids)} tokens"
+        )
+    return TokenRun(
+        delta.request_id,
+        delta.attempt,
+        delta.first_index,
+        list(delta.token_ids),
+        [_logprobs_from_proto(entry) for entry in delta.logprobs],
+    )
+
+
+def leg_end_from_proto(message: worker_pb2.Finished) -> LegEnd:
+    """An unknown reason or error code counts as an internal failure."""
+    times = message.times
+    return LegEnd(
+        request_id=message.request_id,
+        attempt=message.attempt,
+        reason=_REASONS.get(message.reason, FinishReason.FAILED),
+        error_code=_error_code(message.error_code),
+        error_message=message.error_message,
+        cached_tokens=message.cached_tokens,
+        kv_bytes=message.kv_bytes,
+        times=StageTimes(
+            queue_s=times.queue_s,
+            prefill_s=times.prefill_s,
+            transfer_s=times.transfer_s,
+            decode_queue_s=times.decode_queue_s,
+            first_decode_s=times.first_decode_s,
+        )
+        if message.HasField("times")
+        else None,
+        matched_stop=message.matched_stop if message.HasField("matched_stop") else None,
+    )
+
+
+def sampling_to_proto(sampling: SamplingParams) -> worker_pb2.SamplingParams:
+    """For the wire, value for value."""
+    return worker_pb2.SamplingParams(
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        logprobs=sampling.logprobs,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+    )
+
+
+def submit_to_proto(
+    *,
+    request_id: str,
+    attempt: int,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    block_hashes: Sequence[bytes],
+    sampling: SamplingParams,
+    remaining_s: float,
+) -> worker_pb2.Submit:
+    """All of a Submit but its phase."""
+    assert all(len(block_hash) == HASH_BYTES for block_hash in block_hashes[:1])
+    return worker_pb2.Submit(
+        request_id=request_id,
+        attempt=attempt,
+        prompt_ids=prompt_ids,
+        output_ids=output_ids,
+        block_hashes=b"".join(block_hashes),
+        sampling=sampling_to_proto(sampling),
+        deadline_ms=min(max(1, int(remaining_s * 1e3)), _MAX_UINT32),
+    )
+
+
+def with_phase(
+    submit: worker_pb2.Submit, phase: Phase, peer: WorkerInfo | None
+) -> worker_pb2.RouterMessage:
+    """What one leg's worker is sent.
+
+    Args:
+        submit: what every leg of the attempt has in common; changed here.
+        phase: of this leg.
+        peer: the worker of the other leg; None for a local one.
+    """
+    match phase:
+        case Phase.LOCAL:
+            submit.local.SetInParent()
+        case Phase.EXPORT:
+            assert peer is not None
+            submit.export.decode_worker_id = peer.worker_id
+        case Phase.IMPORT:
+            assert peer is not None
+            imported = getattr(submit, "import")  # a keyword of Python
+            imported.prefill_worker_id = peer.worker_id
+            imported.prefill_epoch = peer.epoch
+            imported.kv_address = peer.kv_address
+    return worker_pb2.RouterMessage(submit=submit)
+
+
+def _error_code(code: str) -> ErrorCode:
+    try:
+        return ErrorCode(code)
+    except ValueError:
+        return ErrorCode.INTERNAL
+
+
+def _logprobs_from_proto(message: worker_pb2.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(message.logprob, tuple((top.token_id, top.logprob) for top in message.top))

@@ -1,0 +1,293 @@
+"""One request's life in the router: which tokens exist, who works on it, how it ends.
+
+Pure Python, no I/O, no clock: dispatch feeds it what happens and sends what it says. States:
+
+    WAITING   not placed: new, or its last attempt failed
+    RUNNING   placed on one worker (local) or two (export and import)
+    ENDED     exactly once, with `end` or `error`
+
+Invariants: every output index is given out once and in order, whichever leg or attempt it came
+from; a leg that has not finished and is not lost is named in exactly one `Effects.aborts`; nothing
+happens after ENDED.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from core.errors import (
+    RETRYABLE,
+    DeadlineError,
+    DiptychError,
+    ErrorCode,
+    InvalidRequestError,
+    OverloadedError,
+    TransferError,
+    UnavailableError,
+    WorkerLostError,
+)
+from core.finish import FinishReason
+from core.sampling import SamplingParams
+from router.fleet.worker import LegEnd, Phase
+from router.generation import GenerationEnd, Token
+
+
+class RequestState(Enum):
+    """Where a request stands."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One worker's part of one attempt."""
+
+    worker: str
+    attempt: int
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt failed, and whose fault it is."""
+
+    code: ErrorCode
+    message: str
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What the caller must do after an event."""
+
+    tokens: Sequence[Token] = ()
+    """For the client, next in order."""
+    aborts: Sequence[Leg] = ()
+    """Legs whose worker must be told to stop."""
+
+
+_NOTHING = Effects()
+
+
+class RequestLedger:
+    """The ledger of one request. Owned by one event loop; never shared."""
+
+    def __init__(
+        self,
+        *,
+        prompt_len: int,
+        sampling: SamplingParams,
+        eos_token_ids: Sequence[int],
+        max_model_len: int,
+        max_attempts: int,
+    ) -> None:
+        self._prompt_len = prompt_len
+        self._sampling = sampling
+        self._eos = frozenset(() if sampling.ignore_eos else eos_token_ids)
+        self._stop_ids = frozenset(sampling.stop_token_ids)
+        self._max_tokens = min(sampling.max_tokens, max_model_len - prompt_len)
+        self._max_attempts = max_attempts
+
+        self.state = RequestState.WAITING
+        self.attempt = 0
+        """Of the current or latest placement; the first is 1."""
+        self.emitted: list[int] = []
+        """Every token id given out so far."""
+        self.avoid: set[str] = set()
+        """Workers that failed this request; used again only if there is no other."""
+        self.failure: Failure | None = None
+        """Why the latest attempt failed."""
+        self.end: GenerationEnd | None = None
+        self.error: DiptychError | None = None
+
+        self._mode = ""
+        self._open: dict[str, Leg] = {}
+        self._early: dict[int, tuple[Token, str]] = {}
+        """Tokens that came before one that another leg still owes, and the worker they came from."""
+        self._decode_began = False
+        self._exporter: str | None = None
+        self._cached_tokens: int | None = None
+        self._ending: LegEnd | None = None
+        """The decode leg's good end, kept while the prefill leg owes an earlier token."""
+
+    def place(self, legs: Iterable[Leg], *, mode: str) -> None:
+        """Start the next attempt on `legs`, whose attempt number must be `attempt + 1`.
+
+        Mutates. Only while WAITING.
+        """
+        assert self.state is RequestState.WAITING
+        self.state = RequestState.RUNNING
+        self.attempt += 1
+        self._mode = mode
+        self._open = {leg.worker: leg for leg in legs}
+        self._decode_began = False
+        self._exporter = next(
+            (leg.worker for leg in self._open.values() if leg.phase is Phase.EXPORT), None
+        )
+        assert self._open and all(leg.attempt == self.attempt for leg in self._open.values())
+
+    def tokens(self, worker: str, attempt: int, tokens: Sequence[Token]) -> Effects:
+        """A worker produced tokens. Late, repeated and unknown ones have no effect."""
+        leg = self._leg(worker, attempt)
+        if leg is None:
+            return _NOTHING
+        self._decode_began |= leg.phase is Phase.IMPORT
+        for token in tokens:
+            if token.index >= len(self.emitted):
+                self._early.setdefault(token.index, (token, worker))
+        given = self._give_out()
+        if self._ending is not None and not self._early:
+            return Effects(
+                given, self._end_well(self._ending.reason, self._ending.matched_stop).aborts
+            )
+        return Effects(given, self._fail_on_gap().aborts)
+
+    def finished(self, worker: str, end: LegEnd) -> Effects:
+        """A worker is done with its leg."""
+        leg = self._leg(worker, end.attempt)
+        if leg is None:
+            return _NOTHING
+        del self._open[worker]
+        match end.reason:
+            case FinishReason.STOP | FinishReason.LENGTH:
+                self._note_cached(leg, end)
+                if self._early:
+                    self._ending = end
+                    return self._fail_on_gap()
+                return self._end_well(end.reason, end.matched_stop)
+            case FinishReason.HANDED_OVER if leg.phase is Phase.EXPORT:
+                self._note_cached(leg, end)
+                return self._fail_on_gap()
+            case FinishReason.FAILED:
+                return self._fail_attempt(Failure(end.error_code, end.error_message, worker))
+            case FinishReason.ABORTED:
+                message = f"Worker {worker} gave the request up."
+                return self._fail_attempt(Failure(ErrorCode.UNAVAILABLE, message, worker))
+            case FinishReason.HANDED_OVER:
+                message = f"Worker {worker} handed over a request that it was to finish."
+                return self._fail_attempt(Failure(ErrorCode.INTERNAL, message, worker))
+
+    def lost(self, worker: str, cause: str) -> Effects:
+        """The stream to `worker` ended; whatever it did for this request is gone."""
+        leg = self._open.pop(worker, None)
+        if leg is None:
+            return _NOTHING
+        if leg.phase is Phase.EXPORT and self._decode_began and not self._early:
+            return _NOTHING
+        return self._fail_attempt(
+            Failure(ErrorCode.WORKER_LOST, f"Worker {worker} was lost: {cause}.", worker)
+        )
+
+    def stop(self, error: DiptychError | None = None) -> Effects:
+        """End it now: with `error`, or silently because the client went away."""
+        if self.state is RequestState.ENDED:
+            return _NOTHING
+        self.state = RequestState.ENDED
+        self.error = error
+        return Effects(aborts=self._close_legs())
+
+    @property
+    def legs(self) -> Sequence[Leg]:
+        """Legs that are still at work."""
+        return tuple(self._open.values())
+
+    def _leg(self, worker: str, attempt: int) -> Leg | None:
+        leg = self._open.get(worker)
+        return leg if leg is not None and leg.attempt == attempt else None
+
+    def _give_out(self) -> list[Token]:
+        given = []
+        while (entry := self._early.pop(len(self.emitted), None)) is not None:
+            given.append(entry[0])
+            self.emitted.append(entry[0].token_id)
+        return given
+
+    def _fail_on_gap(self) -> Effects:
+        """Fail the attempt if a missing token can't come any more.
+
+        A leg reports in order, so only another leg can fill a gap below what a leg reported.
+        """
+        if not self._early:
+            return _NOTHING
+        source = next(iter(self._early.values()))[1]
+        if any(worker != source for worker in self._open):
+            return _NOTHING
+        missing = len(self.emitted)
+        return self._fail_attempt(
+            Failure(ErrorCode.WORKER_LOST, f"Output token {missing} never arrived.", source)
+        )
+
+    def _note_cached(self, leg: Leg, end: LegEnd) -> None:
+        if leg.phase is not Phase.IMPORT or self._cached_tokens is None:
+            self._cached_tokens = min(end.cached_tokens, self._prompt_len)
+
+    def _end_well(self, reason: FinishReason, matched_stop: int | None) -> Effects:
+        self.state = RequestState.ENDED
+        self.end = GenerationEnd(
+            finish_reason=reason,
+            matched_stop=matched_stop,
+            cached_tokens=self._cached_tokens or 0,
+            mode=self._mode,
+        )
+        return Effects(aborts=self._close_legs())
+
+    def _fail_attempt(self, failure: Failure) -> Effects:
+        self.failure = failure
+        # Whichever side of a failed transfer says so, without the exporter there is no transfer:
+        # another one is tried, or decode computes the prompt itself.
+        transfer = failure.code is ErrorCode.KV_TRANSFER
+        self.avoid.add((transfer and self._exporter) or failure.worker)
+        aborts = self._close_legs()
+        complete = self._already_complete()
+        if complete is not None:
+            return Effects(aborts=(*aborts, *self._end_well(*complete).aborts))
+        if failure.code not in RETRYABLE:
+            self.error = _as_error(failure.code, failure.message)
+        elif self.attempt >= self._max_attempts:
+            message = f"Gave up after {self.attempt} attempts. {failure.message}"
+            self.error = _as_error(failure.code, message)
+        self.state = RequestState.WAITING if self.error is None else RequestState.ENDED
+        return Effects(aborts=aborts)
+
+    def _already_complete(self) -> tuple[FinishReason, int | None] | None:
+        """How the output ended, if only the worker's word for it is missing.
+
+        Without this an attempt after a token that ended the output would generate past it.
+        """
+        if not self.emitted:
+            return None
+        last = self.emitted[-1]
+        if last in self._eos:
+            return FinishReason.STOP, None
+        if last in self._stop_ids:
+            return FinishReason.STOP, last
+        if len(self.emitted) >= self._max_tokens:
+            return FinishReason.LENGTH, None
+        return None
+
+    def _close_legs(self) -> tuple[Leg, ...]:
+        legs = tuple(self._open.values())
+        self._open.clear()
+        self._early.clear()
+        self._ending = None
+        return legs
+
+
+def _as_error(code: ErrorCode, message: str) -> DiptychError:
+    match code:
+        case ErrorCode.WORKER_LOST:
+            return WorkerLostError(message)
+        case ErrorCode.KV_TRANSFER:
+            return TransferError(message)
+        case ErrorCode.UNAVAILABLE:
+            return UnavailableError(message)
+        case ErrorCode.OVERLOADED:
+            return OverloadedError(message)
+        case ErrorCode.DEADLINE:
+            return DeadlineError(message)
+        case ErrorCode.INVALID_REQUEST | ErrorCode.CONTEXT_LENGTH:
+            return InvalidRequestError(message, code=code)
+        case _:
+            return DiptychError(message, code=code)
