@@ -1,0 +1,111 @@
+"""Prometheus metrics: shared buckets, and the small HTTP port that a worker shows them on.
+
+Each package declares its metrics once, on a registry that its process owns (never the global one);
+names start with `diptych_`. The router shows the same three paths on its own HTTP port.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from core.errors import ConfigError
+
+TTFT_BUCKETS_S = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 20, 40, 80,
+)  # fmt: skip
+"""Time to first token, and other waits of a whole request's part."""
+ITL_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 2, 5,
+)  # fmt: skip
+"""Gap between two tokens of one request."""
+STEP_BUCKETS_S = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6, 4, 10,
+)  # fmt: skip
+"""One engine step."""
+TRANSFER_BUCKETS_S = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10,
+)  # fmt: skip
+"""Moving the KV of one request."""
+REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480)
+"""A whole request."""
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+_REQUEST_TIMEOUT_S = 5.0
+_MAX_REQUEST_BYTES = 8 << 10
+_MAX_CONNECTIONS = 16
+
+
+def exposition(registry: CollectorRegistry, extra: Iterable[bytes] = ()) -> bytes:
+    """Text exposition of a registry, followed by what other processes of this worker exposed.
+
+    Args:
+        registry: this process's metrics.
+        extra: expositions as text; their metric names must not be in `registry`.
+    """
+    parts = [generate_latest(registry), *extra]
+    return b"".join(part if part.endswith(b"\n") or not part else part + b"\n" for part in parts)
+
+
+async def serve_metrics(
+    registry: CollectorRegistry,
+    host: str,
+    port: int,
+    *,
+    extra: Callable[[], Iterable[bytes]] = tuple,
+    healthy: Callable[[], bool] = lambda: True,
+    ready: Callable[[], bool] = lambda: True,
+) -> asyncio.Server:
+    """Answer GET /metrics, /healthz and /readyz over HTTP until the server is closed.
+
+    Args:
+        registry: this process's metrics.
+        host: address to listen on.
+        port: port; 0 takes a free one (`server.sockets[0].getsockname()[1]`).
+        extra: expositions of other processes of this worker, asked at each scrape.
+        healthy: /healthz is 200 while it is true, else 503.
+        ready: /readyz is 200 while it is true, else 503.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+
+    def respond(path: str) -> tuple[int, str, bytes]:
+        if path == "/metrics":
+            return 200, CONTENT_TYPE, exposition(registry, extra())
+        if path in ("/healthz", "/readyz"):
+            holds = healthy() if path == "/healthz" else ready()
+            return (200, "text/plain", b"ok\n") if holds else (503, "text/plain", b"no\n")
+        return 404, "text/plain", b"There are /metrics, /healthz and /readyz.\n"
+
+    free = asyncio.Semaphore(_MAX_CONNECTIONS)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(_REQUEST_TIMEOUT_S), free:
+                head = await reader.readuntil(b"\r\n\r\n")
+                method, target, *_ = head.decode("latin-1").split("\r\n", 1)[0].split(" ")
+                status, kind, body = respond(target.partition("?")[0])
+                if method not in ("GET", "HEAD"):
+                    status, kind, body = 405, "text/plain", b"Only GET.\n"
+                writer.write(
+                    f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: {kind}\r\n"
+                    f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+                    + (b"" if method == "HEAD" else body)
+                )
+                await writer.drain()
+        except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            pass  # A scraper that stalls, goes away or speaks no HTTP concerns nobody else.
+        finally:
+            writer.close()
+
+    try:
+        return await asyncio.start_server(answer, host, port, limit=_MAX_REQUEST_BYTES)
+    except OSError as error:
+        raise ConfigError(
+            f"Can't show metrics on {host}:{port}: {error.strerror}. Choose another metrics_port."
+        ) from None
+
+
+_REASONS = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}
