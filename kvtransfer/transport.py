@@ -1,7 +1,7 @@
 """The seam between the lease protocol and whatever moves bytes: what every transport does.
 
-A transport lives in the engine process, next to the memory that it serves and fills. All its methods
-are called by the engine loop's thread, return at once and never wait for a peer.
+A transport lives in the engine process, next to the memory that it serves and fills. All its
+methods are called by the engine loop's thread, return at once and never wait for a peer.
 """
 
 from collections.abc import Sequence
@@ -27,11 +27,20 @@ class BlockPool(Protocol):
     """Contiguous memory cut into equal blocks; block i starts at base_address + i * block_bytes."""
 
     @property
-    def layout(self) -> KvLayout: ...
+    def layout(self) -> KvLayout:
+        """How one block lies in memory."""
+        ...
+
     @property
-    def num_blocks(self) -> int: ...
+    def num_blocks(self) -> int:
+        """Blocks in the pool; ids are [0, num_blocks)."""
+        ...
+
     @property
-    def base_address(self) -> int: ...
+    def base_address(self) -> int:
+        """Virtual address of block 0; valid until the transport is closed."""
+        ...
+
     @property
     def device_id(self) -> int | None:
         """CUDA device index, or None for host memory."""
@@ -63,14 +72,16 @@ class Transport(Protocol):
     """Moves blocks by one-sided READ. Raises core.errors.TransferError where it can't go on."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What both hellos must agree on."""
+        ...
 
     def metadata(self) -> bytes:
         """What a peer needs in order to connect to this pool."""
         ...
 
     def connect(self, peer_id: str, metadata: bytes) -> None:
-        """Make a peer's pool readable. A peer id names one lifetime of a pool; it is never reused."""
+        """Make a peer's pool readable. A peer id names one connection; it is never used again."""
         ...
 
     def read(self, peer_id: str, pairs: Sequence[tuple[int, int]]) -> Read:
@@ -78,7 +89,10 @@ class Transport(Protocol):
         ...
 
     def disconnect(self, peer_id: str) -> None:
-        """Drop a peer. On return its pending reads are FAILED and write nothing any more."""
+        """Drop a peer. On return its pending reads are FAILED and write nothing any more.
+
+        Nothing to do for a peer that is not connected.
+        """
         ...
 
     def close(self) -> None:

@@ -1,0 +1,525 @@
+"""Decode's half of the hand-over: when to read which KV blocks, and when what was read may be used.
+
+Owns one record per prompt whose KV comes from a prefill worker, and the links to those workers.
+The engine loop of decode feeds it events and carries out the actions that it returns; it has no
+clock and no I/O. In each turn: first the messages and the READs that ended, then `tick`.
+
+Invariants: a prompt is delivered only if its Commit fits, every block was read or cached here, and
+the lease held without a gap from before the first READ until now; every key ends once, in Deliver,
+in Fail, or silently after `aborted`; blocks are dropped and claims released only when no READ is
+pending into them; any doubt is a Fail, which the router cures by another attempt.
+
+Course of a record:
+    waiting for the link -> claimed -> offered (lease known) -> reserved -> reading -> delivered
+    from anywhere: ended, which lasts while a READ is pending
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from core.errors import ErrorCode
+from kvtransfer.actions import (
+    CloseLink,
+    ConnectPeer,
+    Deliver,
+    DisconnectPeer,
+    DropBlocks,
+    Fail,
+    HandoverAction,
+    OpenLink,
+    Reserve,
+    Send,
+    StartRead,
+)
+from kvtransfer.messages import (
+    Claim,
+    Commit,
+    Hello,
+    Key,
+    Offer,
+    PrefillMessage,
+    Progress,
+    Refused,
+    Release,
+    Renew,
+    Renewed,
+    Revoke,
+    hello_mismatch,
+)
+from kvtransfer.peer_link import PeerLink
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoverConfig:
+    """Bounds of the decode side. All times in seconds."""
+
+    drift_ratio: float = 0.05
+    """By how much the clocks of two hosts may differ in rate, as a share of the lease ttl."""
+    read_margin_s: float = 0.5
+    """Least time that a lease must still hold for a READ to start."""
+    peer_silence_s: float = 10.0
+    """A link whose Renew is unanswered for this long is dead; must exceed prefill's longest step."""
+    open_timeout_s: float = 5.0
+    """A link without a hello for this long is dead."""
+    read_timeout_s: float = 10.0
+    """A READ that takes longer is stuck, and with it the peer."""
+    idle_link_s: float = 60.0
+    """A link without a hand-over for this long is closed."""
+    max_inflight_blocks: int = 256
+    """Most blocks being read from one peer at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingRead:
+    number: int
+    num_blocks: int
+    started_at: float
+
+
+@dataclass(slots=True)
+class _Handover:
+    key: Key
+    link: PeerLink
+    num_tokens: int
+    num_blocks: int
+    deadline: float
+    claimed: bool = False
+    lease_id: int | None = None
+    remote: list[int] = field(default_factory=list)
+    """Prefill's ids of the blocks complete so far."""
+    reserve_asked: bool = False
+    table: tuple[int, ...] | None = None
+    num_cached: int = 0
+    next_block: int = 0
+    """Index of the first block not asked for yet."""
+    read: _PendingRead | None = None
+    first_read_at: float = float("inf")
+    last_read_at: float = 0.0
+    commit: Commit | None = None
+    committed_at: float = 0.0
+    ended: bool = False
+
+
+class HandoverMachine:
+    """Every hand-over to one decode worker. Single thread; `now` never goes back."""
+
+    def __init__(self, own: Hello, config: HandoverConfig | None = None) -> None:
+        """`own` is what this worker says to each prefill worker."""
+        self._own = own
+        self._config = config or HandoverConfig()
+        self._links: dict[int, PeerLink] = {}
+        self._handovers: dict[Key, _Handover] = {}
+        self._next_link = 1
+        self._next_read = 1
+        self.counters: Counter[str] = Counter()
+        """How often something out of the ordinary was ignored or went wrong, by cause."""
+
+    @property
+    def num_handovers(self) -> int:
+        """Hand-overs not over yet, ended ones with a pending READ included."""
+        return len(self._handovers)
+
+    @property
+    def num_inflight_blocks(self) -> int:
+        """Blocks being read now."""
+        return sum(link.inflight_blocks for link in self._links.values())
+
+    @property
+    def num_links(self) -> int:
+        """Links open or opening."""
+        return len(self._links)
+
+    # What the router asks for and the engine answers.
+
+    def submitted(
+        self,
+        key: Key,
+        *,
+        worker_id: str,
+        epoch: int,
+        address: str,
+        num_tokens: int,
+        deadline: float,
+        now: float,
+    ) -> list[HandoverAction]:
+        """Fetch the KV of a prompt of `num_tokens` tokens from that lifetime of a worker."""
+        if key in self._handovers:
+            self.counters["duplicate_submit"] += 1
+            return []
+        actions: list[HandoverAction] = []
+        link = self._find_link(worker_id, epoch, address)
+        if link is None:
+            link = PeerLink(
+                self._next_link, worker_id, epoch, address, now, self._config.drift_ratio
+            )
+            self._next_link += 1
+            self._links[link.number] = link
+            actions += [OpenLink(link.number, address), Send(link.number, self._own)]
+        num_blocks = -(-num_tokens // self._own.layout.block_size)
+        handover = _Handover(key, link, num_tokens, num_blocks, deadline)
+        self._handovers[key] = handover
+        link.keys[key] = None
+        if link.hello is not None:
+            actions += self._claim(handover)
+        return actions
+
+    def aborted(self, key: Key, now: float) -> list[HandoverAction]:
+        """The router takes the request back; it ends without a word."""
+        return self._end(key, None, now)
+
+    def failed(self, key: Key, code: ErrorCode, message: str, now: float) -> list[HandoverAction]:
+        """The engine can't take the request, for instance because it never fits the pool."""
+        return self._end(key, Fail(key, code, message), now)
+
+    def reserved(
+        self, key: Key, block_table: tuple[int, ...], num_cached_blocks: int, now: float
+    ) -> list[HandoverAction]:
+        """Answer to Reserve: own blocks for the whole prompt, and how many leading ones hold it."""
+        handover = self._handovers.get(key)
+        if handover is None or handover.ended or handover.table is not None:
+            self.counters["late_reserve"] += 1
+            return [] if handover else [DropBlocks(key)]
+        assert len(block_table) >= handover.num_blocks, "a reservation covers the whole prompt"
+        assert 0 <= num_cached_blocks <= handover.num_blocks
+        handover.table = block_table
+        handover.num_cached = handover.next_block = num_cached_blocks
+        return self._pump(handover.link, now)
+
+    # What the transport reports.
+
+    def read_done(self, key: Key, read_no: int, now: float) -> list[HandoverAction]:
+        """All blocks of a READ are here."""
+        handover = self._end_read(key, read_no)
+        if handover is None:
+            return []
+        handover.last_read_at = now
+        actions = self._finish(handover, now) if handover.ended else []
+        return actions + self._pump(handover.link, now)
+
+    def read_failed(self, key: Key, read_no: int, message: str, now: float) -> list[HandoverAction]:
+        """A READ ended without its blocks, or could not start. The whole peer is in doubt."""
+        handover = self._end_read(key, read_no)
+        if handover is None:
+            return []
+        self.counters["failed_read"] += 1
+        reason = f"Reading KV blocks from {handover.link.worker_id} failed: {message}"
+        return self._drop_link(handover.link, ErrorCode.KV_TRANSFER, reason, now)
+
+    def peer_failed(self, link: int, message: str, now: float) -> list[HandoverAction]:
+        """The transport could not connect."""
+        state = self._links.get(link)
+        if state is None:
+            return []
+        reason = f"Can't reach the KV blocks of {state.worker_id}: {message}"
+        return self._drop_link(state, ErrorCode.KV_TRANSFER, reason, now)
+
+    # What links report.
+
+    def received(self, link: int, message: PrefillMessage, now: float) -> list[HandoverAction]:
+        """A message arrived on a link."""
+        state = self._links.get(link)
+        if state is None:
+            self.counters["message_on_closed_link"] += 1
+            return []
+        match message:
+            case Hello():
+                return self._hello(state, message, now)
+            case Refused(reason):
+                return self._drop_link(state, ErrorCode.KV_TRANSFER, reason, now)
+            case Offer():
+                return self._offered(state, message, now)
+            case Progress():
+                return self._progressed(state, message, now)
+            case Commit():
+                return self._committed(state, message, now)
+            case Revoke():
+                return self._revoked(state, message, now)
+            case Renewed(seq):
+                return self._renewed(state, seq, now)
+
+    def link_closed(self, link: int, reason: str, now: float) -> list[HandoverAction]:
+        """A link ended or could not be opened."""
+        state = self._links.get(link)
+        if state is None:
+            return []
+        message = f"The link to prefill worker {state.worker_id} closed: {reason}"
+        return self._drop_link(state, ErrorCode.WORKER_LOST, message, now, dead=True)
+
+    def tick(self, now: float) -> list[HandoverAction]:
+        """Do what time asks for: renew, and give up what is late."""
+        actions: list[HandoverAction] = []
+        for link in list(self._links.values()):
+            actions += self._tick_link(link, now)
+        for handover in list(self._handovers.values()):
+            if not handover.ended and handover.deadline <= now:
+                message = f"The KV of {handover.key.request_id} did not arrive within its deadline."
+                fail = Fail(handover.key, ErrorCode.DEADLINE, message)
+                actions += self._end(handover.key, fail, now)
+        return actions
+
+    # Rules of links.
+
+    def _find_link(self, worker_id: str, epoch: int, address: str) -> PeerLink | None:
+        for link in self._links.values():
+            if (link.worker_id, link.epoch, link.address) == (worker_id, epoch, address):
+                return link
+        return None
+
+    def _hello(self, link: PeerLink, hello: Hello, now: float) -> list[HandoverAction]:
+        reason = hello_mismatch(self._own, hello)
+        if link.hello is not None:
+            reason = f"{link.worker_id} sent a second hello."
+        elif (hello.worker_id, hello.epoch) != (link.worker_id, link.epoch):
+            reason = (
+                f"{link.address} is {hello.worker_id} of epoch {hello.epoch:x}, expected was "
+                f"{link.worker_id} of epoch {link.epoch:x}."
+            )
+        elif hello.lease_ttl_s * (1 - self._config.drift_ratio) <= self._config.read_margin_s:
+            reason = f"A lease ttl of {hello.lease_ttl_s:g} s is too short to read anything."
+        if reason:
+            return self._drop_link(link, ErrorCode.KV_TRANSFER, reason, now)
+        link.hello = hello
+        link.idle_since = now
+        actions: list[HandoverAction] = [
+            Send(link.number, Renew(link.next_renew(now))),
+            ConnectPeer(link.number, link.peer_id, hello.transport_metadata),
+        ]
+        for key in link.keys:
+            actions += self._claim(self._handovers[key])
+        return actions
+
+    def _renewed(self, link: PeerLink, seq: int, now: float) -> list[HandoverAction]:
+        if not link.renewed(seq):
+            self.counters["late_renewed"] += 1
+            return []
+        actions: list[HandoverAction] = []
+        for key in list(link.keys):
+            handover = self._handovers[key]
+            if not handover.ended and handover.first_read_at < link.valid_since:
+                self.counters["lapsed_lease"] += 1
+                message = f"The lease of {key.request_id} lapsed while its blocks were read."
+                actions += self._end(key, Fail(key, ErrorCode.KV_TRANSFER, message), now)
+        return actions + self._pump(link, now)
+
+    def _tick_link(self, link: PeerLink, now: float) -> list[HandoverAction]:
+        config = self._config
+        if link.hello is None:
+            if now < link.opened_at + config.open_timeout_s:
+                return []
+            message = f"Prefill worker {link.worker_id} at {link.address} does not answer."
+            return self._drop_link(link, ErrorCode.WORKER_LOST, message, now)
+        if now >= link.silent_since(now) + config.peer_silence_s:
+            self.counters["silent_peer"] += 1
+            message = f"Prefill worker {link.worker_id} is silent."
+            return self._drop_link(link, ErrorCode.WORKER_LOST, message, now)
+        for key in link.keys:
+            read = self._handovers[key].read
+            if read is not None and now >= read.started_at + config.read_timeout_s:
+                self.counters["stuck_read"] += 1
+                message = f"Reading KV blocks from {link.worker_id} takes too long."
+                return self._drop_link(link, ErrorCode.KV_TRANSFER, message, now)
+        if link.keys:
+            link.idle_since = now
+        elif now >= link.idle_since + config.idle_link_s:
+            return self._drop_link(link, ErrorCode.UNAVAILABLE, "idle", now)
+        if link.renew_due(now, config.peer_silence_s):
+            return [Send(link.number, Renew(link.next_renew(now)))]
+        return []
+
+    def _drop_link(
+        self, link: PeerLink, code: ErrorCode, message: str, now: float, *, dead: bool = False
+    ) -> list[HandoverAction]:
+        """End a link and all on it at once: after DisconnectPeer no READ is pending."""
+        del self._links[link.number]
+        actions: list[HandoverAction] = []
+        if link.hello is not None:
+            actions.append(DisconnectPeer(link.peer_id))
+        for key in list(link.keys):
+            handover = self._handovers[key]
+            handover.read = None
+            if not handover.ended:
+                handover.ended = True
+                actions.append(Fail(key, code, message))
+            actions += self._finish(handover, now, dead=dead)
+        if not dead:
+            actions.append(CloseLink(link.number, message))
+        return actions
+
+    # Rules of hand-overs.
+
+    def _claim(self, handover: _Handover) -> list[HandoverAction]:
+        handover.claimed = True
+        return [Send(handover.link.number, Claim(handover.key))]
+
+    def _offered(self, link: PeerLink, offer: Offer, now: float) -> list[HandoverAction]:
+        handover = self._on_link(link, offer.key)
+        if handover is None or handover.ended:
+            self.counters["late_offer"] += 1
+            return []
+        if handover.lease_id is not None or offer.num_tokens != handover.num_tokens:
+            return self._doubt(
+                handover,
+                f"{offer.num_tokens} tokens are offered, {handover.num_tokens} expected, and once",
+                now,
+            )
+        handover.lease_id = offer.lease_id
+        link.leases[offer.lease_id] = offer.key
+        return []
+
+    def _progressed(self, link: PeerLink, progress: Progress, now: float) -> list[HandoverAction]:
+        handover = self._of_lease(link, progress.lease_id)
+        if handover is None:
+            return []
+        end = progress.first_block + len(progress.block_ids)
+        assert link.hello is not None
+        in_pool = all(0 <= block < link.hello.num_blocks for block in progress.block_ids)
+        if progress.first_block != len(handover.remote) or end > handover.num_blocks or not in_pool:
+            return self._doubt(
+                handover,
+                f"blocks [{progress.first_block}, {end}) of {handover.num_blocks} do not follow "
+                f"the {len(handover.remote)} known ones, or are outside the peer's pool",
+                now,
+            )
+        handover.remote += progress.block_ids
+        return self._reserve(handover) + self._pump(link, now)
+
+    def _committed(self, link: PeerLink, commit: Commit, now: float) -> list[HandoverAction]:
+        handover = self._of_lease(link, commit.lease_id)
+        if handover is None:
+            return []
+        wrong = [
+            what
+            for what, right in (
+                ("a second Commit", handover.commit is None),
+                ("another model digest", commit.model_digest == self._own.model_digest),
+                ("another epoch", commit.epoch == link.epoch),
+                ("another number of tokens", commit.num_tokens == handover.num_tokens),
+                ("blocks missing", len(handover.remote) == handover.num_blocks),
+            )
+            if not right
+        ]
+        if wrong:
+            return self._doubt(handover, f"its Commit does not fit: {', '.join(wrong)}", now)
+        handover.commit = commit
+        handover.committed_at = now
+        return self._pump(link, now)
+
+    def _revoked(self, link: PeerLink, revoke: Revoke, now: float) -> list[HandoverAction]:
+        handover = self._on_link(link, revoke.key)
+        if handover is None:
+            self.counters["late_revoke"] += 1
+            return []
+        try:
+            code = ErrorCode(revoke.error_code)
+        except ValueError:
+            code = ErrorCode.KV_TRANSFER
+        return self._end(revoke.key, Fail(revoke.key, code, revoke.error_message), now)
+
+    def _reserve(self, handover: _Handover) -> list[HandoverAction]:
+        if handover.reserve_asked:
+            return []
+        handover.reserve_asked = True
+        return [Reserve(handover.key)]
+
+    def _pump(self, link: PeerLink, now: float) -> list[HandoverAction]:
+        """Deliver what is complete and start the READs that may start, in turn among keys."""
+        actions: list[HandoverAction] = []
+        if link.number not in self._links:
+            return actions
+        for key in list(link.keys):
+            handover = self._handovers[key]
+            actions += self._deliver(handover, now) or self._start_read(handover, now)
+        return actions
+
+    def _start_read(self, handover: _Handover, now: float) -> list[HandoverAction]:
+        link, table, start = handover.link, handover.table, handover.next_block
+        room = self._config.max_inflight_blocks - link.inflight_blocks
+        count = min(room, len(handover.remote) - start)
+        if table is None or handover.ended or handover.read is not None or count <= 0:
+            return []
+        if not link.holds_since(min(now, handover.first_read_at), now + self._config.read_margin_s):
+            return []
+        read = _PendingRead(self._next_read, count, now)
+        self._next_read += 1
+        handover.read = read
+        handover.first_read_at = min(handover.first_read_at, now)
+        handover.next_block += count
+        link.inflight_blocks += count
+        link.keys[handover.key] = link.keys.pop(handover.key)
+        stop = start + count
+        pairs = tuple(zip(handover.remote[start:stop], table[start:stop], strict=True))
+        return [StartRead(handover.key, read.number, link.peer_id, pairs)]
+
+    def _end_read(self, key: Key, read_no: int) -> _Handover | None:
+        handover = self._handovers.get(key)
+        if handover is None or handover.read is None or handover.read.number != read_no:
+            self.counters["late_read"] += 1
+            return None
+        handover.link.inflight_blocks -= handover.read.num_blocks
+        handover.read = None
+        return handover
+
+    def _deliver(self, handover: _Handover, now: float) -> list[HandoverAction]:
+        commit = handover.commit
+        complete = handover.table is not None and handover.next_block == handover.num_blocks
+        if commit is None or not complete or handover.read is not None or handover.ended:
+            return []
+        if not handover.link.holds_since(min(now, handover.first_read_at), now):
+            return []
+        self._forget(handover, now)
+        return [
+            Deliver(
+                key=handover.key,
+                first_token=commit.first_token,
+                logprobs=commit.logprobs,
+                prefill_cached_tokens=commit.cached_tokens,
+                num_read_blocks=handover.num_blocks - handover.num_cached,
+                transfer_s=max(0.0, handover.last_read_at - handover.committed_at),
+            ),
+            Send(handover.link.number, Release(handover.key)),
+        ]
+
+    def _doubt(self, handover: _Handover, what: str, now: float) -> list[HandoverAction]:
+        self.counters["doubt"] += 1
+        message = f"The KV of {handover.key.request_id} can't be trusted: {what}."
+        return self._end(handover.key, Fail(handover.key, ErrorCode.KV_TRANSFER, message), now)
+
+    def _end(self, key: Key, fail: Fail | None, now: float) -> list[HandoverAction]:
+        handover = self._handovers.get(key)
+        if handover is None or handover.ended:
+            return []
+        handover.ended = True
+        actions: list[HandoverAction] = [] if fail is None else [fail]
+        return actions if handover.read is not None else actions + self._finish(handover, now)
+
+    def _finish(
+        self, handover: _Handover, now: float, *, dead: bool = False
+    ) -> list[HandoverAction]:
+        """Give back everything of an ended record, now that no READ is pending."""
+        assert handover.ended and handover.read is None
+        self._forget(handover, now)
+        actions: list[HandoverAction] = []
+        if handover.reserve_asked:
+            actions.append(DropBlocks(handover.key))
+        if handover.claimed and not dead:
+            actions.append(Send(handover.link.number, Release(handover.key)))
+        return actions
+
+    def _forget(self, handover: _Handover, now: float) -> None:
+        link = handover.link
+        del self._handovers[handover.key]
+        del link.keys[handover.key]
+        if handover.lease_id is not None:
+            del link.leases[handover.lease_id]
+        link.idle_since = now
+
+    def _on_link(self, link: PeerLink, key: Key) -> _Handover | None:
+        handover = self._handovers.get(key)
+        return handover if handover is not None and handover.link is link else None
+
+    def _of_lease(self, link: PeerLink, lease_id: int) -> _Handover | None:
+        key = link.leases.get(lease_id)
+        if key is None or self._handovers[key].ended:
+            self.counters["late_message"] += 1
+            return None
+        return self._handovers[key]
