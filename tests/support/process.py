@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -77,10 +77,8 @@ class Process:
 
     def kill_group(self) -> None:
         """SIGKILL to the process and all of its session; idempotent."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.popen.wait(10)
         self._reader.join(2)
         if self.popen.stdout is not None and not self._reader.is_alive():
@@ -133,14 +131,14 @@ def frozen(pid: int) -> Iterator[None]:
 
 
 def wait_until(
-    condition: Callable[[], T],
+    condition: Callable[[], T | None],
     timeout_s: float,
     what: str,
     detail: Callable[[], str] = str,
 ) -> T:
     """Ask `condition` until it answers something true, and return that.
 
-    Fails with `what` was awaited and `detail()` when `timeout_s` has passed.
+    Fails with what was awaited and `detail()` when `timeout_s` has passed.
     """
     deadline = time.monotonic() + timeout_s
     while True:
