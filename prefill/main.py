@@ -3,11 +3,10 @@
 import asyncio
 from collections.abc import Sequence
 
-from telemetry.logs import setup
-
 from core.settings import load_or_exit
 from prefill.service import PrefillExtension
 from prefill.settings import PrefillSettings
+from telemetry.logs import setup
 from worker.process import serve_worker
 
 
@@ -23,5 +22,6 @@ def main(argv: Sequence[str]) -> int:
             role="prefill",
             engine_module="prefill.engine_process",
             build_extension=PrefillExtension,
+            role_services=["diptych.v1.KvExport"],
         )
     )

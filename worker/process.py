@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from core.clock import monotonic
 from rpc.auth import Credentials
-from rpc.server import bind, build_server, set_serving
+from rpc.server import build_server
 from rpc.v1 import ipc_pb2, worker_pb2, worker_pb2_grpc
 from telemetry.metrics import serve_metrics
 from worker.ipc import ServicePipe, open_pipe
@@ -30,6 +30,7 @@ from worker.switchboard import Switchboard
 
 log = logging.getLogger(__name__)
 
+WORKER_SERVICE = "diptych.v1.Worker"
 _ENGINE_EXIT_S = 10.0
 _SERVER_GRACE_S = 1.0
 
@@ -60,22 +61,27 @@ class EngineFailedError(Exception):
 def credentials_of(settings: WorkerSettings) -> Credentials:
     """What this worker proves itself with, and asks of its peers."""
     token = settings.auth_token
-    return Credentials(
+    return Credentials.from_settings(
         token=token.get_secret_value() if token else None,
         cert=settings.tls_cert,
         key=settings.tls_key,
         ca=settings.tls_ca,
-        insecure=settings.insecure,
     )
 
 
 async def serve_worker(
-    settings: WorkerSettings, *, role: str, engine_module: str, build_extension: BuildExtension
+    settings: WorkerSettings,
+    *,
+    role: str,
+    engine_module: str,
+    build_extension: BuildExtension,
+    role_services: Sequence[str] = (),
 ) -> int:
     """Run a worker until SIGTERM or SIGINT; returns the process's exit status."""
     credentials = credentials_of(settings)
-    server = build_server(credentials)
-    port = bind(server, settings.host, settings.port, credentials)
+    services = [WORKER_SERVICE, *role_services]
+    server = build_server(credentials, services=services)
+    port = server.bind(settings.host, settings.port, insecure=settings.insecure)
     settings = _settle(settings, role, port)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -89,8 +95,8 @@ async def serve_worker(
         service = WorkerService(pipe, switchboard, view)
         extension = build_extension(switchboard, credentials)
         stack.push_async_callback(extension.close)
-        worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
-        extension.register(server)
+        worker_pb2_grpc.add_WorkerServicer_to_server(service, server.grpc_server)
+        extension.register(server.grpc_server)
         await server.start()
         stack.push_async_callback(server.stop, _SERVER_GRACE_S)
         metrics = await serve_metrics(
@@ -98,11 +104,12 @@ async def serve_worker(
             settings.host,
             settings.metrics_port,
             extra=lambda: [view.metrics],
-            live=lambda: view.live,
+            healthy=lambda: view.live,
             ready=lambda: view.ready,
         )
-        stack.push_async_callback(metrics.close)
-        log.info("listening on %s:%d, metrics on port %d", settings.host, port, metrics.port)
+        stack.callback(metrics.close)
+        metrics_port = metrics.sockets[0].getsockname()[1]
+        log.info("listening on %s:%d, metrics on port %d", settings.host, port, metrics_port)
         events = asyncio.create_task(_read_events(pipe, view, switchboard, service, extension))
         reports = asyncio.create_task(_report(view, switchboard, settings.report_interval_s))
         stopping = asyncio.create_task(stop.wait())
@@ -111,7 +118,7 @@ async def serve_worker(
             await asyncio.wait({events, stopping, starting}, return_when=asyncio.FIRST_COMPLETED)
             if not (events.done() or stopping.done()):
                 starting.result()
-                set_serving(server, True)
+                await server.set_serving(True)
                 log.info("%s is ready", settings.worker_id)
                 await asyncio.wait({events, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if events.done():

@@ -10,6 +10,7 @@ from typing import Protocol
 from engine.engine import Engine
 
 from core.errors import DiptychError
+from core.finish import FinishReason
 from core.tokens import TokenLogprobs
 from engine.request import EngineRequest, StepOutputs
 from kvtransfer.messages import Key
@@ -60,6 +61,12 @@ class Outbox(Protocol):
 
     def fail(self, key: Key, error: DiptychError) -> None:
         """End a submission with a cause; its router decides what comes next."""
+        ...
+
+    def finish(
+        self, submission: Submission, reason: FinishReason, *, matched_stop: int | None = None
+    ) -> None:
+        """End a submission well."""
         ...
 
     def find(self, key: Key) -> Submission | None:

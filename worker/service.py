@@ -100,7 +100,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Describe(
         self,
         request: worker_pb2.DescribeRequest,
-        context: "grpc.aio.ServicerContext[worker_pb2.DescribeRequest, worker_pb2.DescribeResponse]",
+        context: (
+            "grpc.aio.ServicerContext[worker_pb2.DescribeRequest, worker_pb2.DescribeResponse]"
+        ),
     ) -> worker_pb2.DescribeResponse:
         """Say who this worker is and how busy."""
         await self._require_engine(context)

@@ -1,0 +1,281 @@
+"""Decode's part of the engine loop: fetches the KV of prompts that prefill workers computed.
+
+Thin glue. The rules are in `kvtransfer.handover`; here its events come from routers, links, the
+transport and the engine, and its actions are carried out on them.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.engine import Engine, Reservation
+from kvtransfer.select import open_transport
+from prometheus_client import CollectorRegistry
+
+from core.clock import Clock, monotonic
+from core.errors import DiptychError, InvalidRequestError, TransferError
+from decode.settings import DecodeSettings
+from engine.request import StepOutputs
+from kvtransfer import actions as act
+from kvtransfer import wire
+from kvtransfer.handover import HandoverConfig, HandoverMachine
+from kvtransfer.messages import Hello, Key
+from kvtransfer.transport import Read, ReadState, Transport
+from rpc.v1 import ipc_pb2, worker_pb2
+from worker.engine_process import BuildRole
+from worker.hello import own_hello
+from worker.role import Outbox, Role, Submission
+from worker.switchboard import FIRST_ENGINE_CHANNEL
+
+log = logging.getLogger(__name__)
+
+_READING_S = 0.0005
+"""Sleep between two looks at READs under way."""
+_WAITING_S = 0.01
+"""Sleep while prompts wait for room."""
+_IDLE_S = 0.1
+"""Sleep with nothing to do but keep leases alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingRead:
+    key: Key
+    number: int
+    peer_id: str
+    read: Read
+
+
+class Importer:
+    """Implements `worker.role.Role` for decode."""
+
+    role = worker_pb2.ROLE_DECODE
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        outbox: Outbox,
+        hello: Hello,
+        config: HandoverConfig,
+        transport: Transport,
+        clock: Clock,
+    ) -> None:
+        self._engine = engine
+        self._outbox = outbox
+        self._clock = clock
+        self._transport = transport
+        self._machine = HandoverMachine(hello, config)
+        self._block_bytes = hello.layout.block_bytes
+        self._reads: list[_PendingRead] = []
+        self._unreserved: dict[Key, Submission] = {}
+        self._reservations: dict[Key, Reservation] = {}
+
+    @property
+    def transports(self) -> list[str]:
+        """The one in use."""
+        return [self._transport.name]
+
+    @property
+    def leases(self) -> int:
+        """Hand-overs under way."""
+        return self._machine.num_handovers
+
+    def submit(self, submission: Submission) -> None:
+        """Fetch a prompt's KV and go on from there.
+
+        Raises:
+            InvalidRequestError: the phase is not `import`, or the request never fits this worker.
+        """
+        if submission.phase.WhichOneof("phase") != "import":
+            raise InvalidRequestError(
+                "A decode worker leases no KV out; submit with phase import or local.",
+                param="phase",
+            )
+        self._engine.check(submission.request)
+        # `import` is a word of Python, so the field can't be named as an attribute.
+        source: worker_pb2.Import = getattr(submission.phase, "import")
+        request = submission.request
+        self._do(
+            self._machine.submitted(
+                submission.key,
+                worker_id=source.prefill_worker_id,
+                epoch=source.prefill_epoch,
+                address=source.kv_address,
+                num_tokens=len(request.prompt_ids) + len(request.output_ids),
+                deadline=submission.deadline,
+                now=self._clock(),
+            )
+        )
+
+    def abort(self, submission: Submission) -> None:
+        """Give the hand-over up; blocks return when no READ is pending into them."""
+        self._do(self._machine.aborted(submission.key, self._clock()))
+
+    def receive(self, command: ipc_pb2.EngineCommand) -> None:
+        """A prefill worker's message, or the end of its link."""
+        now = self._clock()
+        if command.HasField("closed"):
+            link = command.closed.channel - FIRST_ENGINE_CHANNEL
+            self._do(self._machine.link_closed(link, command.closed.reason, now))
+            return
+        link = command.prefill.channel - FIRST_ENGINE_CHANNEL
+        try:
+            message = wire.prefill_message_from_proto(command.prefill.message)
+        except DiptychError as error:
+            self._do(self._machine.peer_failed(link, error.message, now))
+            return
+        self._do(self._machine.received(link, message, now))
+
+    def after_step(self, outputs: StepOutputs) -> None:
+        """Steps concern only what was delivered already."""
+
+    def turn(self, now: float) -> None:
+        """Take in READs that ended, find room for prompts, let time pass."""
+        self._poll_reads(now)
+        self._reserve_waiting(now)
+        self._do(self._machine.tick(now))
+
+    def wait_s(self, now: float) -> float:
+        """Short while KV is on its way."""
+        if self._reads:
+            return _READING_S
+        return _WAITING_S if self._unreserved else _IDLE_S
+
+    def close(self) -> None:
+        """Drop all peers."""
+        self._transport.close()
+
+    def _poll_reads(self, now: float) -> None:
+        ended = [(pending, pending.read.poll()) for pending in self._reads]
+        ended = [(pending, state) for pending, state in ended if state is not ReadState.PENDING]
+        for pending, state in ended:
+            if pending not in self._reads:
+                continue  # An earlier one's failure dropped the peer, and this READ with it.
+            self._reads.remove(pending)
+            if state is ReadState.DONE:
+                self._do(self._machine.read_done(pending.key, pending.number, now))
+            else:
+                self._do(
+                    self._machine.read_failed(pending.key, pending.number, pending.read.error, now)
+                )
+
+    def _reserve_waiting(self, now: float) -> None:
+        """Give blocks to waiting prompts in order of arrival; a large one is not overtaken."""
+        for key, submission in list(self._unreserved.items()):
+            if key not in self._unreserved:
+                continue
+            reservation = self._engine.reserve(submission.request)
+            if reservation is None:
+                return
+            del self._unreserved[key]
+            self._reservations[key] = reservation
+            table = tuple(reservation.block_table)
+            cached = reservation.num_cached_blocks
+            self._do(self._machine.reserved(key, table, cached, now))
+
+    def _do(self, actions: Sequence[act.HandoverAction]) -> None:
+        todo = deque(actions)
+        while todo:
+            todo.extend(self._do_one(todo.popleft()))
+
+    def _do_one(self, action: act.HandoverAction) -> Sequence[act.HandoverAction]:
+        """Carry out one action; returns what follows from it."""
+        match action:
+            case act.Send(link, message):
+                frame = ipc_pb2.DecodeFrame(
+                    channel=FIRST_ENGINE_CHANNEL + link,
+                    message=wire.decode_message_to_proto(message),
+                )
+                self._outbox.send(ipc_pb2.EngineEvent(decode=frame))
+            case act.OpenLink(link, address):
+                request = ipc_pb2.OpenLink(channel=FIRST_ENGINE_CHANNEL + link, address=address)
+                self._outbox.send(ipc_pb2.EngineEvent(open=request))
+            case act.CloseLink(link, reason):
+                log.info("closing link %d: %s", link, reason)
+                close = ipc_pb2.CloseChannel(channel=FIRST_ENGINE_CHANNEL + link, reason=reason)
+                self._outbox.send(ipc_pb2.EngineEvent(close=close))
+            case act.ConnectPeer(link, peer_id, metadata):
+                return self._connect(link, peer_id, metadata)
+            case act.DisconnectPeer(peer_id):
+                self._transport.disconnect(peer_id)
+                self._reads = [read for read in self._reads if read.peer_id != peer_id]
+            case act.Reserve(key):
+                submission = self._outbox.find(key)
+                assert submission is not None, "a hand-over outlives its submission only when ended"
+                self._unreserved[key] = submission
+            case act.DropBlocks(key):
+                self._unreserved.pop(key, None)
+                reservation = self._reservations.pop(key, None)
+                if reservation is not None:
+                    self._engine.cancel(reservation)
+            case act.StartRead():
+                return self._start_read(action)
+            case act.Deliver():
+                self._deliver(action)
+            case act.Fail(key, code, text):
+                self._outbox.fail(key, DiptychError(text, code=code))
+        return ()
+
+    def _connect(self, link: int, peer_id: str, metadata: bytes) -> Sequence[act.HandoverAction]:
+        try:
+            self._transport.connect(peer_id, metadata)
+        except TransferError as error:
+            log.warning("can't connect to %s: %s", peer_id, error)
+            return self._machine.peer_failed(link, error.message, self._clock())
+        return ()
+
+    def _start_read(self, start: act.StartRead) -> Sequence[act.HandoverAction]:
+        try:
+            read = self._transport.read(start.peer_id, start.pairs)
+        except TransferError as error:
+            now = self._clock()
+            return self._machine.read_failed(start.key, start.read_no, error.message, now)
+        self._reads.append(_PendingRead(start.key, start.read_no, start.peer_id, read))
+        return ()
+
+    def _deliver(self, deliver: act.Deliver) -> None:
+        submission = self._outbox.find(deliver.key)
+        reservation = self._reservations.pop(deliver.key)
+        assert submission is not None, "an aborted hand-over is never delivered"
+        submission.received_at = self._clock()
+        submission.times.transfer_s = deliver.transfer_s
+        submission.cached_tokens = deliver.prefill_cached_tokens
+        submission.kv_bytes = deliver.num_read_blocks * self._block_bytes
+        self._outbox.emit_token(submission, deliver.first_token, deliver.logprobs)
+        ended = self._engine.adopt(reservation, deliver.first_token, deliver.logprobs)
+        if ended is not None and ended.finish_reason is not None:
+            self._outbox.finish(submission, ended.finish_reason, matched_stop=ended.matched_stop)
+
+
+def build_importer(settings: DecodeSettings) -> BuildRole:
+    """How a decode worker's engine process makes its role."""
+
+    def build(
+        engine: Engine,
+        outbox: Outbox,
+        description: worker_pb2.WorkerDescription,
+        registry: CollectorRegistry,
+    ) -> Role:
+        transport = open_transport(
+            settings.kv_transport,
+            engine.pool,
+            host=settings.advertise_host or settings.host,
+            token=settings.auth_token.get_secret_value() if settings.auth_token else "",
+        )
+        hello = own_hello(description, transport)
+        block_bytes = hello.layout.block_bytes
+        config = HandoverConfig(
+            peer_silence_s=settings.peer_silence_s,
+            max_inflight_blocks=max(1, settings.max_inflight_bytes // block_bytes),
+        )
+        return Importer(
+            engine=engine,
+            outbox=outbox,
+            hello=hello,
+            config=config,
+            transport=transport,
+            clock=monotonic,
+        )
+
+    return build
