@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.engine import Engine, Reservation
 from kvtransfer.select import open_transport
-from prometheus_client import CollectorRegistry
 
 from core.clock import Clock, monotonic
 from core.errors import DiptychError, InvalidRequestError, TransferError
+from decode.metrics import ImportMetrics
 from decode.settings import DecodeSettings
+from engine.engine import Engine, Reservation
 from engine.request import StepOutputs
 from kvtransfer import actions as act
 from kvtransfer import wire
@@ -23,9 +23,8 @@ from kvtransfer.handover import HandoverConfig, HandoverMachine
 from kvtransfer.messages import Hello, Key
 from kvtransfer.transport import Read, ReadState, Transport
 from rpc.v1 import ipc_pb2, worker_pb2
-from worker.engine_process import BuildRole
 from worker.hello import own_hello
-from worker.role import Outbox, Role, Submission
+from worker.role import BuildRole, Outbox, Role, RoleContext, Submission
 from worker.switchboard import FIRST_ENGINE_CHANNEL
 
 log = logging.getLogger(__name__)
@@ -59,12 +58,14 @@ class Importer:
         hello: Hello,
         config: HandoverConfig,
         transport: Transport,
+        metrics: ImportMetrics,
         clock: Clock,
     ) -> None:
         self._engine = engine
         self._outbox = outbox
         self._clock = clock
         self._transport = transport
+        self._metrics = metrics
         self._machine = HandoverMachine(hello, config)
         self._block_bytes = hello.layout.block_bytes
         self._reads: list[_PendingRead] = []
@@ -92,7 +93,6 @@ class Importer:
                 "A decode worker leases no KV out; submit with phase import or local.",
                 param="phase",
             )
-        self._engine.check(submission.request)
         # `import` is a word of Python, so the field can't be named as an attribute.
         source: worker_pb2.Import = getattr(submission.phase, "import")
         request = submission.request
@@ -142,6 +142,10 @@ class Importer:
             return _READING_S
         return _WAITING_S if self._unreserved else _IDLE_S
 
+    def observe(self) -> None:
+        """Hand-overs as of now."""
+        self._metrics.observe(self._machine.num_handovers, self._machine.counters)
+
     def close(self) -> None:
         """Drop all peers."""
         self._transport.close()
@@ -165,7 +169,11 @@ class Importer:
         for key, submission in list(self._unreserved.items()):
             if key not in self._unreserved:
                 continue
-            reservation = self._engine.reserve(submission.request)
+            try:
+                reservation = self._engine.reserve(submission.request)
+            except DiptychError as error:
+                self._do(self._machine.failed(key, error.code, error.message, now))
+                continue
             if reservation is None:
                 return
             del self._unreserved[key]
@@ -214,6 +222,7 @@ class Importer:
             case act.Deliver():
                 self._deliver(action)
             case act.Fail(key, code, text):
+                self._metrics.failed(code)
                 self._outbox.fail(key, DiptychError(text, code=code))
         return ()
 
@@ -242,39 +251,36 @@ class Importer:
         submission.times.transfer_s = deliver.transfer_s
         submission.cached_tokens = deliver.prefill_cached_tokens
         submission.kv_bytes = deliver.num_read_blocks * self._block_bytes
+        self._metrics.delivered(deliver.transfer_s, submission.kv_bytes)
         self._outbox.emit_token(submission, deliver.first_token, deliver.logprobs)
         ended = self._engine.adopt(reservation, deliver.first_token, deliver.logprobs)
-        if ended is not None and ended.finish_reason is not None:
+        if ended.finish_reason is not None:
             self._outbox.finish(submission, ended.finish_reason, matched_stop=ended.matched_stop)
 
 
 def build_importer(settings: DecodeSettings) -> BuildRole:
     """How a decode worker's engine process makes its role."""
 
-    def build(
-        engine: Engine,
-        outbox: Outbox,
-        description: worker_pb2.WorkerDescription,
-        registry: CollectorRegistry,
-    ) -> Role:
+    def build(context: RoleContext) -> Role:
         transport = open_transport(
             settings.kv_transport,
-            engine.pool,
+            context.pool,
             host=settings.advertise_host or settings.host,
             token=settings.auth_token.get_secret_value() if settings.auth_token else "",
         )
-        hello = own_hello(description, transport)
+        hello = own_hello(context.description, transport)
         block_bytes = hello.layout.block_bytes
         config = HandoverConfig(
             peer_silence_s=settings.peer_silence_s,
             max_inflight_blocks=max(1, settings.max_inflight_bytes // block_bytes),
         )
         return Importer(
-            engine=engine,
-            outbox=outbox,
+            engine=context.engine,
+            outbox=context.outbox,
             hello=hello,
             config=config,
             transport=transport,
+            metrics=ImportMetrics(context.registry, transport.name),
             clock=monotonic,
         )
 

@@ -7,24 +7,23 @@ carries one hold taken here, and FreeBlocks gives that hold back.
 
 from dataclasses import dataclass
 
-from engine.engine import Engine
 from kvtransfer.select import open_transport
-from prometheus_client import CollectorRegistry
 
 from core.clock import Clock, monotonic
 from core.errors import DiptychError, ErrorCode, InvalidRequestError
 from core.finish import FinishReason
+from engine.engine import Engine
 from engine.request import SequenceOutput, StepOutputs
 from kvtransfer import wire
 from kvtransfer.actions import CancelPrefill, CloseLink, ExportAction, FreeBlocks, Send
 from kvtransfer.export import ExportMachine
 from kvtransfer.messages import Hello
 from kvtransfer.transport import Transport
+from prefill.metrics import ExportMetrics
 from prefill.settings import PrefillSettings
 from rpc.v1 import ipc_pb2, worker_pb2
-from worker.engine_process import BuildRole
 from worker.hello import own_hello
-from worker.role import Outbox, Role, Submission, engine_id
+from worker.role import BuildRole, Outbox, Role, RoleContext, Submission, engine_id
 
 _TURN_S = 0.1
 """Leases are looked at this often when nothing else wakes the loop."""
@@ -44,12 +43,20 @@ class Exporter:
     role = worker_pb2.ROLE_PREFILL
 
     def __init__(
-        self, *, engine: Engine, outbox: Outbox, hello: Hello, transport: Transport, clock: Clock
+        self,
+        *,
+        engine: Engine,
+        outbox: Outbox,
+        hello: Hello,
+        transport: Transport,
+        metrics: ExportMetrics,
+        clock: Clock,
     ) -> None:
         self._engine = engine
         self._outbox = outbox
         self._clock = clock
         self._transport = transport
+        self._metrics = metrics
         self._machine = ExportMachine(hello)
         self._block_size = hello.layout.block_size
         self._prompts: dict[str, _Prompt] = {}
@@ -133,6 +140,7 @@ class Exporter:
             logprobs = output.logprobs[0] if output.logprobs else None
             cached = prompt.submission.cached_tokens
             token = output.token_ids[0]
+            self._metrics.committed()
             self._do(self._machine.committed(key, token, logprobs, cached, now))
             return
         code = output.error.code if output.error else ErrorCode.KV_TRANSFER
@@ -160,6 +168,11 @@ class Exporter:
         """Often enough for leases to run out on time."""
         return _TURN_S
 
+    def observe(self) -> None:
+        """Leases as of now."""
+        machine = self._machine
+        self._metrics.observe(machine.num_leases, machine.num_held_blocks, machine.counters)
+
     def close(self) -> None:
         """Serve no more READs."""
         self._transport.close()
@@ -186,21 +199,21 @@ class Exporter:
 def build_exporter(settings: PrefillSettings) -> BuildRole:
     """How a prefill worker's engine process makes its role."""
 
-    def build(
-        engine: Engine,
-        outbox: Outbox,
-        description: worker_pb2.WorkerDescription,
-        registry: CollectorRegistry,
-    ) -> Role:
+    def build(context: RoleContext) -> Role:
         transport = open_transport(
             settings.kv_transport,
-            engine.pool,
+            context.pool,
             host=settings.advertise_host or settings.host,
             token=settings.auth_token.get_secret_value() if settings.auth_token else "",
         )
-        hello = own_hello(description, transport, lease_ttl_s=settings.lease_ttl_s)
+        hello = own_hello(context.description, transport, lease_ttl_s=settings.lease_ttl_s)
         return Exporter(
-            engine=engine, outbox=outbox, hello=hello, transport=transport, clock=monotonic
+            engine=context.engine,
+            outbox=context.outbox,
+            hello=hello,
+            transport=transport,
+            metrics=ExportMetrics(context.registry),
+            clock=monotonic,
         )
 
     return build

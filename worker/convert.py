@@ -1,13 +1,12 @@
 """Between the wire's messages and the engine's own values. Checks what came off the wire."""
 
-from engine.engine import Engine
-
 from core.block_hash import unpack_hashes
 from core.errors import DiptychError, ErrorCode, InvalidRequestError
 from core.finish import FinishReason
 from core.sampling import SamplingParams
 from core.tokens import TokenLogprobs
 from engine.request import EngineRequest, EngineStats
+from kvtransfer.transport import KvLayout
 from rpc.v1 import worker_pb2
 
 _FINISH = {
@@ -112,9 +111,8 @@ def load_to_proto(stats: EngineStats, *, draining: bool, leases: int) -> worker_
     )
 
 
-def layout_to_proto(engine: Engine) -> worker_pb2.KvLayout:
+def layout_to_proto(layout: KvLayout) -> worker_pb2.KvLayout:
     """How this worker's blocks lie in memory."""
-    layout = engine.pool.layout
     return worker_pb2.KvLayout(
         num_layers=layout.num_layers,
         num_kv_heads=layout.num_kv_heads,

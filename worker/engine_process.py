@@ -13,29 +13,26 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import xxhash
-from core.modelfile.digest import model_digest
-from core.modelfile.resolve import resolve_model
-from engine.engine import Engine
-from engine.metrics import EngineMetrics
+from engine.executor import Executor
 from engine.runner import build_executor
 from prometheus_client import CollectorRegistry
 
 from core.clock import monotonic
-from engine.request import EngineStats
+from core.modelfile.digest import model_digest
+from core.modelfile.resolve import resolve_model
+from engine.engine import Engine
+from engine.metrics import EngineMetrics
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.logs import setup
-from telemetry.metrics import exposition
 from worker.convert import error_of, layout_to_proto
 from worker.ipc import EnginePipe, PipeClosedError
 from worker.loop import EngineLoop
-from worker.role import Outbox, Role
+from worker.role import BuildRole, Outbox, Role, RoleContext
 from worker.settings import WorkerSettings, engine_config
 
 log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60.0
-
-BuildRole = Callable[[Engine, Outbox, worker_pb2.WorkerDescription, CollectorRegistry], Role]
 
 
 S = TypeVar("S", bound=WorkerSettings)
@@ -82,23 +79,31 @@ def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) ->
     config = engine_config(settings, str(path))
     executor = build_executor(config, progress)
     registry = CollectorRegistry()
-    metrics = EngineMetrics(registry)
-    digest = _kv_digest(model_digest(path, dummy_seed=_dummy_seed(settings)), executor.dtype)
-    engine = Engine(config, executor, model_digest=digest, metrics=metrics)
-    description = describe(settings, engine, digest)
+    dtype = executor.pool.layout.dtype
+    digest = _kv_digest(model_digest(path, dummy_seed=_dummy_seed(settings)), dtype)
+    engine = Engine(config, executor, model_digest=digest)
+    description = describe(settings, engine, executor, digest)
 
-    def render(stats: EngineStats) -> bytes:
-        metrics.observe_stats(stats)
-        return exposition(registry)
+    def role(outbox: Outbox) -> Role:
+        return build_role(
+            RoleContext(
+                engine=engine,
+                pool=executor.pool,
+                outbox=outbox,
+                description=description,
+                registry=registry,
+            )
+        )
 
     return EngineLoop(
         engine=engine,
-        role_factory=lambda engine, outbox: build_role(engine, outbox, description, registry),
+        build_role=role,
         pipe=pipe,
         description=description,
         heartbeat_interval_s=settings.heartbeat_interval_s,
         clock=monotonic,
-        metrics=render,
+        metrics=EngineMetrics(registry),
+        registry=registry,
     )
 
 
@@ -112,7 +117,7 @@ def _kv_digest(digest: bytes, dtype: str) -> bytes:
 
 
 def describe(
-    settings: WorkerSettings, engine: Engine, digest: bytes
+    settings: WorkerSettings, engine: Engine, executor: Executor, digest: bytes
 ) -> worker_pb2.WorkerDescription:
     """Who this worker is; the role adds its own part."""
     return worker_pb2.WorkerDescription(
@@ -120,12 +125,12 @@ def describe(
         epoch=secrets.randbits(64) or 1,
         model=settings.served_model_name or "",
         model_digest=digest,
-        layout=layout_to_proto(engine),
-        num_blocks=engine.pool.num_blocks,
+        layout=layout_to_proto(executor.pool.layout),
+        num_blocks=executor.pool.num_blocks,
         max_model_len=engine.max_model_len,
         max_num_seqs=settings.max_num_seqs,
-        vocab_size=engine.vocab_size,
-        eos_token_ids=engine.eos_token_ids,
+        vocab_size=executor.model_config.vocab_size,
+        eos_token_ids=executor.model_config.eos_token_ids,
         version=_version(),
         kv_address=f"{settings.advertise_host or settings.host}:{settings.port}",
     )

@@ -7,23 +7,22 @@ tell the routers. A turn never waits for a peer; it sleeps only when there is no
 import logging
 from collections.abc import Callable
 
-from engine.engine import Engine
+from prometheus_client import CollectorRegistry
 
 from core.block_hash import pack_hashes
 from core.clock import Clock
 from core.errors import DiptychError, InvalidRequestError, UnavailableError
-from engine.request import EngineStats
+from engine.engine import Engine
+from engine.metrics import EngineMetrics
 from kvtransfer.messages import Key
 from rpc.v1 import ipc_pb2, worker_pb2
+from telemetry.metrics import exposition
 from worker.convert import load_to_proto, request_from_proto
 from worker.ipc import EnginePipe
-from worker.role import Role, RoleFactory, Submission, engine_id
+from worker.role import Outbox, Role, Submission, engine_id
 from worker.submissions import Submissions
 
 log = logging.getLogger(__name__)
-
-MetricsSource = Callable[[EngineStats], bytes]
-"""Brings the metrics up to date with a snapshot and renders them as Prometheus text."""
 
 _DEADLINE_SCAN_S = 0.5
 _METRICS_INTERVAL_S = 1.0
@@ -36,20 +35,22 @@ class EngineLoop:
         self,
         *,
         engine: Engine,
-        role_factory: RoleFactory,
+        build_role: Callable[[Outbox], Role],
         pipe: EnginePipe,
         description: worker_pb2.WorkerDescription,
         heartbeat_interval_s: float,
         clock: Clock,
-        metrics: MetricsSource,
+        metrics: EngineMetrics,
+        registry: CollectorRegistry,
     ) -> None:
         self._engine = engine
         self._pipe = pipe
         self._clock = clock
         self._heartbeat_interval_s = heartbeat_interval_s
         self._metrics = metrics
+        self._registry = registry
         self._submissions = Submissions(pipe, clock)
-        self._role: Role = role_factory(engine, self._submissions)
+        self._role: Role = build_role(self._submissions)
         self._description = description
         self._description.role = self._role.role
         self._description.transports.extend(self._role.transports)
@@ -77,6 +78,7 @@ class EngineLoop:
         self._role.turn(self._clock())
         if self._engine.has_work:
             outputs = self._engine.step()
+            self._metrics.observe_step(outputs)
             self._role.after_step(outputs)
             self._submissions.publish(outputs)
         self._publish_cache_changes()
@@ -250,7 +252,9 @@ class EngineLoop:
         metrics = b""
         if now >= self._next_metrics:
             self._next_metrics = now + _METRICS_INTERVAL_S
-            metrics = self._metrics(stats)
+            self._metrics.observe_stats(stats)
+            self._role.observe()
+            metrics = exposition(self._registry)
         load = load_to_proto(stats, draining=self._draining, leases=self._role.leases)
         self._pipe.send(
             ipc_pb2.EngineEvent(heartbeat=ipc_pb2.Heartbeat(load=load, metrics=metrics))

@@ -4,16 +4,19 @@ Every worker computes prompts and generates; a role is where the KV of a request
 from. All methods run in the engine loop's thread, between steps, and never wait.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engine.engine import Engine
+from prometheus_client import CollectorRegistry
 
 from core.errors import DiptychError
 from core.finish import FinishReason
 from core.tokens import TokenLogprobs
+from engine.engine import Engine
 from engine.request import EngineRequest, StepOutputs
 from kvtransfer.messages import Key
+from kvtransfer.transport import BlockPool
 from rpc.v1 import ipc_pb2, worker_pb2
 
 
@@ -116,14 +119,24 @@ class Role(Protocol):
         """Longest the loop may sleep when the engine is idle, in seconds."""
         ...
 
+    def observe(self) -> None:
+        """Bring metrics up to date; called before they are rendered."""
+        ...
+
     def close(self) -> None:
         """The loop has ended."""
         ...
 
 
-class RoleFactory(Protocol):
-    """Builds a role once the engine exists."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleContext:
+    """What a role is built from, once the engine exists."""
 
-    def __call__(self, engine: Engine, outbox: Outbox) -> Role:
-        """Called once, before the loop turns."""
-        ...
+    engine: Engine
+    pool: BlockPool
+    outbox: Outbox
+    description: worker_pb2.WorkerDescription
+    registry: CollectorRegistry
+
+
+BuildRole = Callable[[RoleContext], Role]

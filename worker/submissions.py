@@ -174,7 +174,7 @@ def _mark(
     imported = submission.received_at is not None
     if submission.scheduled_at is None:
         if not imported:
-            submission.cached_tokens = output.num_cached
+            submission.cached_tokens = output.num_cached_tokens
         submission.scheduled_at = began_at
         if submission.received_at is not None:
             submission.times.decode_queue_s = max(0.0, began_at - submission.received_at)

@@ -1,0 +1,259 @@
+"""The whole system as real processes on loopback: a router, prefill workers, decode workers."""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import openai
+
+from engine.threads import compute_thread_env
+from rpc.auth import Credentials
+from rpc.channel import open_channel
+from rpc.v1 import worker_pb2, worker_pb2_grpc
+from tests.support.process import Process, descendants, free_port, running, wait_until
+
+TOKEN = "test-token"
+START_S = 120.0
+
+
+@dataclass
+class Worker:
+    """One worker: where it listens and how to start it again."""
+
+    role: str
+    port: int
+    metrics_port: int
+    command: list[str]
+    env: dict[str, str]
+    process: Process | None = None
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def pids(self) -> list[int]:
+        """Service process first, then its engine process."""
+        assert self.process is not None
+        return [self.process.pid, *descendants(self.process.pid)]
+
+    def start(self) -> None:
+        self.process = self.stack.enter_context(
+            running(self.command, name=f"{self.role}-{self.port}", env=self.env)
+        )
+
+    def kill(self) -> None:
+        """SIGKILL to service and engine."""
+        self.stack.close()
+        self.process = None
+
+    def describe(self) -> worker_pb2.DescribeResponse:
+        return asyncio.run(self._describe())
+
+    async def _describe(self) -> worker_pb2.DescribeResponse:
+        async with open_channel(self.address, Credentials(token=TOKEN)) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            return await stub.Describe(worker_pb2.DescribeRequest(), timeout=5)
+
+    def flush_cache(self) -> int:
+        async def call() -> int:
+            async with open_channel(self.address, Credentials(token=TOKEN)) as channel:
+                stub = worker_pb2_grpc.WorkerStub(channel)
+                response = await stub.FlushCache(worker_pb2.FlushCacheRequest(), timeout=30)
+                return int(response.freed_blocks)
+
+        return asyncio.run(call())
+
+
+@dataclass
+class Cluster:
+    """Running processes and clients to talk to them."""
+
+    router: Process
+    port: int
+    prefill: list[Worker]
+    decode: list[Worker]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def workers(self) -> list[Worker]:
+        return [*self.prefill, *self.decode]
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120, **options
+        )
+
+    def async_openai(self, **options: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120, **options
+        )
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=10)
+
+    @property
+    def log(self) -> str:
+        parts = [f"== router\n{self.router.log}"]
+        for worker in self.workers:
+            if worker.process is not None:
+                parts.append(f"== {worker.role}-{worker.port}\n{worker.process.log}")
+        return "\n".join(parts)
+
+    def wait_ready(self, timeout_s: float = START_S) -> None:
+        """Until every worker that runs is attached to the router."""
+
+        def ready() -> bool:
+            for worker in self.workers:
+                if worker.process is not None and not worker.process.running:
+                    raise AssertionError(f"{worker.role} ended:\n{worker.process.log}")
+            if not self.router.running:
+                raise AssertionError(f"the router ended:\n{self.router.log}")
+            try:
+                if self.get("/ready").status_code != 200:
+                    return False
+            except httpx.TransportError:
+                return False
+            return all(self._attached(worker) for worker in self.workers if worker.process)
+
+        wait_until(ready, timeout_s, "the cluster to be ready", lambda: self.log)
+
+    def _attached(self, worker: Worker) -> bool:
+        try:
+            worker.describe()
+        except grpc.RpcError:
+            return False
+        ready = sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in self.get("/metrics").text.splitlines()
+            if line.startswith("diptych_router_workers{")
+            and f'role="{worker.role}"' in line
+            and 'state="ready"' in line
+        )
+        peers = self.prefill if worker.role == "prefill" else self.decode
+        return ready >= len([peer for peer in peers if peer.process is not None])
+
+    def pools_balanced(self) -> bool:
+        """True if no block is held on any worker that runs, and none is lost."""
+        for worker in self.workers:
+            if worker.process is None:
+                continue
+            try:
+                response = worker.describe()
+            except grpc.RpcError:
+                return False
+            load = response.load
+            total = load.free_blocks + load.cached_blocks + load.held_blocks
+            assert total == response.worker.num_blocks, f"{worker.role} lost blocks: {load}"
+            if load.held_blocks or load.leases or load.running or load.waiting:
+                return False
+        return True
+
+    def wait_balanced(self, timeout_s: float = 10.0) -> float:
+        """Wait until every pool is free or cached again; returns the seconds that took."""
+        began = time.monotonic()
+
+        def detail() -> str:
+            return "\n".join(
+                f"{w.role}: {w.describe().load}" for w in self.workers if w.process is not None
+            )
+
+        wait_until(self.pools_balanced, timeout_s, "every pool to balance", detail)
+        return time.monotonic() - began
+
+
+@contextmanager
+def cluster(
+    model: Path | str,
+    *,
+    prefill: int = 1,
+    decode: int = 1,
+    transport: str = "nixl",
+    worker: Mapping[str, object] | None = None,
+    router: Mapping[str, object] | None = None,
+    wait: bool = True,
+) -> Iterator[Cluster]:
+    """Start a system and end it, checking that it left no block behind.
+
+    Args:
+        model: a folder that workers and router load.
+        prefill: number of prefill workers.
+        decode: number of decode workers.
+        transport: how KV moves.
+        worker: settings of every worker, by field name.
+        router: settings of the router, by field name.
+        wait: wait until all is ready.
+    """
+    with ExitStack() as stack:
+        pools = {
+            role: [_worker(role, model, transport, worker or {}) for _ in range(count)]
+            for role, count in (("prefill", prefill), ("decode", decode))
+        }
+        for one in [*pools["prefill"], *pools["decode"]]:
+            stack.callback(one.stack.close)
+            one.start()
+        port = free_port()
+        options: dict[str, object] = {"port": port, "model": model, **(router or {})}
+        for role, workers in pools.items():
+            if workers:
+                options[role] = ",".join(one.address for one in workers)
+        process = stack.enter_context(
+            running(
+                [sys.executable, "-m", "router", *_flags(options)],
+                name="router",
+                env={"DIPTYCH_ROUTER_AUTH_TOKEN": TOKEN},
+            )
+        )
+        running_cluster = Cluster(process, port, pools["prefill"], pools["decode"])
+        if wait:
+            running_cluster.wait_ready()
+        yield running_cluster
+
+
+def _worker(
+    role: str, model: Path | str, transport: str, settings: Mapping[str, object]
+) -> Worker:
+    port, metrics_port = free_port(), free_port()
+    options: dict[str, object] = {
+        "model": model,
+        "port": port,
+        "metrics_port": metrics_port,
+        "kv_transport": transport,
+        "kv_cache_memory": "64MiB",
+        **settings,
+    }
+    env = compute_thread_env(None) | {f"DIPTYCH_{role.upper()}_AUTH_TOKEN": TOKEN}
+    command = [sys.executable, "-m", role, *_flags(options)]
+    return Worker(role, port, metrics_port, command, env)
+
+
+def _flags(options: Mapping[str, object]) -> list[str]:
+    flags = []
+    for name, value in options.items():
+        flags += [f"--{name.replace('_', '-')}", str(value)]
+    return flags
+
+
+def stream_events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The JSON events of a server-sent stream, up to [DONE]."""
+    for line in response.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+def on_ci() -> bool:
+    """True where the machine is shared and slow."""
+    return bool(os.environ.get("CI"))
