@@ -29,6 +29,10 @@ class EngineConfig:
     """Most tokens computed in one step, decodes and prompt chunks together."""
     max_chunk_tokens: int | None = None
     """Most prompt tokens of one request in one step; None: max_step_tokens."""
+    max_waiting: int = 1024
+    """Most requests that wait for admission; one more is refused as overloaded."""
+    policy: Literal["fcfs", "longest_prefix"] = "fcfs"
+    """Who is admitted next: the oldest request, or the one with most tokens in the prefix cache."""
     prefix_caching: bool = True
     attention_backend: Literal["auto", "torch_native"] = "auto"
     num_threads: int | None = None

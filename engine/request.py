@@ -19,7 +19,7 @@ class EngineRequest:
     output_ids: Sequence[int] = ()
     """Tokens sampled by earlier attempts. They count for positions, penalties and max_tokens."""
     block_hashes: Sequence[bytes] | None = None
-    """Hashes of the full blocks of prompt_ids + output_ids; computed here when None."""
+    """Hashes of the full blocks of prompt_ids + output_ids; None: computed here, without a salt."""
     prefill_only: bool = False
     """End with HANDED_OVER after the first sampled token, unless that token ends the output."""
 
@@ -36,8 +36,8 @@ class SequenceOutput:
     """One per token if asked for."""
     num_computed: int = 0
     """Tokens of prompt + output whose KV is in the pool now."""
-    num_cached: int = 0
-    """Of the prompt, tokens that the prefix cache served when the request was first admitted."""
+    num_cached_tokens: int = 0
+    """Tokens that the prefix cache spared when the request was first admitted."""
     finish_reason: FinishReason | None = None
     matched_stop: int | None = None
     error: DiptychError | None = None
@@ -69,6 +69,8 @@ class EngineStats:
     preemptions: int = 0
     cached_tokens: int = 0
     """Prompt tokens served from the prefix cache since start."""
+    lookup_tokens: int = 0
+    """Prompt tokens looked up in the prefix cache since start."""
 
 
 @dataclass(slots=True)

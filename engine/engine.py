@@ -1,0 +1,348 @@
+"""The engine's public face: requests in, tokens out, one step per call.
+
+Called by a worker's engine loop, or by `engine.llm` in a plain loop; one thread, no locks, no
+network. Blocks can leave and enter: a prefill role holds the blocks of a request beyond its end, a
+decode role reserves blocks, brings KV in and has the sequence adopted.
+
+What a holder may rely on:
+- The content of a block that is complete, or whose sequence has ended, never changes while held.
+- An ended sequence keeps its blocks until `reap`, which the next `step` calls first. So whoever
+  wants to hold them has from the return of one `step` to the next.
+- A preempted sequence loses its block table and is computed again. Blocks that were reported and
+  held before stay right; the table may name other blocks of equal content for the same tokens.
+
+Invariant: every block is free, cached or held, and every reference has an owner: a sequence, a
+reservation or a hold (`check_integrity`).
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from core.block_hash import root_hash
+from core.clock import Clock, monotonic
+from core.errors import DiptychError, InvalidRequestError, OverloadedError
+from core.tokens import TokenLogprobs
+from engine.config import EngineConfig
+from engine.intake import Intake
+from engine.kv.allocator import BlockAllocator
+from engine.metrics import EngineMetrics
+from engine.rates import StepRates
+from engine.request import (
+    CacheChange,
+    EngineRequest,
+    EngineStats,
+    SequenceOutput,
+    StepOutputs,
+)
+from engine.scheduler import Scheduler, progress_of
+from engine.sequence import SequenceState, SequenceStatus
+
+if TYPE_CHECKING:  # scheduling needs no torch; only who builds an executor does
+    from engine.kv.pool import KVPool
+    from engine.runner import Executor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Blocks set aside for KV that comes from elsewhere. Ends with `adopt` or `cancel`."""
+
+    request_id: str
+    num_tokens: int
+    """Prompt tokens and earlier output: what the KV must cover."""
+    block_table: Sequence[int]
+    """Blocks of [0, num_tokens), in order. The first num_cached_blocks must not be written."""
+    num_cached_tokens: int
+    num_cached_blocks: int
+    """Leading blocks whose KV is here already."""
+
+
+class Engine:
+    """One model on one executor, serving many sequences at once."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: "Executor",
+        *,
+        model_digest: bytes,
+        clock: Clock = monotonic,
+        metrics: EngineMetrics | None = None,
+    ) -> None:
+        model, pool = executor.model_config, executor.pool
+        block_size = pool.layout.block_size
+        model_len = model.max_position_embeddings
+        if config.max_model_len is not None:
+            model_len = min(model_len, config.max_model_len)
+        self._executor = executor
+        self._clock = clock
+        self._metrics = metrics
+        self._log = logging.getLogger(__name__)
+        self._intake = Intake(
+            model_len=model_len,
+            num_blocks=pool.num_blocks,
+            block_size=block_size,
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            root_hash=root_hash(model_digest) if config.prefix_caching else None,
+        )
+        self._blocks = BlockAllocator(pool.num_blocks)
+        self._scheduler = Scheduler(config, self._blocks, block_size=block_size, clock=clock)
+        self._rates = StepRates()
+        self._live: dict[str, SequenceState] = {}
+        self._ended: dict[str, SequenceState] = {}
+        self._reserved: dict[str, tuple[Reservation, SequenceState]] = {}
+        self._holds: Counter[int] = Counter()
+        self._stuck = False
+
+    @property
+    def pool(self) -> "KVPool":
+        """The memory that block ids point into."""
+        return self._executor.pool
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self._executor.model_config.vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids with which the model itself ends an output."""
+        return self._executor.model_config.eos_token_ids
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt + output in tokens that this engine serves."""
+        return self._intake.max_len
+
+    @property
+    def has_work(self) -> bool:
+        """True if a step would do something: compute, admit, or free what has ended.
+
+        False too while sequences wait but held or reserved blocks leave them no room; it turns true
+        again when one of those ends.
+        """
+        return bool(self._ended) or (bool(self._live) and not self._stuck)
+
+    def check(self, request: EngineRequest) -> None:
+        """See whether a request could be served, without taking it.
+
+        Raises:
+            InvalidRequestError: it never can, or its id is in use.
+        """
+        self._sequence_of(request)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequestError: it can never be served, or its id is in use.
+            OverloadedError: the waiting queue is full.
+        """
+        sequence = self._sequence_of(request)
+        try:
+            self._scheduler.add(sequence)
+        except OverloadedError as error:
+            rate = self._rates.prefill_tokens_per_s
+            wait_s = self._scheduler.backlog_tokens / rate if rate else 1.0
+            raise OverloadedError(error.message, retry_after_s=max(1.0, wait_s)) from None
+        self._live[sequence.request_id] = sequence
+        self._stuck = False
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now, without an output, and free its blocks.
+
+        A reservation is not touched: a transport may be writing to it, so only `cancel` ends it.
+
+        Returns:
+            False if the request is unknown or has ended.
+        """
+        sequence = self._live.pop(request_id, None)
+        if sequence is None:
+            return False
+        self._scheduler.abort(sequence)
+        self._stuck = False
+        return True
+
+    def step(self) -> StepOutputs:
+        """Free what ended in the last step, then compute one step.
+
+        A failing executor fails the sequences of this step only; the error is in their outputs.
+        """
+        self.reap()
+        started = self._clock()
+        step = self._scheduler.schedule()
+        self._stuck = step is None
+        if step is None:
+            return StepOutputs()
+        try:
+            result = self._executor.execute(step.plan)
+        except Exception as error:
+            self._log.exception("A step of %d sequences failed.", len(step.sequences))
+            outputs = self._scheduler.fail(step, _typed(error))
+        else:
+            outputs = self._scheduler.update(step, result)
+        for sequence in step.sequences:
+            if sequence.status is SequenceStatus.ENDED:
+                self._ended[sequence.request_id] = self._live.pop(sequence.request_id)
+        duration_s = self._clock() - started
+        self._rates.observe(step.num_prefill_tokens, step.num_decode_tokens, duration_s)
+        done = StepOutputs(outputs, step.num_prefill_tokens, step.num_decode_tokens, duration_s)
+        if self._metrics is not None:
+            self._metrics.observe_step(done)
+        return done
+
+    def reap(self) -> None:
+        """Free the blocks of sequences that have ended. `step` begins with it."""
+        for sequence in self._ended.values():
+            self._scheduler.release(sequence)
+        self._ended.clear()
+
+    def block_table(self, request_id: str) -> Sequence[int]:
+        """Blocks of a live, or ended and not yet reaped, request; a view, so copy what you keep.
+
+        Empty while it waits. Complete blocks are those below num_computed // block_size.
+        """
+        return self._find(request_id).block_table
+
+    def num_computed(self, request_id: str) -> int:
+        """Tokens whose KV is in those blocks. Falls back when the request is preempted."""
+        return self._find(request_id).num_computed
+
+    def hold(self, block_ids: Sequence[int]) -> None:
+        """Keep blocks of a live, ended or reserved request until `release`."""
+        assert all(self._blocks.references(block_id) for block_id in block_ids), (
+            "not held by anyone"
+        )
+        self._blocks.hold(block_ids)
+        self._holds.update(block_ids)
+
+    def release(self, block_ids: Sequence[int]) -> None:
+        """Undo one `hold`, of the same blocks in table order."""
+        assert all(self._holds[block_id] for block_id in block_ids), "released without a hold"
+        self._holds.subtract(block_ids)
+        for block_id in block_ids:
+            if not self._holds[block_id]:
+                del self._holds[block_id]
+        self._blocks.release(block_ids)
+        self._stuck = False
+
+    def reserve(self, request: EngineRequest) -> Reservation | None:
+        """Set blocks aside for a request whose KV comes from elsewhere.
+
+        What the prefix cache holds is in the table already. Running sequences keep the watermark.
+
+        Returns:
+            None if there is no room now; ask again after a step, or once something was released.
+
+        Raises:
+            InvalidRequestError: it can never be served, or its id is in use.
+        """
+        sequence = self._sequence_of(request)
+        if not self._scheduler.reserve(sequence):
+            return None
+        reservation = Reservation(
+            request_id=sequence.request_id,
+            num_tokens=len(sequence.token_ids),
+            block_table=tuple(sequence.block_table),
+            num_cached_tokens=sequence.num_cached_tokens,
+            num_cached_blocks=sequence.num_registered,
+        )
+        self._reserved[sequence.request_id] = (reservation, sequence)
+        return reservation
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Free a reservation's blocks. No-op once adopted or cancelled.
+
+        NOTE: nothing may still be writing to them; stop the transport first.
+        """
+        if self._is_open(reservation):
+            _, sequence = self._reserved.pop(reservation.request_id)
+            self._scheduler.cancel(sequence)
+            self._stuck = False
+
+    def adopt(
+        self, reservation: Reservation, first_token: int, logprobs: TokenLogprobs | None = None
+    ) -> SequenceOutput:
+        """Go on with a request whose KV has arrived in full and was verified.
+
+        The complete blocks enter the prefix cache here, not before.
+
+        Args:
+            reservation: open, its blocks written.
+            first_token: sampled by prefill, at index len(request.output_ids).
+            logprobs: of that token, if asked for.
+
+        Returns:
+            What that token did, in the form of a step's output; `step` does not report it again.
+            With a finish_reason the request is over: it was the last token.
+        """
+        assert self._is_open(reservation), f"reservation {reservation.request_id} is not open"
+        _, sequence = self._reserved.pop(reservation.request_id)
+        self._scheduler.adopt(sequence, first_token)
+        ended = sequence.status is SequenceStatus.ENDED
+        (self._ended if ended else self._live)[sequence.request_id] = sequence
+        self._stuck = False
+        return progress_of(sequence, first_token, logprobs)
+
+    def stats(self) -> EngineStats:
+        """The load at this moment. O(waiting + running)."""
+        scheduler, blocks = self._scheduler, self._blocks
+        return EngineStats(
+            waiting=scheduler.num_waiting,
+            running=scheduler.num_running,
+            backlog_tokens=scheduler.backlog_tokens,
+            total_blocks=blocks.num_blocks,
+            free_blocks=blocks.num_free,
+            cached_blocks=blocks.num_cached,
+            held_blocks=blocks.num_held,
+            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+            decode_step_s=self._rates.decode_step_s,
+            preemptions=scheduler.num_preemptions,
+            cached_tokens=scheduler.cached_tokens,
+            lookup_tokens=scheduler.lookup_tokens,
+        )
+
+    def drain_cache_changes(self) -> CacheChange:
+        """Hashes that the prefix cache gained and lost since the last call."""
+        return self._blocks.drain_changes()
+
+    def cached_hashes(self) -> list[bytes]:
+        """Every hash that the prefix cache can serve: a snapshot. Drain changes with it."""
+        return self._blocks.hashes()
+
+    def flush_cache(self) -> int:
+        """Forget every cached block that nothing holds. Returns how many."""
+        return self._blocks.flush()
+
+    def check_integrity(self) -> None:
+        """Assert that every block is in one state and every reference has its owner."""
+        self._blocks.check_integrity()
+        owners = Counter(self._holds)
+        reserved = [sequence for _, sequence in self._reserved.values()]
+        for sequence in (*self._live.values(), *self._ended.values(), *reserved):
+            owners.update(sequence.block_table)
+        for block_id in range(self._blocks.num_blocks):
+            counted, owned = self._blocks.references(block_id), owners[block_id]
+            assert counted == owned, f"block {block_id}: {counted} references, {owned} owners"
+
+    def _sequence_of(self, request: EngineRequest) -> SequenceState:
+        request_id = request.request_id
+        if request_id in self._live or request_id in self._ended or request_id in self._reserved:
+            raise InvalidRequestError(f"Request id {request_id} is in use; choose another.")
+        return self._intake.sequence(request, self._clock())
+
+    def _find(self, request_id: str) -> SequenceState:
+        return self._live.get(request_id) or self._ended[request_id]
+
+    def _is_open(self, reservation: Reservation) -> bool:
+        entry = self._reserved.get(reservation.request_id)
+        return entry is not None and entry[0] is reservation
+
+
+def _typed(error: Exception) -> DiptychError:
+    if isinstance(error, DiptychError):
+        return error
+    return DiptychError(f"The engine failed to execute a step: {type(error).__name__}: {error}")

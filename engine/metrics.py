@@ -1,0 +1,92 @@
+"""Prometheus metrics of one engine, declared once on the registry that its process owns.
+
+`Engine` reports each step; whoever renders the registry first passes it a snapshot of the load.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from engine.request import EngineStats, StepOutputs
+from telemetry.metrics import STEP_BUCKETS_S
+
+STEP_TOKENS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Tokens computed in one step."""
+
+
+class EngineMetrics:
+    """What an operator sees of an engine."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._stats = EngineStats()
+        self._requests_waiting = Gauge(
+            "diptych_requests_waiting", "Requests that wait for admission.", registry=registry
+        )
+        self._requests_running = Gauge(
+            "diptych_requests_running", "Requests in the running batch.", registry=registry
+        )
+        self._backlog_tokens = Gauge(
+            "diptych_backlog_tokens", "Tokens accepted and not yet computed.", registry=registry
+        )
+        self._kv_blocks = Gauge(
+            "diptych_kv_blocks", "KV blocks by state.", ["state"], registry=registry
+        )
+        self._kv_cache_usage_ratio = Gauge(
+            "diptych_kv_cache_usage_ratio", "Share of KV blocks that are held.", registry=registry
+        )
+        self._prefill_rate = Gauge(
+            "diptych_prefill_tokens_per_second",
+            "Measured rate of prefill, 0 until known.",
+            registry=registry,
+        )
+        self._preemptions = Counter(
+            "diptych_preemptions_total",
+            "Sequences that lost their blocks to an older one.",
+            registry=registry,
+        )
+        self._lookup_tokens = Counter(
+            "diptych_prefix_cache_lookup_tokens_total",
+            "Prompt tokens looked up in the prefix cache.",
+            registry=registry,
+        )
+        self._hit_tokens = Counter(
+            "diptych_prefix_cache_hit_tokens_total",
+            "Prompt tokens served from the prefix cache.",
+            registry=registry,
+        )
+        self._step_duration = Histogram(
+            "diptych_step_duration_seconds",
+            "Wall time of one engine step.",
+            buckets=STEP_BUCKETS_S,
+            registry=registry,
+        )
+        self._step_tokens = Histogram(
+            "diptych_step_tokens",
+            "Tokens computed in one engine step, by phase.",
+            ["phase"],
+            buckets=STEP_TOKENS_BUCKETS,
+            registry=registry,
+        )
+        self._prefill_tokens = self._step_tokens.labels("prefill")
+        self._decode_tokens = self._step_tokens.labels("decode")
+
+    def observe_step(self, outputs: StepOutputs) -> None:
+        """Take one step into account."""
+        self._step_duration.observe(outputs.duration_s)
+        if outputs.num_prefill_tokens:
+            self._prefill_tokens.observe(outputs.num_prefill_tokens)
+        if outputs.num_decode_tokens:
+            self._decode_tokens.observe(outputs.num_decode_tokens)
+
+    def observe_stats(self, stats: EngineStats) -> None:
+        """Bring gauges and counters up to a snapshot taken later than the last one."""
+        past, self._stats = self._stats, stats
+        self._requests_waiting.set(stats.waiting)
+        self._requests_running.set(stats.running)
+        self._backlog_tokens.set(stats.backlog_tokens)
+        self._kv_blocks.labels("free").set(stats.free_blocks)
+        self._kv_blocks.labels("cached").set(stats.cached_blocks)
+        self._kv_blocks.labels("held").set(stats.held_blocks)
+        self._kv_cache_usage_ratio.set(stats.held_blocks / max(1, stats.total_blocks))
+        self._prefill_rate.set(stats.prefill_tokens_per_s)
+        self._preemptions.inc(stats.preemptions - past.preemptions)
+        self._lookup_tokens.inc(stats.lookup_tokens - past.lookup_tokens)
+        self._hit_tokens.inc(stats.cached_tokens - past.cached_tokens)

@@ -1,0 +1,95 @@
+"""One sequence on its way through the engine: its tokens, its blocks and when it must end.
+
+The scheduler moves it between waiting, running and ended; nothing else writes to it. Invariant:
+token_ids is prompt + every output token; the KV of token_ids[:num_computed] lies in block_table;
+a waiting or running sequence has at least one token left to compute.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from core.block_hash import hash_blocks
+from core.finish import FinishReason
+from core.sampling import SamplingParams
+from engine.plan import SampleSpec
+
+
+class SequenceStatus(StrEnum):
+    """Where a sequence is. PREEMPTED waits too, ahead of all that were never admitted."""
+
+    RESERVED = "reserved"
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    ENDED = "ended"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SequenceState:
+    """Everything the scheduler knows of one request."""
+
+    request_id: str
+    sampling: SamplingParams
+    prompt_ids: Sequence[int]
+    output_ids: list[int]
+    token_ids: list[int]
+    """prompt_ids + output_ids: what must be in the KV pool before the next token is sampled."""
+    block_hashes: list[bytes]
+    """Hashes of the leading full blocks of token_ids, as far as they are known."""
+    root_hash: bytes | None
+    """Parent of the first block; None when unknown, so that only given hashes can be extended."""
+    end_ids: tuple[int, ...]
+    """Ids that end the output: end of sequence unless ignored, and the request's stop ids."""
+    max_len: int
+    """Length of token_ids at which the sequence ends."""
+    prefill_only: bool
+    arrived_at: float
+    status: SequenceStatus = SequenceStatus.WAITING
+    expected_cached: int = 0
+    """Tokens that the prefix cache was seen to hold while the sequence waits; an estimate."""
+    age: int = -1
+    """Order of first admission; -1 before. An older sequence may preempt a younger one."""
+    block_table: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_registered: int = 0
+    """Leading blocks of block_table that the prefix cache has been told of."""
+    num_cached_tokens: int = 0
+    """Tokens that the prefix cache spared at the first admission."""
+    finish_reason: FinishReason | None = None
+    matched_stop: int | None = None
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens whose KV is missing; the last one is among them."""
+        return len(self.token_ids) - self.num_computed
+
+    def sample_spec(self) -> SampleSpec:
+        """How to sample the next token. Lists are shared, not copied."""
+        position = len(self.output_ids)
+        banned = self.end_ids if position < self.sampling.min_tokens else ()
+        return SampleSpec(self.sampling, position, self.prompt_ids, self.output_ids, banned)
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take a sampled token and say whether it ends the sequence, and how."""
+        self.output_ids.append(token_id)
+        self.token_ids.append(token_id)
+        if token_id in self.end_ids:
+            self.finish_reason = FinishReason.STOP
+            if token_id in self.sampling.stop_token_ids:
+                self.matched_stop = token_id
+        elif len(self.token_ids) >= self.max_len:
+            self.finish_reason = FinishReason.LENGTH
+        elif self.prefill_only:
+            self.finish_reason = FinishReason.HANDED_OVER
+        return self.finish_reason
+
+    def extend_hashes(self, num_blocks: int, block_size: int) -> None:
+        """Make the hashes of the first `num_blocks` blocks known, where a parent is known."""
+        known = len(self.block_hashes)
+        if known >= num_blocks:
+            return
+        parent = self.block_hashes[-1] if known else self.root_hash
+        if parent is not None:
+            tokens = self.token_ids[known * block_size : num_blocks * block_size]
+            self.block_hashes += hash_blocks(tokens, block_size, parent)
