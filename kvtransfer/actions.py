@@ -1,8 +1,8 @@
 """What the state machines ask of their caller: to be carried out in order, before the next event.
 
 Whatever an action gives rise to (a READ that can't start, say) is fed in after the last action of
-the list. `ExportAction` comes from the prefill side (`export.py`), `HandoverAction` from the decode side
-(`handover.py`). A machine counts an action as done when it has returned it.
+the list; a machine counts an action as done when it has returned it. `ExportAction` comes from the
+prefill side (`export.py`), `HandoverAction` from the decode side (`handover.py`).
 """
 
 from dataclasses import dataclass

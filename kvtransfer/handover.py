@@ -58,7 +58,7 @@ class HandoverConfig:
     read_margin_s: float = 0.5
     """Least time that a lease must still hold for a READ to start."""
     peer_silence_s: float = 10.0
-    """A link whose Renew is unanswered for this long is dead; must exceed prefill's longest step."""
+    """A link whose Renew is unanswered for this long is dead. Prefill's longest step is shorter."""
     open_timeout_s: float = 5.0
     """A link without a hello for this long is dead."""
     read_timeout_s: float = 10.0
