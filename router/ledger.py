@@ -66,6 +66,8 @@ class Effects:
     """For the client, next in order."""
     aborts: Sequence[Leg] = ()
     """Legs whose worker must be told to stop."""
+    failure: Failure | None = None
+    """Set if the attempt failed: the request now waits, or has ended with an error."""
 
 
 _NOTHING = Effects()
@@ -105,7 +107,7 @@ class RequestLedger:
         self._mode = ""
         self._open: dict[str, Leg] = {}
         self._early: dict[int, tuple[Token, str]] = {}
-        """Tokens that came before one that another leg still owes, and the worker they came from."""
+        """Tokens above one that another leg still owes, and the worker they came from."""
         self._decode_began = False
         self._exporter: str | None = None
         self._cached_tokens: int | None = None
@@ -142,7 +144,8 @@ class RequestLedger:
             return Effects(
                 given, self._end_well(self._ending.reason, self._ending.matched_stop).aborts
             )
-        return Effects(given, self._fail_on_gap().aborts)
+        gap = self._fail_on_gap()
+        return Effects(given, gap.aborts, gap.failure)
 
     def finished(self, worker: str, end: LegEnd) -> Effects:
         """A worker is done with its leg."""
@@ -249,7 +252,7 @@ class RequestLedger:
             message = f"Gave up after {self.attempt} attempts. {failure.message}"
             self.error = _as_error(failure.code, message)
         self.state = RequestState.WAITING if self.error is None else RequestState.ENDED
-        return Effects(aborts=aborts)
+        return Effects(aborts=aborts, failure=failure)
 
     def _already_complete(self) -> tuple[FinishReason, int | None] | None:
         """How the output ended, if only the worker's word for it is missing.

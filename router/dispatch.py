@@ -1,0 +1,366 @@
+"""Runs sequences on the fleet: admission, placement, attempts, failover. The router's Generator.
+
+It is driven by three things, all on one event loop: the API's calls, the workers' messages (it is
+the links' listener) and timers. Every change of a request goes through its ledger, and `_carry_out`
+does what the ledger says; nothing here waits, so a slow client or worker holds up nobody else.
+
+Invariant: a run is in `_runs` from admission until its client leaves its context; by then each leg
+has finished, is lost or was sent an Abort.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+from core.clock import Clock
+from core.errors import (
+    DeadlineError,
+    OverloadedError,
+    UnavailableError,
+)
+from router.admission import check_fits
+from router.fleet.worker import (
+    CacheChange,
+    LegEnd,
+    Role,
+    TokenRun,
+    WorkerInfo,
+    WorkerLoad,
+    WorkerState,
+)
+from router.generation import Generation, GenerationRequest, ServedModel
+from router.ledger import Effects, Failure, RequestLedger, RequestState
+from router.metrics import FleetMetrics
+from router.placement.decision import Placement, Refusal
+from router.placement.placer import Placer
+from router.placement.prefix_index import Applied
+from router.run import Run, tokens_of
+from router.settings import RouterSettings
+from router.timeline import RequestTimeline, TimelineStore
+from rpc.v1 import worker_pb2
+
+log = logging.getLogger(__name__)
+
+DURATION_WEIGHT = 0.1
+"""Weight of the latest request in the mean duration that Retry-After is taken from."""
+
+
+class Workers(Protocol):
+    """What dispatch needs of the fleet."""
+
+    def send(self, worker: str, message: worker_pb2.RouterMessage) -> bool:
+        """Queue a message; False if the worker can't be reached."""
+
+    def info(self, worker: str) -> WorkerInfo | None:
+        """None while the worker is not attached."""
+
+    @property
+    def absent(self) -> Mapping[str, str]:
+        """Workers that are not attached, and why."""
+
+    @property
+    def census(self) -> Iterable[tuple[Role, WorkerState]]:
+        """Role and state of every known worker."""
+
+
+class Dispatcher:
+    """See the module. Implements router.generation.Generator and fleet.link.LinkListener."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        placer: Placer,
+        settings: RouterSettings,
+        metrics: FleetMetrics,
+        clock: Clock,
+    ) -> None:
+        self._workers = workers
+        self._placer = placer
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = clock
+        self._runs: dict[str, Run] = {}
+        self._waiting: dict[str, Run] = {}
+        """Runs that no worker could take."""
+        self._ready: set[str] = set()
+        """Workers that take requests."""
+        self._model: ServedModel | None = None
+        self._timelines = TimelineStore(settings.timelines)
+        self._mean_duration_s = 1.0
+        self._draining = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    # The API's side.
+
+    @asynccontextmanager
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Generation]:
+        """Place and run one sequence; see Generator."""
+        run = self._admit(request)
+        try:
+            self._settle(run)
+            await run.started()
+            yield run
+        finally:
+            self._close(run)
+
+    @property
+    def model(self) -> ServedModel:
+        """What the workers serve, as long as one has ever said so."""
+        if self._model is None:
+            raise UnavailableError(f"No worker has answered yet. {_describe(self._workers.absent)}")
+        return self._model
+
+    @property
+    def ready(self) -> bool:
+        """True if a request would be admitted now."""
+        return bool(self._ready) and not self._draining and self._has_room
+
+    def timeline(self, request_id: str) -> dict[str, object] | None:
+        """Stages and decisions of a recent request."""
+        timeline = self._timelines.get(request_id)
+        return None if timeline is None else timeline.as_dict()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit nothing more and wait for what runs; end with an error what is left."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            for run in list(self._runs.values()):
+                self._carry_out(run, run.ledger.stop(_shutting_down()))
+
+    # The workers' side.
+
+    def attached(self, worker: str, info: WorkerInfo) -> None:
+        """A worker is there; see LinkListener."""
+        self._placer.add(worker, info)
+        known = self._model
+        self._model = ServedModel(
+            name=self._settings.served_model_name or info.model,
+            max_model_len=max(info.max_model_len, known.max_model_len if known else 0),
+            vocab_size=info.vocab_size,
+            eos_token_ids=info.eos_token_ids,
+        )
+
+    def lost(self, worker: str, cause: str) -> None:
+        """A worker is gone: each of its requests goes on elsewhere."""
+        self._placer.drop(worker)
+        self._ready.discard(worker)
+        self._metrics.count_workers(self._workers.census)
+        for run in list(self._runs.values()):
+            self._carry_out(run, run.ledger.lost(worker, cause))
+
+    def tokens(self, worker: str, runs: list[TokenRun]) -> None:
+        """One engine step's tokens."""
+        for each in runs:
+            run = self._runs.get(each.request_id)
+            if run is None:
+                self._metrics.stale_messages.inc()
+            else:
+                self._carry_out(run, run.ledger.tokens(worker, each.attempt, tokens_of(each)))
+
+    def finished(self, worker: str, end: LegEnd) -> None:
+        """A worker is done with its part."""
+        run = self._runs.get(end.request_id)
+        if run is None:
+            self._metrics.stale_messages.inc()
+            return
+        run.timeline.leg_ended(worker, end)
+        self._carry_out(run, run.ledger.finished(worker, end))
+
+    def load(self, worker: str, load: WorkerLoad) -> None:
+        """A load report."""
+        self._placer.report(worker, load, self._clock())
+        takes = load.state is WorkerState.READY
+        if takes != (worker in self._ready):
+            (self._ready.add if takes else self._ready.discard)(worker)
+            self._metrics.count_workers(self._workers.census)
+            if takes:
+                for run in list(self._waiting.values()):
+                    self._settle(run)
+
+    def cache(self, worker: str, change: CacheChange) -> bool:
+        """A cache event; False if a snapshot is needed."""
+        applied = self._placer.apply(worker, change)
+        self._metrics.cache_events.labels(applied.name.lower()).inc()
+        self._metrics.indexed_blocks.set(self._placer.indexed_blocks)
+        if applied is Applied.NEEDS_RESYNC:
+            self._metrics.resyncs.inc()
+        return applied is not Applied.NEEDS_RESYNC
+
+    # One run.
+
+    @property
+    def _has_room(self) -> bool:
+        return len(self._runs) < self._settings.max_in_flight
+
+    def _admit(self, request: GenerationRequest) -> Run:
+        if self._draining:
+            raise _shutting_down()
+        if not self._has_room:
+            limit = self._settings.max_in_flight
+            raise OverloadedError(
+                f"The router has {limit} requests in flight, which is its limit. Try again later.",
+                retry_after_s=min(60.0, max(1.0, self._mean_duration_s)),
+            )
+        now = self._clock()
+        model = self.model
+        check_fits(request, model)
+        if request.deadline <= now:
+            raise DeadlineError("The request's deadline had passed when it came to be placed.")
+        assert request.request_id not in self._runs
+        ledger = RequestLedger(
+            prompt_len=len(request.prompt_ids),
+            sampling=request.sampling,
+            eos_token_ids=model.eos_token_ids,
+            max_model_len=model.max_model_len,
+            max_attempts=self._settings.max_attempts,
+        )
+        run = Run(request, ledger, RequestTimeline(request=request, clock=self._clock))
+        self._runs[request.request_id] = run
+        self._timelines.add(run.timeline)
+        self._empty.clear()
+        self._metrics.in_flight.set(len(self._runs))
+        run.set_timer("deadline", request.deadline - now, self._deadline_passed)
+        return run
+
+    def _settle(self, run: Run) -> None:
+        """Place a waiting run, again if its workers vanish at once, or let it wait."""
+        while run.ledger.state is RequestState.WAITING:
+            placement = self._choose(run)
+            if placement is None:
+                return
+            self._start(run, placement)
+
+    def _choose(self, run: Run) -> Placement | None:
+        now = self._clock()
+        try:
+            placement = self._placer.place(
+                run.prompt,
+                run.hashes_for,
+                now,
+                avoid=run.ledger.avoid,
+                allow_avoided=now >= run.retry_at,
+                model_digest=run.model_digest if run.ledger.emitted else None,
+                absent=[
+                    Refusal((worker,), cause) for worker, cause in self._workers.absent.items()
+                ],
+            )
+        except UnavailableError as error:
+            run.refusal = error.message
+            self._wait(run, now)
+            return None
+        finally:
+            self._metrics.decision.observe(self._clock() - now)
+        self._leave_waiting(run)
+        return placement
+
+    def _start(self, run: Run, placement: Placement) -> None:
+        info = self._workers.info(placement.worker)
+        peer = self._workers.info(placement.prefill) if placement.prefill is not None else None
+        assert info is not None
+        worker_ids = {"decode": info.worker_id} | ({"prefill": peer.worker_id} if peer else {})
+        messages = run.messages(placement, info, peer, self._clock())
+        run.model_digest = info.model_digest
+        run.ledger.place(messages, mode=placement.mode.value)
+        run.timeline.placed(run.ledger.attempt, placement, worker_ids)
+        self._metrics.routing.labels(placement.mode.value).inc()
+        self._metrics.prefix_match.observe(placement.cached_tokens / run.prompt.num_tokens)
+        run.wake()
+        for leg, message in messages.items():
+            if not self._workers.send(leg.worker, message):
+                self._carry_out(run, run.ledger.lost(leg.worker, "it takes no messages"))
+                return
+
+    def _carry_out(self, run: Run, effects: Effects) -> None:
+        """Do what the ledger said after an event, and what its new state asks for."""
+        for leg in effects.aborts:
+            abort = worker_pb2.Abort(request_id=run.request.request_id, attempt=leg.attempt)
+            self._workers.send(leg.worker, worker_pb2.RouterMessage(abort=abort))
+        if effects.tokens:
+            run.timeline.tokens(len(effects.tokens))
+            run.push(effects.tokens)
+        if effects.failure is not None:
+            run.timeline.attempt_failed(effects.failure)
+        if run.ledger.state is RequestState.ENDED:
+            self._ended(run)
+        elif effects.failure is not None:
+            self._retry(run, effects.failure)
+
+    def _retry(self, run: Run, failure: Failure) -> None:
+        log.info(
+            "attempt %d failed, trying again: %s",
+            run.ledger.attempt,
+            failure.message,
+            extra={"request_id": run.request.request_id},
+        )
+        self._metrics.retries.labels(failure.code.value).inc()
+        backoff_s = self._settings.retry_backoff_s * 2 ** (run.ledger.attempt - 1)
+        run.retry_at = self._clock() + backoff_s
+        self._settle(run)
+
+    def _wait(self, run: Run, now: float) -> None:
+        if run.request.request_id not in self._waiting:
+            self._waiting[run.request.request_id] = run
+            self._metrics.waiting.set(len(self._waiting))
+            run.set_timer("grace", self._settings.no_worker_grace_s, self._grace_passed)
+        if now < run.retry_at:
+            run.set_timer("retry", run.retry_at - now, self._settle)
+
+    def _leave_waiting(self, run: Run) -> None:
+        run.cancel_timer("grace")
+        run.cancel_timer("retry")
+        if self._waiting.pop(run.request.request_id, None) is not None:
+            self._metrics.waiting.set(len(self._waiting))
+
+    def _grace_passed(self, run: Run) -> None:
+        failure = run.ledger.failure
+        before = f" The attempt before failed: {failure.message}" if failure is not None else ""
+        grace_s = self._settings.no_worker_grace_s
+        error = UnavailableError(f"Waited {grace_s:g} s for a worker. {run.refusal}{before}")
+        self._carry_out(run, run.ledger.stop(error))
+
+    def _deadline_passed(self, run: Run) -> None:
+        given_s = run.request.deadline - run.request.received_at
+        error = DeadlineError(
+            f"The request did not end within its {given_s:.1f} s; it had "
+            f"{len(run.ledger.emitted)} of at most {run.request.sampling.max_tokens} tokens."
+        )
+        self._carry_out(run, run.ledger.stop(error))
+
+    def _ended(self, run: Run) -> None:
+        """The ledger has ended; its client may still have tokens to take."""
+        if run.timeline.ended_at is not None:
+            return
+        self._leave_waiting(run)
+        run.cancel_timer("deadline")
+        run.timeline.ended(run.ledger.end, run.ledger.error)
+        self._metrics.generations.labels(run.timeline.outcome).inc()
+        self._metrics.attempts.observe(run.ledger.attempt)
+        run.wake()
+
+    def _close(self, run: Run) -> None:
+        """The client has left: nothing may go on working for it."""
+        self._carry_out(run, run.ledger.stop())
+        run.timeline.closed()
+        del self._runs[run.request.request_id]
+        self._metrics.in_flight.set(len(self._runs))
+        ledger = run.timeline.ledger
+        for stage in ledger.stages:
+            self._metrics.stages.labels(stage.name).observe(stage.seconds)
+        self._mean_duration_s += DURATION_WEIGHT * (ledger.total_s - self._mean_duration_s)
+        if not self._runs:
+            self._empty.set()
+
+
+def _shutting_down() -> UnavailableError:
+    return UnavailableError("The router is shutting down. Send the request again.")
+
+
+def _describe(absent: Mapping[str, str]) -> str:
+    shown = "; ".join(f"{worker}: {cause}" for worker, cause in list(absent.items())[:8])
+    return f"{shown}." if shown else "None is configured: set prefill and decode."

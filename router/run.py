@@ -1,0 +1,159 @@
+"""One generation in progress: its ledger, the tokens that its client has not taken yet, its timers.
+
+Made and driven by dispatch; read by the API through the Generation protocol. At most max_tokens
+wait in the buffer, so a slow client never holds up a worker's link.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from core.block_hash import hash_blocks, root_hash
+from router.fleet.wire import submit_to_proto, with_phase
+from router.fleet.worker import Phase, TokenRun, WorkerInfo
+from router.generation import GenerationEnd, GenerationRequest, Token
+from router.ledger import Leg, RequestLedger, RequestState
+from router.placement.cost import Prompt
+from router.placement.decision import Placement
+from router.timeline import RequestTimeline
+from rpc.v1 import worker_pb2
+
+
+class Run:
+    """A Generation and what dispatch must remember about it."""
+
+    def __init__(
+        self, request: GenerationRequest, ledger: RequestLedger, timeline: RequestTimeline
+    ) -> None:
+        self.request = request
+        self.ledger = ledger
+        self.timeline = timeline
+        self.model_digest: bytes | None = None
+        """Of the worker that began the output."""
+        self.retry_at = 0.0
+        """From when on a worker that failed it may be tried again, monotonic seconds."""
+        self.refusal = ""
+        """Why no worker could take it when last tried."""
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._tokens: list[Token] = []
+        self._changed = asyncio.Event()
+        self._hashes: dict[tuple[bytes, int], list[bytes]] = {}
+
+    @property
+    def prompt(self) -> Prompt:
+        """What placement needs to know of the next attempt."""
+        done = len(self.ledger.emitted)
+        return Prompt(
+            num_tokens=len(self.request.prompt_ids) + done,
+            max_new_tokens=self.request.sampling.max_tokens - done,
+        )
+
+    def hashes_for(self, info: WorkerInfo) -> Sequence[bytes]:
+        """Hashes of the full blocks of prompt and output so far, as `info`'s worker counts them.
+
+        Each block is hashed once, however many attempts there are.
+        """
+        block_size = info.layout.block_size
+        hashes = self._hashes.setdefault((info.model_digest, block_size), [])
+        token_ids = [*self.request.prompt_ids, *self.ledger.emitted]
+        if len(hashes) < len(token_ids) // block_size:
+            parent = (
+                hashes[-1] if hashes else root_hash(info.model_digest, salt=self.request.cache_salt)
+            )
+            start = len(hashes) * block_size
+            hashes += hash_blocks(token_ids, block_size, parent, start=start)
+        return hashes
+
+    def messages(
+        self, placement: Placement, info: WorkerInfo, peer: WorkerInfo | None, now: float
+    ) -> dict[Leg, worker_pb2.RouterMessage]:
+        """What each leg of the next attempt is sent.
+
+        Args:
+            placement: where the legs go.
+            info: the worker that generates.
+            peer: the worker that computes the prompt, if that is another.
+            now: monotonic seconds.
+        """
+        attempt = self.ledger.attempt + 1
+        submit = submit_to_proto(
+            request_id=self.request.request_id,
+            attempt=attempt,
+            prompt_ids=self.request.prompt_ids,
+            output_ids=self.ledger.emitted,
+            block_hashes=self.hashes_for(info),
+            sampling=self.request.sampling,
+            remaining_s=self.request.deadline - now,
+        )
+        if placement.prefill is None:
+            local = Leg(placement.worker, attempt, Phase.LOCAL)
+            return {local: with_phase(submit, Phase.LOCAL, None)}
+        export = Leg(placement.prefill, attempt, Phase.EXPORT)
+        import_ = Leg(placement.worker, attempt, Phase.IMPORT)
+        return {
+            export: with_phase(submit, Phase.EXPORT, info),
+            import_: with_phase(submit, Phase.IMPORT, peer),
+        }
+
+    def push(self, tokens: Sequence[Token]) -> None:
+        """Hand tokens to the client's side."""
+        if tokens:
+            self._tokens += tokens
+            self._changed.set()
+
+    def wake(self) -> None:
+        """Let whoever waits look at the ledger again."""
+        self._changed.set()
+
+    async def started(self) -> None:
+        """Wait until it was placed, or ended without.
+
+        Raises:
+            DiptychError: it ended without.
+        """
+        while self.ledger.attempt == 0 and self.ledger.state is not RequestState.ENDED:
+            self._changed.clear()
+            await self._changed.wait()
+        if self.ledger.attempt == 0 and self.ledger.error is not None:
+            raise self.ledger.error
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Token]]:
+        """Tokens as they arrive; see Generation."""
+        return self
+
+    async def __anext__(self) -> Sequence[Token]:
+        """The tokens that came since the last turn, at least one."""
+        while not self._tokens:
+            if self.ledger.state is RequestState.ENDED:
+                if self.ledger.error is not None:
+                    raise self.ledger.error
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+        batch, self._tokens = self._tokens, []
+        return batch
+
+    @property
+    def end(self) -> GenerationEnd:
+        """How it ended; only after iteration has finished."""
+        assert self.ledger.end is not None
+        return self.ledger.end
+
+    def set_timer(self, name: str, delay_s: float, callback: Callable[["Run"], None]) -> None:
+        """Have `callback` called with this run, unless the timer is set anew or cancelled."""
+        self.cancel_timer(name)
+        loop = asyncio.get_running_loop()
+        self._timers[name] = loop.call_later(delay_s, callback, self)
+
+    def cancel_timer(self, name: str) -> None:
+        """Forget a timer, set or not."""
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+
+def tokens_of(run: TokenRun) -> list[Token]:
+    """A worker's tokens as the client's side knows them."""
+    if not run.logprobs:
+        return [Token(index, each) for index, each in enumerate(run.token_ids, run.first_index)]
+    pairs = zip(run.token_ids, run.logprobs, strict=True)
+    return [Token(index, *pair) for index, pair in enumerate(pairs, run.first_index)]
