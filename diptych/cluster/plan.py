@@ -1,0 +1,148 @@
+"""What processes a cluster consists of: ports, commands and environment, before any starts.
+
+Pure but for the port probing. Worker ports come from below the range that the kernel gives to
+outgoing connections, so that a worker that ended finds its port free when it is started again.
+"""
+
+import random
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from core.errors import ConfigError
+from diptych.cluster.settings import ServeSettings, worker_options
+
+Role = Literal["router", "prefill", "decode"]
+LOOPBACK = "127.0.0.1"
+_PORTS = range(20_000, 30_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildSpec:
+    """One process: how to start it, and where it can be looked at."""
+
+    name: str
+    role: Role
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+    """Added to the launcher's environment; holds the token."""
+    metrics_url: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPlan:
+    """All processes, in the order in which they start."""
+
+    children: tuple[ChildSpec, ...]
+    model_name: str
+    base_url: str
+
+
+def plan_cluster(
+    settings: ServeSettings, *, model_path: Path, token: str, ports: Sequence[int], parent_pid: int
+) -> ClusterPlan:
+    """Lay out the processes.
+
+    Args:
+        settings: what the user asked for; `port` must not be 0.
+        model_path: the resolved model, the same for all.
+        token: shared secret of this cluster.
+        ports: two free loopback ports for each worker.
+        parent_pid: the launcher's, whose end ends every child.
+    """
+    model_name = settings.served_model_name or Path(settings.model).name
+    # The file, and not a level on the way to it, decides what is shown: JSON keeps levels readable.
+    common = (f"--model={model_path}", f"--served-model-name={model_name}", "--log-format=json")
+    level = f"--log-level={settings.log_level}"
+    passed_on = worker_options(settings)
+    unused = iter(ports)
+
+    def command(role: Role, *options: str) -> tuple[str, ...]:
+        child = (sys.executable, "-m", "diptych.cluster.child", str(parent_pid), role)
+        return (*child, *common, level, *options)
+
+    def environment(role: Role) -> dict[str, str]:
+        return {f"DIPTYCH_{role.upper()}_AUTH_TOKEN": token, "PYTHONUNBUFFERED": "1"}
+
+    workers: list[ChildSpec] = []
+    addresses: dict[Role, list[str]] = {"prefill": [], "decode": []}
+    roles: list[tuple[Role, int]] = [("prefill", settings.prefill), ("decode", settings.decode)]
+    for role, count in roles:
+        for index in range(count):
+            port, metrics_port = next(unused), next(unused)
+            name = f"{role}-{index}"
+            place = (f"--host={LOOPBACK}", f"--port={port}", f"--metrics-port={metrics_port}")
+            workers.append(
+                ChildSpec(
+                    name=name,
+                    role=role,
+                    command=command(role, f"--worker-id={name}", *place, *passed_on),
+                    env=environment(role),
+                    metrics_url=f"http://{LOOPBACK}:{metrics_port}/metrics",
+                )
+            )
+            addresses[role].append(f"{LOOPBACK}:{port}")
+    base_url = f"http://{_reachable(settings.host)}:{settings.port}"
+    router = ChildSpec(
+        name="router",
+        role="router",
+        command=command(
+            "router",
+            f"--host={settings.host}",
+            f"--port={settings.port}",
+            *(f"--{role}={','.join(found)}" for role, found in addresses.items() if found),
+        ),
+        env=environment("router"),
+        metrics_url=f"{base_url}/metrics",
+    )
+    return ClusterPlan(children=(*workers, router), model_name=model_name, base_url=base_url)
+
+
+def _reachable(host: str) -> str:
+    """An address that a client on this machine can use for a server that listens on `host`."""
+    host = {"0.0.0.0": LOOPBACK, "::": "::1", "": LOOPBACK}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that nothing listens on, all different.
+
+    Raises:
+        ConfigError: there are not that many.
+    """
+    with ExitStack() as held:
+        found: list[int] = []
+        for port in random.sample(_PORTS, len(_PORTS)):
+            if len(found) == count:
+                return found
+            probe = held.enter_context(socket.socket())
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            found.append(port)
+    raise ConfigError(f"There are no {count} free ports in {_PORTS.start}-{_PORTS.stop - 1}.")
+
+
+def settle_port(host: str, port: int) -> int:
+    """The port itself if it can be listened on; a free one for 0.
+
+    Raises:
+        ConfigError: it is taken, or `host` is not an address of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise ConfigError(
+            f"Can't listen on {host}:{port}: {error.strerror}. "
+            f"Stop what uses the port, or choose another one with --port."
+        ) from None
