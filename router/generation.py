@@ -1,7 +1,7 @@
 """The seam between the HTTP side of the router and the side that finds workers.
 
-The API turns a client's request into GenerationRequests and reads tokens from Generations; placement,
-attempts, failover and accounting stay behind `Generator`.
+The API turns a client's request into GenerationRequests and reads tokens from Generations;
+placement, attempts, failover and accounting stay behind `Generator`.
 """
 
 from collections.abc import AsyncIterator, Sequence

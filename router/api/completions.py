@@ -1,0 +1,50 @@
+"""POST /v1/completions: what completions do their own way."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from core.errors import InvalidRequestError
+from router.api.answers import Answer, CompletionAnswer
+from router.api.job import Prompt, TextRequest
+from router.api.requests import CompletionRequest, read
+from router.text.processor import TextProcessor
+
+
+class CompletionDialect:
+    """Prompts in, text out."""
+
+    name = "completions"
+    id_prefix = "cmpl"
+    prompt_field = "prompt"
+    answer: type[Answer] = CompletionAnswer
+
+    def read(self, data: Mapping[str, Any]) -> TextRequest:
+        """Check the fields of a body."""
+        request = read(CompletionRequest, data)
+        if request.echo and request.logprobs is not None:
+            raise InvalidRequestError(
+                "logprobs with echo would need logprobs of the prompt, which are not supported.",
+                param="echo",
+            )
+        return request
+
+    async def prompts(self, request: TextRequest, text: TextProcessor) -> list[Prompt]:
+        """Tokenize the prompts that are text."""
+        assert isinstance(request, CompletionRequest)
+        return [await _prompt(prompt, request, text) for prompt in request.prompt]
+
+    def default_max_tokens(self, configured: int) -> int | None:
+        """A short answer, as in OpenAI's API."""
+        return configured
+
+
+async def _prompt(
+    prompt: str | tuple[int, ...], request: CompletionRequest, text: TextProcessor
+) -> Prompt:
+    if isinstance(prompt, str):
+        ids = await text.encode(prompt, add_special_tokens=request.add_special_tokens)
+        return Prompt(token_ids=ids, echo=prompt if request.echo else "", continued=True)
+    echo = ""
+    if request.echo and all(0 <= token_id < 2**32 for token_id in prompt):
+        echo = text.decode(prompt, skip_special_tokens=request.skip_special_tokens)
+    return Prompt(token_ids=prompt, echo=echo, continued=True)

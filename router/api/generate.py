@@ -1,0 +1,219 @@
+"""Answers a request for text: reads it, runs its sequences, streams or collects their output.
+
+The contexts of all sequences are left before the answer ends, and at once when the client goes
+away, a stop string is found or the deadline passes: leaving them is what frees the workers.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from core.errors import DeadlineError, InvalidRequestError
+from router.api.answers import DONE, Answer, Usage
+from router.api.errors import ClientDisconnectedError, error_answer
+from router.api.exchange import Exchange
+from router.api.job import Choice, Dialect, Job, make_job
+from router.api.metrics import TokenTimer
+from router.api.output import Piece
+from router.api.parsing import parse_json
+from router.api.parts import ApiParts
+from router.api.sse import EventStream
+from router.generation import GenerationEnd
+
+Deliver = Callable[[Piece], Awaitable[None]]
+
+TIMEOUT_HEADER = b"x-request-timeout"
+
+
+class TextEndpoint:
+    """POST endpoint that generates text, in one dialect."""
+
+    def __init__(self, parts: ApiParts, dialect: Dialect) -> None:
+        self._parts = parts
+        self._dialect = dialect
+        self._metrics = parts.metrics.of(dialect.name)
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """Answer one request and account for how it went."""
+        outcome = "ok"
+        self._metrics.in_flight.inc()
+        try:
+            with self._parts.gate:
+                await self._respond(exchange)
+        except ClientDisconnectedError:
+            outcome = "disconnected"
+            self._parts.metrics.disconnects.labels(self._dialect.name, exchange.phase).inc()
+            raise
+        except asyncio.CancelledError:
+            outcome = "shutdown"
+            raise
+        except Exception as error:
+            outcome = error_answer(error).code
+            raise
+        finally:
+            self._metrics.in_flight.dec()
+            self._metrics.request_duration.observe(self._parts.clock() - exchange.received_at)
+            self._parts.metrics.requests.labels(self._dialect.name, outcome).inc()
+
+    async def _respond(self, exchange: Exchange) -> None:
+        settings = self._parts.settings
+        body = await exchange.read_json_body(
+            limit_bytes=settings.body_limit_bytes, timeout_s=settings.body_timeout_s
+        )
+        exchange.phase = "waiting"
+        stream = EventStream(exchange, clock=self._parts.clock, keep_alive_s=settings.keep_alive_s)
+        try:
+            await exchange.run(
+                self._serve(exchange, body, stream),
+                idle=stream.keep_alive,
+                idle_s=settings.keep_alive_s,
+            )
+        except Exception as error:
+            if stream.started and not isinstance(error, ClientDisconnectedError):
+                async with asyncio.timeout(settings.deadline_grace_s):
+                    await stream.fail(error_answer(error))
+            raise
+
+    async def _serve(self, exchange: Exchange, body: bytes, stream: EventStream) -> None:
+        request = self._dialect.read(parse_json(body))
+        deadline = exchange.received_at + self._timeout_s(exchange)
+        async with self._cut_off(deadline):
+            job = await make_job(self._parts, self._dialect, request, exchange, deadline)
+            names = [choice.request.request_id for choice in job.choices]
+            for name in {exchange.request_id, job.answer_id}:
+                self._parts.recent.remember(name, names)
+            self._parts.metrics.prompt_tokens.inc(job.usage().prompt_tokens)
+            options = request.stream_options
+            answer = self._dialect.answer(
+                answer_id=job.answer_id,
+                created=int(time.time()),
+                model=self._parts.served_name,
+                token_bytes=self._parts.text.token_bytes,
+                usage_field=options.include_usage,
+            )
+            if request.stream:
+                await self._stream(job, answer, exchange, stream)
+            else:
+                await self._collect(job, answer, exchange)
+
+    async def _collect(self, job: Job, answer: Answer, exchange: Exchange) -> None:
+        pieces = {choice.index: Piece() for choice in job.choices}
+
+        def delivery(choice: Choice) -> Deliver:
+            async def deliver(piece: Piece) -> None:
+                pieces[choice.index].extend(piece)
+
+            return deliver
+
+        await _together([self._run(choice, delivery(choice), exchange) for choice in job.choices])
+        choices = [
+            answer.choice(
+                choice.index,
+                choice.output,
+                pieces[choice.index],
+                prompt=choice.prompt.echo,
+                prompt_ids=job.prompt_ids(choice),
+            )
+            for choice in job.choices
+        ]
+        mode = job.mode()
+        headers = [(b"x-diptych-mode", mode.encode("latin-1", "replace"))] if mode else []
+        exchange.phase = "answering"
+        await exchange.answer(answer.whole(choices, job.usage()), headers=headers)
+
+    async def _stream(
+        self, job: Job, answer: Answer, exchange: Exchange, stream: EventStream
+    ) -> None:
+        options = job.request.stream_options
+        per_chunk = options.include_usage and options.continuous_usage_stats
+        stream.open()
+
+        def usage_of(choice: Choice) -> Usage | None:
+            if not per_chunk:
+                return None
+            output = choice.output
+            return Usage(len(choice.prompt.token_ids), output.num_tokens)
+
+        async def run(choice: Choice) -> None:
+            index = choice.index
+            before = answer.opening(index, choice.prompt.echo, job.prompt_ids(choice))
+
+            async def deliver(piece: Piece) -> None:
+                nonlocal before
+                if piece:
+                    exchange.phase = "streaming"
+                    event = answer.chunk(index, piece, usage_of(choice))
+                    await stream.write(before + event if before else event)
+                    before = b""
+
+            await self._run(choice, deliver, exchange)
+            await stream.write(before + answer.closing(index, choice.output, usage_of(choice)))
+
+        await _together([run(choice) for choice in job.choices])
+        total = answer.usage_event(job.usage()) if options.include_usage else b""
+        await stream.write(total + DONE, last=True)
+
+    async def _run(self, choice: Choice, deliver: Deliver, exchange: Exchange) -> None:
+        output, clock = choice.output, self._parts.clock
+        timer = TokenTimer(self._metrics, exchange.received_at)
+        end: GenerationEnd | None = None
+        try:
+            async with self._parts.generator.generate(choice.request) as generation:
+                async for tokens in generation:
+                    await deliver(output.take(tokens))
+                    timer.arrived(clock())
+                    if output.stopped:
+                        break
+                else:
+                    end = generation.end
+        finally:
+            self._parts.metrics.generation_tokens.inc(output.num_tokens)
+        if end is not None:
+            await deliver(output.close(end))
+
+    def _timeout_s(self, exchange: Exchange) -> float:
+        header = exchange.headers.get(TIMEOUT_HEADER)
+        if header is None:
+            return self._parts.settings.default_timeout_s
+        longest = self._parts.settings.max_timeout_s
+        try:
+            seconds = float(header)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds <= longest:
+            raise InvalidRequestError(
+                f"The header x-request-timeout must be seconds in (0, {longest:g}], "
+                f"got {header[:32].decode('latin-1')!r}.",
+                param="x-request-timeout",
+            )
+        return seconds
+
+    @asynccontextmanager
+    async def _cut_off(self, deadline: float) -> AsyncIterator[None]:
+        """End the work soon after its deadline, should the fleet or the client not let it end."""
+        left_s = deadline + self._parts.settings.deadline_grace_s - self._parts.clock()
+        try:
+            async with asyncio.timeout(left_s) as limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineError(
+                "The request did not end by its deadline; ask for fewer tokens or set the header "
+                "x-request-timeout higher."
+            ) from None
+
+
+async def _together(runs: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Run all; the first failure cancels the others and is raised alone."""
+    if len(runs) == 1:
+        return await runs[0]
+    try:
+        async with asyncio.TaskGroup() as group:
+            for run in runs:
+                group.create_task(run)
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None

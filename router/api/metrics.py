@@ -1,0 +1,100 @@
+"""Prometheus metrics of the HTTP side. Declared once, observed by router/api."""
+
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
+    300.0, 600.0,
+)  # fmt: skip
+
+
+class ApiMetrics:
+    """One per router process; labels are bounded."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.time_to_first_token = Histogram(
+            "diptych_router_time_to_first_token_seconds",
+            "From reading a request to writing its first token, per choice.",
+            ["endpoint"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.inter_token_latency = Histogram(
+            "diptych_router_inter_token_latency_seconds",
+            "Gap between two consecutive arrivals of tokens of one choice.",
+            ["endpoint"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.request_duration = Histogram(
+            "diptych_router_request_duration_seconds",
+            "From reading a request to the end of its answer.",
+            ["endpoint"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.requests = Counter(
+            "diptych_router_requests_total",
+            "Requests answered; outcome is ok, disconnected or the error's code.",
+            ["endpoint", "outcome"],
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "diptych_router_requests_in_flight",
+            "Requests being answered.",
+            ["endpoint"],
+            registry=registry,
+        )
+        self.prompt_tokens = Counter(
+            "diptych_router_prompt_tokens_total",
+            "Prompt tokens of admitted requests.",
+            registry=registry,
+        )
+        self.generation_tokens = Counter(
+            "diptych_router_generation_tokens_total",
+            "Generated tokens that were read from the workers.",
+            registry=registry,
+        )
+        self.disconnects = Counter(
+            "diptych_router_client_disconnects_total",
+            "Clients that left before their answer was complete; phase is body, waiting or "
+            "streaming.",
+            ["endpoint", "phase"],
+            registry=registry,
+        )
+
+    def of(self, endpoint: str) -> "EndpointMetrics":
+        """The series of one endpoint that are observed per token, looked up once."""
+        return EndpointMetrics(
+            time_to_first_token=self.time_to_first_token.labels(endpoint),
+            inter_token_latency=self.inter_token_latency.labels(endpoint),
+            request_duration=self.request_duration.labels(endpoint),
+            in_flight=self.in_flight.labels(endpoint),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointMetrics:
+    """Series of one endpoint."""
+
+    time_to_first_token: Histogram
+    inter_token_latency: Histogram
+    request_duration: Histogram
+    in_flight: Gauge
+
+
+class TokenTimer:
+    """Observes when the tokens of one choice arrive."""
+
+    def __init__(self, metrics: EndpointMetrics, started_at: float) -> None:
+        self._metrics = metrics
+        self._last = started_at
+        self._observe = metrics.time_to_first_token.observe
+
+    def arrived(self, now: float) -> None:
+        """Tokens of one turn were passed on to the client."""
+        self._observe(now - self._last)
+        self._last = now
+        self._observe = self._metrics.inter_token_latency.observe

@@ -1,0 +1,131 @@
+"""One choice's way from tokens to text.
+
+Owns what is between a Generation and an answer: incremental decoding, stop ids and stop strings,
+counting, and why the output ended. Used by one task; knows nothing of JSON or HTTP.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from core.finish import FinishReason
+from router.generation import GenerationEnd, Token
+from router.text.detokeniser import Detokeniser
+from router.text.stop_strings import StopStrings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputRules:
+    """What of the output the client gets, the same for all choices of a request."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    """Stop strings and stop ids stay in the text."""
+    stop_ids: frozenset[int] = frozenset()
+    """Ids that end the output when sampled."""
+    eos_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    """Stop strings are not looked for in the text of so many tokens."""
+    logprobs: bool = False
+    token_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """A token with logprobs and where its text starts in the output, in characters."""
+
+    token: Token
+    offset: int
+
+
+@dataclass(slots=True)
+class Piece:
+    """What a turn adds to the answer."""
+
+    text: str = ""
+    tokens: list[TokenText] = field(default_factory=list)
+    """Empty unless logprobs were asked for."""
+    token_ids: list[int] = field(default_factory=list)
+    """Empty unless token ids were asked for."""
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.tokens or self.token_ids)
+
+    def extend(self, other: "Piece") -> None:
+        """Append a later piece."""
+        self.text += other.text
+        self.tokens += other.tokens
+        self.token_ids += other.token_ids
+
+
+class Output:
+    """Consumes the tokens of one sequence."""
+
+    def __init__(self, detokeniser: Detokeniser, rules: OutputRules, *, offset: int = 0) -> None:
+        """Start at the first token.
+
+        Args:
+            detokeniser: for this sequence only.
+            rules: what the client gets.
+            offset: characters that the answer has before the output, where it echoes the prompt.
+        """
+        self._detokeniser = detokeniser
+        self._feed = detokeniser.feed
+        self._rules = rules
+        self._stops = StopStrings(rules.stops, include_match=rules.include_stop)
+        self._hidden = frozenset[int]() if rules.include_stop else rules.stop_ids
+        self._recording = rules.logprobs or rules.token_ids
+        self._chars = offset
+        self.num_tokens = 0
+        """Tokens taken, up to the one that ended the output."""
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        """The stop string, or the stop id other than an end-of-sequence id, that ended it."""
+        self.end: GenerationEnd | None = None
+        """None while running, and for an output that a stop string ended."""
+
+    @property
+    def stopped(self) -> bool:
+        """True once a stop string was found: no more tokens are wanted."""
+        return self.finish_reason is not None
+
+    def take(self, tokens: Sequence[Token]) -> Piece:
+        """Take the tokens of one turn; those after a stop string are ignored."""
+        piece = Piece()
+        for token in tokens:
+            self.num_tokens += 1
+            hidden = token.token_id in self._hidden
+            text = "" if hidden else self._feed(token.token_id)
+            if self._recording:
+                self._record(token, piece)
+            if text:
+                self._chars += len(text)
+                piece.text += self._pass(text) if self._rules.stops else text
+                if self.stopped:
+                    break
+        return piece
+
+    def close(self, end: GenerationEnd) -> Piece:
+        """Take how the generation ended, after its last token. Not for a stopped output."""
+        self.end = end
+        text = self._detokeniser.finish()
+        if self._rules.stops:
+            text = (self._pass(text) if text else "") + self._stops.flush()
+        if not self.stopped:
+            self.finish_reason = "length" if end.finish_reason is FinishReason.LENGTH else "stop"
+            if end.matched_stop not in self._rules.eos_ids:
+                self.stop_reason = end.matched_stop
+        return Piece(text)
+
+    def _pass(self, text: str) -> str:
+        if self.num_tokens <= self._rules.min_tokens:
+            return text
+        passed = self._stops.push(text)
+        if passed.matched is not None:
+            self.finish_reason, self.stop_reason = "stop", passed.matched
+        return passed.text
+
+    def _record(self, token: Token, piece: Piece) -> None:
+        if self._rules.token_ids:
+            piece.token_ids.append(token.token_id)
+        if self._rules.logprobs and token.logprobs is not None:
+            piece.tokens.append(TokenText(token, self._chars))

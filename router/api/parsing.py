@@ -1,0 +1,115 @@
+"""From a JSON body to a typed request, or a 400 that names the field.
+
+The rules for fields: null means the default; one that we know of but don't serve is refused by name
+unless its value asks for nothing; an unknown one is refused with the nearest name.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from core.errors import InvalidRequestError
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InvalidRequestError: it is not one.
+    """
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise InvalidRequestError(
+            f"The body must be a JSON object, not {_json_kind(data)}.", param=None
+        )
+    return data
+
+
+def known_fields(
+    data: Mapping[str, Any],
+    model: type[BaseModel],
+    unserved: Mapping[str, Sequence[Any]],
+    *,
+    where: str = "",
+) -> dict[str, Any]:
+    """Drop fields that are null or ask for nothing; refuse the ones that we can't honour.
+
+    Args:
+        data: a JSON object.
+        model: says which fields are served.
+        unserved: known fields that are not served, with the values besides null that ask for
+            nothing.
+        where: prefix of field names in errors, such as "messages[0].".
+
+    Raises:
+        InvalidRequestError: a field is unknown or not served.
+    """
+    kept = {}
+    for name, value in data.items():
+        if name in model.model_fields:
+            if value is not None:
+                kept[name] = value
+        elif name not in unserved:
+            raise _unknown(name, [*model.model_fields, *unserved], where)
+        elif value is not None and not any(_same(value, off) for off in unserved[name]):
+            raise InvalidRequestError(
+                f"{where}{name} is not supported by this server; leave it out.",
+                param=f"{where}{name}",
+            )
+    return kept
+
+
+def validate(model: type[Parsed], data: Mapping[str, Any], *, where: str = "") -> Parsed:
+    """Check types and ranges.
+
+    Raises:
+        InvalidRequestError: names the first field that is wrong.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    param = where + _path(first["loc"])
+    if first["type"] == "missing":
+        raise InvalidRequestError(f"{param} is required.", param=param)
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    raise InvalidRequestError(f"{param}: {message}; got {_short(first['input'])}.", param=param)
+
+
+def _same(value: Any, off: Any) -> bool:
+    return type(value) is type(off) and value == off
+
+
+def _unknown(name: str, known: Iterable[str], where: str) -> InvalidRequestError:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    shown = name if len(name) <= 64 else f"{name[:64]}…"
+    return InvalidRequestError(f"Unknown field {where}{shown}{hint}", param=f"{where}{shown}")
+
+
+def _path(loc: Sequence[str | int]) -> str:
+    path = ""
+    for part in loc:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def _short(value: Any) -> str:
+    try:
+        text = orjson.dumps(value).decode()
+    except TypeError:
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _json_kind(value: Any) -> str:
+    kinds = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")

@@ -1,0 +1,86 @@
+"""What the endpoints share, put together once by router/app.py."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.clock import Clock
+from core.errors import OverloadedError
+from router.api.errors import ModelNotFoundError
+from router.api.metrics import ApiMetrics
+from router.api.settings import ApiSettings
+from router.generation import Generator, ServedModel
+from router.text.processor import TextProcessor
+
+
+class RecentRequests:
+    """Which sequences belonged to a request, for the newest requests only."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._parts: OrderedDict[str, Sequence[str]] = OrderedDict()
+
+    def remember(self, name: str, parts: Sequence[str]) -> None:
+        """Note the sequences of a request under one of its names; the newest wins."""
+        self._parts[name] = parts
+        self._parts.move_to_end(name)
+        while len(self._parts) > self._capacity:
+            self._parts.popitem(last=False)
+
+    def parts(self, name: str) -> Sequence[str]:
+        """Ids of its sequences; the name itself if it is not known."""
+        return self._parts.get(name, (name,))
+
+
+class Gate:
+    """Bounds the requests inside the API."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        if self._inside >= self._limit:
+            raise OverloadedError(
+                f"The router is answering {self._limit} requests, as many as it takes; try again."
+            )
+        self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._inside -= 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiParts:
+    """Collaborators of every endpoint."""
+
+    generator: Generator
+    text: TextProcessor
+    settings: ApiSettings
+    metrics: ApiMetrics
+    recent: RecentRequests
+    gate: Gate
+    clock: Clock
+
+    @property
+    def served_name(self) -> str:
+        """The model's name for clients.
+
+        Raises:
+            UnavailableError: no worker has said yet what it serves.
+        """
+        return self.settings.served_model_name or self.generator.model.name
+
+    def model(self, name: str | None) -> ServedModel:
+        """The model that a client means.
+
+        Args:
+            name: what the client sent; None for the only one.
+
+        Raises:
+            ModelNotFoundError: another one is served.
+            UnavailableError: no worker has said yet what it serves.
+        """
+        if name is not None and name != self.served_name:
+            raise ModelNotFoundError(name, self.served_name)
+        return self.generator.model

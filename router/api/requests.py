@@ -1,0 +1,279 @@
+"""The request bodies that this server takes: fields, types, and what is known but not served.
+
+Ranges of sampling settings are checked by core.sampling.SamplingParams, which knows them.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from core.errors import InvalidRequestError
+from router.api.parsing import Parsed, known_fields, validate
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
+
+UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "allowed_token_ids": (),
+        "audio": (),
+        "bad_words": ([],),
+        "best_of": (1,),
+        "chat_template": (),
+        "documents": ([],),
+        "ebnf": (),
+        "function_call": ("none",),
+        "functions": ([],),
+        "guided_choice": (),
+        "guided_decoding": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "input_ids": (),
+        "json_schema": (),
+        "kv_transfer_params": (),
+        "length_penalty": (1, 1.0),
+        "lora_path": (),
+        "metadata": ({},),
+        "mm_processor_kwargs": ({},),
+        "modalities": (["text"],),
+        "moderation": (),
+        "parallel_tool_calls": (True, False),  # says nothing where there are no tools
+        "prediction": (),
+        "priority": (0,),
+        "prompt_cache_key": (),
+        "prompt_cache_retention": (),
+        "prompt_logprobs": (),
+        "reasoning_effort": ("none",),
+        "regex": (),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "spaces_between_special_tokens": (True,),
+        "store": (False,),
+        "structured_outputs": (),
+        "suffix": ("",),
+        "tool_choice": ("none", "auto"),  # likewise
+        "tools": ([],),
+        "truncate_prompt_tokens": (),
+        "use_beam_search": (False,),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
+)
+
+_UNSERVED_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "refusal": (),
+        "tool_call_id": (),
+        "tool_calls": ([],),
+    }
+)
+
+
+def _wrong(message: str) -> PydanticCustomError:
+    return PydanticCustomError("wrong_value", "{message}", {"message": message})
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise _wrong("must be a string or a list of strings")
+    if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+        raise _wrong(f"takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters")
+    return tuple(stops)
+
+
+def _biases(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise _wrong("must be an object of token ids and numbers")
+    biases = {}
+    for token_id, bias in value.items():
+        if not token_id.isascii() or not token_id.isdigit() or len(token_id) > 10:
+            raise _wrong(f"keys must be token ids, not {token_id[:32]!r}")
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise _wrong(f"values must be numbers, not that of {token_id}")
+        biases[int(token_id)] = float(bias)
+    return biases
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """One prompt or several, each text or token ids."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and value:
+        if all(_is_id(item) for item in value):
+            return (tuple(value),)
+        if all(isinstance(item, str) for item in value):
+            return tuple(value)
+        if all(isinstance(item, list) and all(_is_id(part) for part in item) for item in value):
+            return tuple(tuple(item) for item in value)
+    raise _wrong("must be a string, a list of strings, a list of token ids or a list of such lists")
+
+
+def _content(value: Any) -> str:
+    """Text of a message: a string, or text parts, one to a line."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise _wrong("must be a string or a list of text parts")
+    texts = []
+    for i, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            raise _wrong(f"part {i} must be an object with a type")
+        if kind != "text":
+            raise _wrong(f"part {i} is of type {kind[:32]}, which is not supported; send text")
+        if not isinstance(part.get("text"), str):
+            raise _wrong(f"part {i} must have text, a string")
+        if part.keys() - {"type", "text"}:
+            raise _wrong(f"part {i} may only have type and text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class StreamOptions(_Strict):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Message(_Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, PlainValidator(_content)]
+    name: str | None = None
+    reasoning_content: str | None = None
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"{where} must be an object.", param=where)
+    fields = known_fields(value, Message, _UNSERVED_IN_MESSAGES, where=f"{where}.")
+    return validate(Message, fields, where=f"{where}.")
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise _wrong("must be a list of at least one message")
+    return tuple(_message(item, f"messages[{i}]") for i, item in enumerate(value))
+
+
+def _stream_options(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise _wrong("must be an object")
+    fields = known_fields(
+        value, StreamOptions, {"include_obfuscation": (False,)}, where="stream_options."
+    )
+    return validate(StreamOptions, fields, where="stream_options.")
+
+
+class GenerateRequest(_Strict):
+    """What both ways of asking for text share."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: Annotated[StreamOptions, BeforeValidator(_stream_options)] = StreamOptions()
+    n: int = Field(default=1, ge=1)
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = Field(default_factory=dict)
+    stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
+    stop_token_ids: list[int] = Field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    return_token_ids: bool = False
+    user: str | None = None
+    safety_identifier: str | None = None
+    cache_salt: str = Field(default="", max_length=256)
+
+
+class ConversationFields(_Strict):
+    """How a conversation becomes a prompt."""
+
+    messages: Annotated[tuple[Message, ...], PlainValidator(_messages)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_special_tokens: bool = False
+
+    @property
+    def generation_prompt(self) -> bool:
+        """Whether the prompt ends with the header of a new message; unless one is continued."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
+
+class ChatRequest(GenerateRequest, ConversationFields):
+    """Body of POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+
+class CompletionRequest(GenerateRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_prompts)]
+    echo: bool = False
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+
+
+class TokenizeTextRequest(_Strict):
+    """Body of POST /tokenize with a prompt."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChatRequest(ConversationFields):
+    """Body of POST /tokenize with messages."""
+
+    model: str | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(_Strict):
+    """Body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+    skip_special_tokens: bool = False
+
+
+def read(model: type[Parsed], data: Mapping[str, Any]) -> Parsed:
+    """Check a body against one of the requests above.
+
+    Raises:
+        InvalidRequestError: names the first field that is wrong.
+    """
+    return validate(model, known_fields(data, model, UNSERVED))

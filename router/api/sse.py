@@ -1,0 +1,70 @@
+"""A stream of server-sent events as the answer to one request.
+
+Invariant: nothing is buffered; the status line goes out with the first event, so that a failure
+before it still gets its own status; comments fill silences so that proxies keep the stream open.
+"""
+
+import asyncio
+
+from core.clock import Clock
+from router.api.errors import ErrorAnswer
+from router.api.exchange import Exchange
+
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+class EventStream:
+    """Written to by the tasks of one request, one at a time."""
+
+    def __init__(self, exchange: Exchange, *, clock: Clock, keep_alive_s: float) -> None:
+        self._exchange = exchange
+        self._clock = clock
+        self._keep_alive_s = keep_alive_s
+        self._writing = asyncio.Lock()
+        self._last_write_at = clock()
+        self._open = False
+
+    @property
+    def started(self) -> bool:
+        """True once the client was told that events follow."""
+        return self._open and self._exchange.started
+
+    def open(self) -> None:
+        """From now on the answer is a stream, even if the first thing in it is a comment."""
+        self._open = True
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        """Send whole events."""
+        async with self._writing:
+            if not self._exchange.started:
+                await self._exchange.start(
+                    200,
+                    b"text/event-stream; charset=utf-8",
+                    [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")],
+                )
+            await self._exchange.send(
+                {"type": "http.response.body", "body": data, "more_body": not last}
+            )
+            self._last_write_at = self._clock()
+
+    async def keep_alive(self) -> float:
+        """Send a comment if the stream was silent for long.
+
+        Returns:
+            Seconds until it may be needed again.
+        """
+        if not self._open or self._writing.locked():
+            return self._keep_alive_s
+        silent_s = self._clock() - self._last_write_at
+        if silent_s < self._keep_alive_s:
+            return self._keep_alive_s - silent_s
+        try:
+            async with asyncio.timeout(self._keep_alive_s):
+                await self.write(KEEP_ALIVE)
+        except TimeoutError:
+            pass  # The client reads slowly: the stream is not silent, it is full.
+        return self._keep_alive_s
+
+    async def fail(self, error: ErrorAnswer) -> None:
+        """End the stream with an error event."""
+        await self.write(b"data: %b\n\n" % error.json(), last=True)

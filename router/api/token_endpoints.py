@@ -1,0 +1,59 @@
+"""POST /tokenize and /detokenize: the tokenizer as requests see it."""
+
+import orjson
+
+from core.errors import InvalidRequestError
+from router.api.chat import conversation_ids
+from router.api.exchange import Exchange
+from router.api.parsing import parse_json
+from router.api.parts import ApiParts
+from router.api.requests import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest, read
+
+
+class TokenEndpoints:
+    """Text to tokens and back, without generating."""
+
+    def __init__(self, parts: ApiParts) -> None:
+        self._parts = parts
+
+    async def tokenize(self, exchange: Exchange) -> None:
+        """Token ids of a prompt or of a conversation."""
+        data = parse_json(await self._body(exchange))
+        request: TokenizeTextRequest | TokenizeChatRequest
+        if "messages" in data:
+            request = read(TokenizeChatRequest, data)
+            model = self._parts.model(request.model)
+            ids = await conversation_ids(request, self._parts.text)
+        else:
+            request = read(TokenizeTextRequest, data)
+            model = self._parts.model(request.model)
+            ids = await self._parts.text.encode(
+                request.prompt, add_special_tokens=request.add_special_tokens
+            )
+        answer: dict[str, object] = {
+            "count": len(ids),
+            "max_model_len": model.max_model_len,
+            "tokens": ids,
+        }
+        if request.return_token_strs:
+            answer["token_strs"] = [
+                self._parts.text.token_bytes(token_id).decode(errors="replace") for token_id in ids
+            ]
+        await exchange.answer(orjson.dumps(answer))
+
+    async def detokenize(self, exchange: Exchange) -> None:
+        """Text of token ids."""
+        request = read(DetokenizeRequest, parse_json(await self._body(exchange)))
+        self._parts.model(request.model)
+        if not all(0 <= token_id < 2**32 for token_id in request.tokens):
+            raise InvalidRequestError("tokens must be in [0, 2**32).", param="tokens")
+        text = self._parts.text.decode(
+            request.tokens, skip_special_tokens=request.skip_special_tokens
+        )
+        await exchange.answer(orjson.dumps({"prompt": text}))
+
+    async def _body(self, exchange: Exchange) -> bytes:
+        settings = self._parts.settings
+        return await exchange.read_json_body(
+            limit_bytes=settings.body_limit_bytes, timeout_s=settings.body_timeout_s
+        )

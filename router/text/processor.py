@@ -1,0 +1,88 @@
+"""Everything the API asks of a tokenizer. One instance serves all requests of a router."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from core.errors import InvalidRequestError
+from router.text.chat_template import ChatTemplate
+from router.text.detokeniser import Detokeniser, TableDetokeniser, WindowDetokeniser
+from router.text.vocabulary import Vocabulary
+
+INLINE_CHARS = 4096
+"""Longer text is encoded in a thread: this much takes about a millisecond."""
+
+
+class TextProcessor:
+    """Encodes prompts, renders chats and decodes outputs as transformers would."""
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> None:
+        """Take over `tokenizer`: truncation and padding are switched off."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._template = chat_template
+        self._vocabulary = Vocabulary(tokenizer)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Special tokens written out in it become their ids."""
+        if len(text) <= INLINE_CHARS:
+            return self._encode(text, add_special_tokens)
+        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Render a conversation; encode the result without adding special tokens.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or it refuses the conversation.
+        """
+        if self._template is None:
+            raise InvalidRequestError(
+                "This model has no chat template; use /v1/completions.", param="messages"
+            )
+        return self._template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of all ids at once."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def detokeniser(
+        self, *, skip_special_tokens: bool = True, context: Sequence[int] = ()
+    ) -> Detokeniser:
+        """Start decoding a sequence.
+
+        Args:
+            skip_special_tokens: special tokens have no text.
+            context: tokens that the output goes on from; empty when it starts a text of its own,
+                where sentencepiece drops the leading space.
+        """
+        if self._vocabulary.exact:
+            return TableDetokeniser(
+                self._vocabulary,
+                skip_special_tokens=skip_special_tokens,
+                continues=bool(context),
+            )
+        return WindowDetokeniser(
+            self._tokenizer, skip_special_tokens=skip_special_tokens, context=context
+        )
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes that one token stands for, parts of a character included."""
+        return self._vocabulary.token_bytes(token_id)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
