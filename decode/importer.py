@@ -121,7 +121,7 @@ class Importer:
             return
         link = command.prefill.channel - FIRST_ENGINE_CHANNEL
         try:
-            message = wire.prefill_message_from_proto(command.prefill.message)
+            message = wire.prefill_from_proto(command.prefill.message)
         except DiptychError as error:
             self._do(self._machine.peer_failed(link, error.message, now))
             return
@@ -193,7 +193,7 @@ class Importer:
             case act.Send(link, message):
                 frame = ipc_pb2.DecodeFrame(
                     channel=FIRST_ENGINE_CHANNEL + link,
-                    message=wire.decode_message_to_proto(message),
+                    message=wire.decode_to_proto(message),
                 )
                 self._outbox.send(ipc_pb2.EngineEvent(decode=frame))
             case act.OpenLink(link, address):

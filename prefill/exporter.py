@@ -114,7 +114,7 @@ class Exporter:
             self._links.add(link)
             self._do(self._machine.link_opened(link))
         try:
-            message = wire.decode_message_from_proto(command.decode.message)
+            message = wire.decode_from_proto(command.decode.message)
         except DiptychError as error:
             self._do([CloseLink(link, error.message)])
             return
@@ -182,7 +182,7 @@ class Exporter:
             match action:
                 case Send(link, message):
                     frame = ipc_pb2.PrefillFrame(
-                        channel=link, message=wire.prefill_message_to_proto(message)
+                        channel=link, message=wire.prefill_to_proto(message)
                     )
                     self._outbox.send(ipc_pb2.EngineEvent(prefill=frame))
                 case CloseLink(link, reason):
