@@ -169,10 +169,22 @@ def _help(name: str, field: FieldInfo, env_prefix: str) -> Iterable[str]:
     if field.is_required():
         yield "Required."
     else:
-        default = field.get_default(call_default_factory=True)
-        shown = "none" if default is None else yaml.safe_dump(default, default_flow_style=True)
-        yield f"Default: {shown.removesuffix('...' + chr(10)).strip()}."
+        yield f"Default: {_shown(field.get_default(call_default_factory=True))}."
     yield f"[{env_prefix}{name.upper()}]"
+
+
+def _shown(default: object) -> str:
+    match default:
+        case None | () | []:
+            return "none"
+        case bool():
+            return str(default).lower()
+        case PydanticByteSize():
+            return default.human_readable()
+        case list() | tuple():
+            return ",".join(map(str, default))
+        case _:
+            return str(default)
 
 
 def _unit(field: FieldInfo) -> Unit | None:
@@ -286,22 +298,27 @@ def _file(cls: type[BaseModel], config: str | None) -> _Source:
         node = yaml.compose(path.read_text(encoding="utf-8"))
         if node is None:
             return _Source({}, {})
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path} must be a mapping of settings, as in `port: 9001`.")
-        values = YamlConfigSettingsSource(_reader(cls), yaml_file=path)()
+        places = _places(cls, path, node)
+        return _Source(YamlConfigSettingsSource(_reader(cls), yaml_file=path)(), places)
     except OSError as error:
         raise ConfigError(f"The configuration file {path} can't be read: {error}") from None
     except (yaml.YAMLError, SettingsError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+
+
+def _places(cls: type[BaseModel], path: Path, node: yaml.Node) -> dict[str, str]:
+    """The line of each setting in a file; refuses names that the model does not have."""
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path} must be a mapping of settings, as in `port: 9001`.")
     places: dict[str, str] = {}
     for key, _ in node.value:
         place = f"{path}:{key.start_mark.line + 1}"
-        if key.value not in cls.model_fields:
-            raise ConfigError(_unknown("key", key.value, cls.model_fields, place))
+        if str(key.value) not in cls.model_fields:
+            raise ConfigError(_unknown("key", str(key.value), cls.model_fields, place))
         if key.value in places:
             raise ConfigError(f"{key.value} stands twice: {places[key.value]} and {place}.")
         places[key.value] = place
-    return _Source(values, places)
+    return places
 
 
 def _reader(cls: type[BaseModel]) -> type[BaseSettings]:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if words else 2
     if name in ("-V", "--version"):
-        print(f"diptych {metadata.version('diptych')}")
+        print(f"diptych {_version()}")
         return 0
     command = COMMANDS.get(name)
     if command is None:
@@ -56,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_missing(name, command, error), file=sys.stderr)
         return 2
     return cast(Main, module.main)(words[1:])
+
+
+def _version() -> str:
+    try:
+        return metadata.version("diptych")
+    except metadata.PackageNotFoundError:
+        return "(a checkout that is not installed)"
 
 
 def _usage() -> str:
