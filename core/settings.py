@@ -38,6 +38,7 @@ class Unit:
     """Annotation that puts a unit into `--help`."""
 
     name: str
+    examples: str
 
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -54,9 +55,9 @@ def parse_seconds(value: object) -> object:
     return float(match[1]) * _SECONDS[match[2] or "s"]
 
 
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Unit("seconds, or as in 250ms, 2m, 1h")]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Unit("seconds", "250ms, 2m, 1h")]
 """A duration; a bare number is seconds."""
-ByteSize = Annotated[PydanticByteSize, Unit("bytes, or as in 512MiB, 2GB")]
+ByteSize = Annotated[PydanticByteSize, Unit("bytes", "512MiB, 2GB")]
 """A size; a bare number is bytes."""
 
 
@@ -165,10 +166,10 @@ def _help(name: str, field: FieldInfo, env_prefix: str) -> Iterable[str]:
     yield (field.description or "").strip()
     unit = _unit(field)
     if unit is not None:
-        yield f"In {unit.name}."
+        yield f"In {unit.name}, or as in {unit.examples}."
     if field.is_required():
         yield "Required."
-    else:
+    elif "default:" not in (field.description or ""):
         yield f"Default: {_shown(field.get_default(call_default_factory=True))}."
     yield f"[{env_prefix}{name.upper()}]"
 
@@ -212,11 +213,14 @@ def _kinds(field: FieldInfo) -> list[Any]:
 
 def _metavar(field: FieldInfo) -> str:
     kind = _kinds(field)[0]
+    unit = _unit(field)
+    if unit is not None:
+        return unit.name.upper()
     if get_origin(kind) is Literal:
         return "{" + ",".join(str(choice) for choice in get_args(kind)) + "}"
     if _is_list(kind):
         return "A,B,..."
-    names = {int: "INT", float: "NUMBER", PydanticByteSize: "BYTES", SecretStr: "SECRET"}
+    names = {int: "INT", float: "NUMBER", SecretStr: "SECRET"}
     return names.get(kind, "TEXT")
 
 
