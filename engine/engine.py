@@ -73,7 +73,7 @@ class Engine:
     ) -> None:
         model, pool = executor.model_config, executor.pool
         block_size = pool.layout.block_size
-        model_len = model.max_position_embeddings
+        model_len = model.max_position
         if config.max_model_len is not None:
             model_len = min(model_len, config.max_model_len)
         self._executor = executor

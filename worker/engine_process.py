@@ -13,15 +13,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import xxhash
-from engine.executor import Executor
-from engine.runner import build_executor
 from prometheus_client import CollectorRegistry
 
 from core.clock import monotonic
-from core.modelfile.digest import model_digest
-from core.modelfile.resolve import resolve_model
 from engine.engine import Engine
 from engine.metrics import EngineMetrics
+from engine.runner import Executor, build_executor
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.logs import setup
 from worker.convert import error_of, layout_to_proto
@@ -75,12 +72,11 @@ def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) ->
     def progress(stage: str) -> None:
         pipe.send(ipc_pb2.EngineEvent(progress=ipc_pb2.StartupProgress(stage=stage)))
 
-    path = resolve_model(settings.model, progress=progress)
-    config = engine_config(settings, str(path))
+    config = engine_config(settings)
     executor = build_executor(config, progress)
     registry = CollectorRegistry()
     dtype = executor.pool.layout.dtype
-    digest = _kv_digest(model_digest(path, dummy_seed=_dummy_seed(settings)), dtype)
+    digest = _kv_digest(executor.model_digest, dtype)
     engine = Engine(config, executor, model_digest=digest)
     description = describe(settings, engine, executor, digest)
 
@@ -105,10 +101,6 @@ def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) ->
         metrics=EngineMetrics(registry),
         registry=registry,
     )
-
-
-def _dummy_seed(settings: WorkerSettings) -> int | None:
-    return settings.seed if settings.load_format == "dummy" else None
 
 
 def _kv_digest(digest: bytes, dtype: str) -> bytes:

@@ -15,10 +15,10 @@ from contextlib import AsyncExitStack, suppress
 from typing import Protocol
 
 import grpc
-from engine.threads import compute_thread_env
 from prometheus_client import CollectorRegistry
 
 from core.clock import monotonic
+from engine.threads import available_cores, compute_thread_env
 from rpc.auth import Credentials
 from rpc.server import build_server
 from rpc.v1 import ipc_pb2, worker_pb2, worker_pb2_grpc
@@ -165,7 +165,7 @@ class _EngineProcess:
     @classmethod
     async def start(cls, settings: WorkerSettings, module: str) -> "_EngineProcess":
         ours, theirs = open_pipe()
-        env = os.environ | compute_thread_env(settings.num_threads)
+        env = os.environ | compute_thread_env(settings.num_threads or available_cores())
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

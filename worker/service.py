@@ -5,6 +5,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import Any
 
 import grpc
 
@@ -149,7 +150,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     async def _call(self, call: ipc_pb2.AdminCall, timeout_s: float) -> ipc_pb2.AdminReply:
         call.id = next(self._call_ids)
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[ipc_pb2.AdminReply] = asyncio.get_running_loop().create_future()
         self._calls[call.id] = future
         self._pipe.send(ipc_pb2.EngineCommand(call=call))
         try:
@@ -158,7 +159,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         finally:
             del self._calls[call.id]
 
-    async def _require_engine(self, context: "grpc.aio.ServicerContext[object, object]") -> None:
+    async def _require_engine(self, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
         if self._engine.description is None:
             await context.abort(
                 grpc.StatusCode.UNAVAILABLE, "The worker is still loading its model; try again."

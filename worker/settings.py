@@ -99,10 +99,10 @@ class WorkerSettings(BaseModel):
     log_format: Literal["console", "json"] = Field("console", description="Form of log lines.")
 
 
-def engine_config(settings: WorkerSettings, model_path: str) -> EngineConfig:
-    """The engine's share of the settings, with the model resolved to a path."""
+def engine_config(settings: WorkerSettings) -> EngineConfig:
+    """The engine's share of the settings."""
     return EngineConfig(
-        model=model_path,
+        model=settings.model,
         load_format=settings.load_format,
         dtype=settings.dtype,
         device=settings.device,

@@ -15,7 +15,6 @@ import grpc
 import httpx
 import openai
 
-from engine.threads import compute_thread_env
 from rpc.auth import Credentials
 from rpc.channel import open_channel
 from rpc.v1 import worker_pb2, worker_pb2_grpc
@@ -235,7 +234,7 @@ def _worker(
         "kv_cache_memory": "64MiB",
         **settings,
     }
-    env = compute_thread_env(None) | {f"DIPTYCH_{role.upper()}_AUTH_TOKEN": TOKEN}
+    env = {f"DIPTYCH_{role.upper()}_AUTH_TOKEN": TOKEN}
     command = [sys.executable, "-m", role, *_flags(options)]
     return Worker(role, port, metrics_port, command, env)
 

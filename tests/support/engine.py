@@ -40,13 +40,19 @@ def next_token(kv: Sequence[int], seed: int, position: int, banned: Sequence[int
     return token
 
 
+def kv_of(token_ids: Sequence[int]) -> list[int]:
+    """KV of every token of a context."""
+    kv: list[int] = []
+    for token_id in token_ids:
+        kv.append(mix(*kv[-1:], len(kv), token_id))
+    return kv
+
+
 def undisturbed(
     prompt_ids: Sequence[int], sampling: SamplingParams, *, max_len: int = 10**9
 ) -> list[int]:
     """What a sequence generates alone, with no pool, no blocks and no scheduler."""
-    kv: list[int] = []
-    for token_id in prompt_ids:
-        kv.append(mix(*kv[-1:], len(kv), token_id))
+    kv = kv_of(prompt_ids)
     ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS})
     output: list[int] = []
     while True:
@@ -88,13 +94,13 @@ class FakeExecutor:
         num_blocks: int = 16,
         block_size: int = 4,
         *,
-        max_position_embeddings: int = 4096,
+        max_position: int = 4096,
     ) -> None:
         self.pool = FakePool(num_blocks, block_size)
         self.model_config = SimpleNamespace(
             eos_token_ids=(EOS,),
             vocab_size=VOCAB_SIZE,
-            max_position_embeddings=max_position_embeddings,
+            max_position=max_position_embeddings,
         )
         self.plans: list[StepPlan] = []
         self.fail_with: Exception | None = None
@@ -170,7 +176,7 @@ def make_engine(
     *, num_blocks: int = 16, block_size: int = 4, max_len: int = 4096, **settings: object
 ) -> tuple[Engine, FakeExecutor]:
     """An engine on a fake executor."""
-    executor = FakeExecutor(num_blocks, block_size, max_position_embeddings=max_len)
+    executor = FakeExecutor(num_blocks, block_size, max_position=max_len)
     engine = Engine(make_config(**settings), executor, model_digest=DIGEST, clock=FakeClock())
     return engine, executor
 
