@@ -1,0 +1,1 @@
+"""A small terminal chat against an endpoint."""
