@@ -4,10 +4,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-SECONDS = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
-    300.0, 600.0,
-)  # fmt: skip
+from telemetry.metrics import ITL_BUCKETS_S, REQUEST_BUCKETS_S, TTFT_BUCKETS_S
 
 
 class ApiMetrics:
@@ -18,21 +15,21 @@ class ApiMetrics:
             "diptych_router_time_to_first_token_seconds",
             "From reading a request to writing its first token, per choice.",
             ["endpoint"],
-            buckets=SECONDS,
+            buckets=TTFT_BUCKETS_S,
             registry=registry,
         )
         self.inter_token_latency = Histogram(
             "diptych_router_inter_token_latency_seconds",
             "Gap between two consecutive arrivals of tokens of one choice.",
             ["endpoint"],
-            buckets=SECONDS,
+            buckets=ITL_BUCKETS_S,
             registry=registry,
         )
         self.request_duration = Histogram(
             "diptych_router_request_duration_seconds",
             "From reading a request to the end of its answer.",
             ["endpoint"],
-            buckets=SECONDS,
+            buckets=REQUEST_BUCKETS_S,
             registry=registry,
         )
         self.requests = Counter(

@@ -1,4 +1,4 @@
-"""Reads tokenizer and chat template of a model, as transformers' AutoTokenizer would.
+"""Makes the text side of a model: what transformers' AutoTokenizer would do with the same files.
 
 Called once at start, by router/main.py.
 """
@@ -11,117 +11,71 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from core.errors import ConfigError
+from core.modelfile.description import read_tokenizer
 from router.text.chat_template import ChatTemplate
 from router.text.processor import TextProcessor
 
 
 def load_text(model: Path, *, chat_template: Path | None = None) -> TextProcessor:
-    """Load a model's text side.
+    """Load a model's tokenizer and chat template.
 
     Args:
-        model: folder with tokenizer.json and tokenizer_config.json, and chat_template.jinja where
-            the template is not in the config.
+        model: what `core.modelfile.resolve.resolve_model` returned.
         chat_template: file to use instead of the model's own template.
 
     Raises:
-        ConfigError: a file is missing or unreadable; the message names it.
+        ConfigError: a file is missing or unreadable, or the template is not valid jinja.
     """
-    if not (model / "tokenizer.json").is_file():
-        raise ConfigError(
-            f"No tokenizer.json in {model}: give a model folder in Hugging Face form."
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"{model / 'tokenizer.json'} can't be read: {error}.") from error
-    config = {
-        **_read_json(model / "special_tokens_map.json"),
-        **_read_json(model / "tokenizer_config.json"),
-    }
-    template = chat_template or model / "chat_template.jinja"
-    source = _template_source(config)
-    if chat_template is not None or template.is_file():
-        source = _read_text(template)
-    return text_processor(tokenizer, config, source)
+    files = read_tokenizer(model)
+    source = files.chat_template
+    if chat_template is not None:
+        try:
+            source = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"Chat template {chat_template} can't be read: {error}.") from error
+    config_file = model / "tokenizer_config.json"
+    config = json.loads(config_file.read_bytes()) if config_file.is_file() else {}
+    return text_processor(files.tokenizer, source, files.special_tokens, config)
 
 
 def text_processor(
-    tokenizer: Tokenizer, config: Mapping[str, Any], template: str | None
+    tokenizer: Tokenizer,
+    template: str | None,
+    special_tokens: Mapping[str, str],
+    config: Mapping[str, Any],
 ) -> TextProcessor:
     """Put a text side together from its parts.
 
     Args:
         tokenizer: as serialised in tokenizer.json; changed in place.
-        config: contents of tokenizer_config.json.
         template: chat template as jinja text, None for a model without.
+        special_tokens: text of bos_token, eos_token and so on.
+        config: contents of tokenizer_config.json.
 
     Raises:
-        ConfigError: the template is not valid jinja.
+        ConfigError: the template is not valid jinja, or prompts shall begin or end with a token
+            that there is not.
     """
-    specials = special_tokens(config)
-    _apply_bos_eos(tokenizer, config, specials)
-    compiled = ChatTemplate(template, specials) if template is not None else None
+    if "add_bos_token" in config or "add_eos_token" in config:
+        # As in transformers, these two decide alone once either is given.
+        bos = special_tokens.get("bos_token") if config.get("add_bos_token") else None
+        eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
+        tokenizer.post_processor = _surround(tokenizer, bos, eos)
+    compiled = ChatTemplate(template, special_tokens) if template is not None else None
     return TextProcessor(tokenizer, compiled)
 
 
-def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Named special tokens of a tokenizer_config.json, such as bos_token, as strings."""
-    tokens = {}
-    for name, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            tokens[name] = text
-    return tokens
-
-
-def _apply_bos_eos(
-    tokenizer: Tokenizer, config: Mapping[str, Any], specials: Mapping[str, str]
-) -> None:
-    """Let add_bos_token and add_eos_token, when the config has them, decide as in transformers."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    around = [
-        specials.get(f"{name}_token") if config.get(f"add_{name}_token") else None
-        for name in ("bos", "eos")
-    ]
-    bos, eos = around
-    single = " ".join(part for part in (bos and f"{bos}:0", "$A:0", eos and f"{eos}:0") if part)
-    named = []
-    for token in filter(None, around):
-        token_id = tokenizer.token_to_id(token)
+def _surround(
+    tokenizer: Tokenizer, bos: str | None, eos: str | None
+) -> processors.TemplateProcessing:
+    ids = {token: tokenizer.token_to_id(token) for token in (bos, eos) if token is not None}
+    for token, token_id in ids.items():
         if token_id is None:
             raise ConfigError(
-                f"tokenizer_config.json adds {token!r} to prompts, but tokenizer.json has no "
-                "such token."
+                f"tokenizer_config.json adds {token!r} to prompts, but tokenizer.json has no such "
+                "token."
             )
-        named.append((token, token_id))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=f"{single} $B:1", special_tokens=named
+    single = [part for part in (bos, "$A", eos) if part is not None]
+    return processors.TemplateProcessing(
+        single=single, pair=[*single, "$B"], special_tokens=list(ids.items())
     )
-
-
-def _template_source(config: Mapping[str, Any]) -> str | None:
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a JSON object.")
-    return data
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} can't be read: {error}.") from error

@@ -1,0 +1,253 @@
+"""A scripted fleet, small tokenizers and a real server for tests of the router's HTTP side."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import uvicorn
+from prometheus_client import CollectorRegistry
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from core.errors import DiptychError, UnavailableError
+from core.finish import FinishReason
+from core.tokens import TokenLogprobs
+from router.api.settings import ApiSettings
+from router.app import create_app
+from router.generation import GenerationEnd, GenerationRequest, ServedModel, Token
+from router.text.loading import text_processor
+from router.text.processor import TextProcessor
+from router.text.vocabulary import byte_characters
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+EOS = 2
+WAIT_S = 10.0
+"""Longest that a test waits for something that is about to happen."""
+
+
+def byte_tokenizer(extra: Sequence[str] = ("hello", " world", "ab", "abc")) -> Tokenizer:
+    """Byte-level BPE with three special tokens, all bytes, and whole words that merge."""
+    characters = {byte: character for character, byte in byte_characters().items()}
+    pieces = [*SPECIALS, *(characters[byte] for byte in range(256))]
+    merges: list[tuple[str, str]] = []
+    for word in extra:
+        spelt = [characters[byte] for byte in word.encode()]
+        grown = spelt[0]
+        for character in spelt[1:]:
+            if (grown, character) not in merges:
+                merges.append((grown, character))
+                pieces.append(grown + character)
+            grown += character
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
+    return tokenizer
+
+
+def piece_tokenizer(*, strip: bool = True) -> Tokenizer:
+    """Sentencepiece-like: pieces with a visible space, and byte fallback."""
+    words = ["▁hello", "▁world", "▁", "hello", "!", "é", "ld", "▁▁"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strip else steps)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+def byte_text() -> TextProcessor:
+    """Text side over `byte_tokenizer`."""
+    return text_processor(byte_tokenizer(), CHAT_TEMPLATE, {"eos_token": SPECIALS[EOS]}, {})
+
+
+class Gate:
+    """A step of a script at which the fleet waits until the test opens it."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def open(self) -> None:
+        """Let it go on."""
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Wait for `open`."""
+        await self._event.wait()
+
+
+Turn = Sequence[int] | Gate | DiptychError | Exception
+"""Token ids of one turn, a wait, or a failure."""
+
+
+@dataclass
+class Script:
+    """What the fleet does with one sequence."""
+
+    turns: Sequence[Turn] = ()
+    reason: FinishReason = FinishReason.STOP
+    matched_stop: int | None = None
+    cached_tokens: int = 0
+    refuse: Exception | None = None
+    """Raised when the sequence is to be placed."""
+
+
+@dataclass
+class ScriptedGenerator:
+    """A Generator that plays scripts and notes what was asked of it."""
+
+    script: Callable[[GenerationRequest], Script] = lambda _: Script()
+    served: ServedModel | None = field(
+        default_factory=lambda: ServedModel(
+            name="tiny", max_model_len=512, vocab_size=300, eos_token_ids=(EOS,)
+        )
+    )
+    ready: bool = True
+    requests: list[GenerationRequest] = field(default_factory=list)
+    running: int = 0
+    left: int = 0
+    timelines: dict[str, dict[str, object]] = field(default_factory=dict)
+
+    @property
+    def model(self) -> ServedModel:
+        if self.served is None:
+            raise UnavailableError("No worker has attached yet.")
+        return self.served
+
+    def timeline(self, request_id: str) -> dict[str, object] | None:
+        return self.timelines.get(request_id)
+
+    @asynccontextmanager
+    async def generate(self, request: GenerationRequest) -> AsyncIterator["ScriptedGeneration"]:
+        self.requests.append(request)
+        script = self.script(request)
+        if script.refuse is not None:
+            raise script.refuse
+        self.running += 1
+        try:
+            yield ScriptedGeneration(script, request)
+        finally:
+            self.running -= 1
+            self.left += 1
+
+
+class ScriptedGeneration:
+    """Plays one script."""
+
+    def __init__(self, script: Script, request: GenerationRequest) -> None:
+        self._script = script
+        self._logprobs = request.sampling.logprobs
+        self._ended = False
+
+    async def __aiter__(self) -> AsyncIterator[Sequence[Token]]:
+        index = 0
+        for turn in self._script.turns:
+            await asyncio.sleep(0)
+            if isinstance(turn, Gate):
+                await turn.wait()
+                continue
+            if isinstance(turn, Exception):
+                raise turn
+            tokens = [
+                Token(index + i, token_id, self._entry(token_id)) for i, token_id in enumerate(turn)
+            ]
+            index += len(turn)
+            yield tokens
+        self._ended = True
+
+    @property
+    def end(self) -> GenerationEnd:
+        assert self._ended
+        return GenerationEnd(
+            finish_reason=self._script.reason,
+            matched_stop=self._script.matched_stop,
+            cached_tokens=self._script.cached_tokens,
+            mode="disaggregated",
+        )
+
+    def _entry(self, token_id: int) -> TokenLogprobs | None:
+        if self._logprobs is None:
+            return None
+        top = tuple((token_id + i, -0.5 - i) for i in range(self._logprobs))
+        return TokenLogprobs(-0.5, top)
+
+
+def says(text: str, *, turn: int = 1, **kwargs: object) -> Script:
+    """A script that generates `text` and then the end of sequence."""
+    ids = byte_tokenizer().encode(text).ids
+    turns = [ids[i : i + turn] for i in range(0, len(ids), turn)]
+    return Script(turns=[*turns, [EOS]], matched_stop=EOS, **kwargs)  # type: ignore[arg-type]
+
+
+@dataclass
+class Served:
+    """A running router over a scripted fleet."""
+
+    url: str
+    generator: ScriptedGenerator
+    registry: CollectorRegistry
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Value of a sample, 0 if it was never observed."""
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+
+@asynccontextmanager
+async def serve(
+    generator: ScriptedGenerator,
+    *,
+    settings: ApiSettings | None = None,
+    text: TextProcessor | None = None,
+) -> AsyncIterator[Served]:
+    """Run the router's app under uvicorn on loopback."""
+    registry = CollectorRegistry()
+    app = create_app(
+        generator=generator,
+        text=text or byte_text(),
+        settings=settings or ApiSettings(),
+        registry=registry,
+    )
+    with closing_socket() as listener:
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+        )
+        running = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            await until(lambda: server.started)
+            host, port = listener.getsockname()
+            yield Served(f"http://{host}:{port}", generator, registry)
+        finally:
+            server.should_exit = True
+            await running
+
+
+@contextlib.contextmanager
+def closing_socket() -> Iterator[socket.socket]:
+    """A listening socket on a free loopback port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until something is true; fail if it takes longer than WAIT_S."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110 - any state, most of it has no event
+            await asyncio.sleep(0.002)
+
+
+def client(served: Served) -> httpx.AsyncClient:
+    """A raw HTTP client."""
+    return httpx.AsyncClient(base_url=served.url, timeout=WAIT_S, trust_env=False)
