@@ -5,22 +5,10 @@ methods are called by the engine loop's thread, return at once and never wait fo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KvLayout:
-    """How one block lies in memory. Blocks move only between equal layouts."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    """Tokens per block."""
-    dtype: str
-    block_bytes: int
+from core.kv_layout import KvLayout as KvLayout
 
 
 class BlockPool(Protocol):

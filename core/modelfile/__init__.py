@@ -1,0 +1,1 @@
+"""Model files: finding, reading, identifying them. Free of torch, so the router may use it."""

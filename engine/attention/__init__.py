@@ -1,0 +1,1 @@
+"""Attention over the block pool: one interface, several backends."""

@@ -1,0 +1,1 @@
+"""Building blocks that models share. Plain callables over tensors; state is weights only."""

@@ -1,0 +1,38 @@
+"""The feed-forward part of a decoder layer."""
+
+import torch
+from torch.nn import functional
+
+from engine.layers.linear import load_linear
+from engine.loader.source import WeightSource
+from engine.models.config import ModelConfig
+
+
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)); gate and up are one product."""
+
+    def __init__(self, source: WeightSource, prefix: str, config: ModelConfig, pack: bool) -> None:
+        """Load `prefix`.{gate,up,down}_proj."""
+        self._intermediate_size = inner = config.intermediate_size
+        self._gate_up = load_linear(
+            source,
+            [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
+            [inner, inner],
+            config.hidden_size,
+            bias=config.mlp_bias,
+            pack=pack,
+        )
+        self._down = load_linear(
+            source,
+            [f"{prefix}.down_proj"],
+            [config.hidden_size],
+            inner,
+            bias=config.mlp_bias,
+            pack=pack,
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, hidden_size] -> [T, hidden_size]."""
+        gate_up = self._gate_up(x)
+        gate = functional.silu(gate_up[:, : self._intermediate_size])
+        return self._down(gate.mul_(gate_up[:, self._intermediate_size :]))

@@ -1,0 +1,1 @@
+"""Brings weights from files, or from a seed, into models."""

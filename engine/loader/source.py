@@ -1,0 +1,162 @@
+"""Where layers get their weights from: by name and shape, each exactly once.
+
+A model pulls what it needs while it is built, so there is no second list of names to keep. What is
+missing or misshapen raises at once; what nobody asked for raises at `finish`.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import ConfigError
+from engine.config import LoadFormat
+
+_DUMMY_STD = 0.02
+
+
+class WeightSource:
+    """Weights of one checkpoint, converted to the dtype and device of the engine."""
+
+    def __init__(
+        self,
+        names: Collection[str] | None,
+        read: Callable[[str, tuple[int, ...]], torch.Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Wrap a way to read tensors.
+
+        Args:
+            names: every name that can be read; None: any (dummy weights).
+            read: name and expected shape -> tensor, any dtype.
+            dtype: of what `get` returns.
+            device: of what `get` returns.
+        """
+        self._names = names
+        self._read = read
+        self._dtype = dtype
+        self._device = device
+        self._taken: set[str] = set()
+
+    def get(self, name: str, *shape: int) -> torch.Tensor:
+        """Take one weight.
+
+        Raises:
+            ConfigError: it is missing or has another shape.
+        """
+        if self._names is not None and name not in self._names:
+            raise ConfigError(f"The checkpoint lacks the weight {name}, which the model needs.")
+        tensor = self._read(name, shape)
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(
+                f"Weight {name} has shape {list(tensor.shape)}; config.json asks for {list(shape)}."
+            )
+        self._taken.add(name)
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+    def finish(self, ignored: Collection[str] = ()) -> None:
+        """Check that nothing is left over.
+
+        Args:
+            ignored: names that may be left.
+
+        Raises:
+            ConfigError: the checkpoint holds weights that the model has no place for.
+        """
+        left = sorted(
+            name
+            for name in set(self._names or ()) - self._taken - set(ignored)
+            if not name.endswith(".rotary_emb.inv_freq")
+        )
+        if left:
+            shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+            raise ConfigError(
+                f"The checkpoint holds {len(left)} weights that have no place in this architecture: "
+                f"{shown}. Is config.json the one that belongs to them?"
+            )
+
+
+def open_weights(
+    path: Path, load_format: LoadFormat, *, dtype: torch.dtype, device: torch.device, seed: int
+) -> WeightSource:
+    """Open a checkpoint.
+
+    Args:
+        path: what `resolve_model` returned.
+        load_format: `auto` goes by what `path` is.
+        dtype: weights are converted to it.
+        device: weights are moved to it.
+        seed: of dummy weights.
+
+    Raises:
+        ConfigError: the format does not fit the path, or files are missing or broken.
+    """
+    if load_format == "auto":
+        load_format = "gguf" if path.suffix == ".gguf" else "safetensors"
+    names: Collection[str] | None
+    match load_format:
+        case "dummy":
+            names, read = None, _dummy_reader(seed)
+        case "gguf":
+            names, read = _gguf_reader(path)
+        case "safetensors":
+            names, read = _safetensors_reader(path)
+    return WeightSource(names, read, dtype=dtype, device=device)
+
+
+_Reader = Callable[[str, tuple[int, ...]], torch.Tensor]
+
+
+def _safetensors_reader(path: Path) -> tuple[Collection[str], _Reader]:
+    from safetensors import SafetensorError, safe_open
+
+    shards = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if not shards:
+        raise ConfigError(f"{path} has no *.safetensors file. --load-format dummy needs none.")
+    where: dict[str, Any] = {}
+    for shard in shards:
+        try:
+            # The file stays mapped as long as one of its tensors lives, and pages are shared
+            # between the workers of a host.
+            handle = safe_open(shard, framework="pt")
+            names: list[str] = list(handle.keys())  # type: ignore[no-untyped-call]
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{shard} can't be read as safetensors: {error}.") from error
+        where.update(dict.fromkeys(names, handle))
+
+    def read(name: str, _shape: tuple[int, ...]) -> torch.Tensor:
+        tensor: torch.Tensor = where[name].get_tensor(name)
+        return tensor
+
+    return where.keys(), read
+
+
+def _gguf_reader(path: Path) -> tuple[Collection[str], _Reader]:
+    from core.modelfile.gguf_file import GgufFile
+
+    if not path.is_file():
+        raise ConfigError(f"--load-format gguf needs a .gguf file, and {path} is not one.")
+    gguf = GgufFile(path)
+
+    def read(name: str, _shape: tuple[int, ...]) -> torch.Tensor:
+        values = gguf.weight(name)
+        # Weights that are float32 in the file come as a read-only view of it.
+        return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+    return set(gguf.weight_names()), read
+
+
+def _dummy_reader(seed: int) -> _Reader:
+    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) == 1 and name.endswith("norm.weight"):
+            return torch.ones(shape)
+        generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+        values = torch.empty(math.prod(shape)).normal_(0, _DUMMY_STD, generator=generator)
+        return values.view(shape)
+
+    return read

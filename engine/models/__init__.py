@@ -1,0 +1,1 @@
+"""Models, one small file per architecture, over the layers of engine/layers."""

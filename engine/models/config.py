@@ -1,0 +1,182 @@
+"""What a model is made of: the facts of config.json that shape computation, checked once.
+
+The loader reads it; models and layers only look. A feature that is not supported is refused here by
+name, so that nothing is silently computed wrong.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from core.errors import ConfigError
+from core.modelfile.description import read_config, read_eos_token_ids
+
+RopeKind = Literal["default", "linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding; fields past `theta` matter only to the kinds that use them."""
+
+    theta: float
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_max_len: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    """yarn: scale of cos and sin; None derives it from `factor`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """One decoder-only transformer."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    """Longest sequence in tokens."""
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    """Of o_proj."""
+    mlp_bias: bool
+    qk_norm: bool
+    """RMSNorm over head_dim on q and k, before RoPE."""
+    dtype: str
+    """Of the checkpoint, as torch names it."""
+    eos_token_ids: tuple[int, ...]
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Read a folder's or .gguf file's configuration.
+
+    Raises:
+        ConfigError: missing values, or an architecture or feature that is not supported.
+    """
+    return parse_model_config(read_config(path), read_eos_token_ids(path))
+
+
+def parse_model_config(raw: Mapping[str, Any], eos_token_ids: tuple[int, ...]) -> ModelConfig:
+    """Check a config.json and take from it what computation needs.
+
+    Raises:
+        ConfigError: see `read_model_config`.
+    """
+    architecture = (raw.get("architectures") or ["(none)"])[0]
+    traits = _TRAITS.get(architecture)
+    if traits is None:
+        raise ConfigError(
+            f"Architecture {architecture} is not supported; these are: {', '.join(_TRAITS)}."
+        )
+    _refuse_unsupported(raw)
+    hidden_size = _integer(raw, "hidden_size")
+    num_heads = _integer(raw, "num_attention_heads")
+    attention_bias = bool(raw.get("attention_bias", False))
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=_integer(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_integer(raw, "intermediate_size"),
+        num_layers=_integer(raw, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
+        head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
+        max_position=_integer(raw, "max_position_embeddings"),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope=_rope(raw),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=traits.always_qkv_bias or attention_bias,
+        output_bias=attention_bias and not traits.always_qkv_bias,
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+        qk_norm=traits.qk_norm,
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        eos_token_ids=eos_token_ids,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Traits:
+    """What an architecture fixes without saying so in config.json."""
+
+    always_qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+_TRAITS = {
+    "LlamaForCausalLM": _Traits(),
+    "Qwen2ForCausalLM": _Traits(always_qkv_bias=True),
+    "Qwen3ForCausalLM": _Traits(qk_norm=True),
+}
+
+
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ConfigError(f"hidden_act {activation!r} is not supported, only 'silu' is.")
+    if raw.get("use_sliding_window"):
+        raise ConfigError("use_sliding_window is not supported; set it to false in config.json.")
+    if "sliding_attention" in (raw.get("layer_types") or ()):
+        raise ConfigError("layer_types with sliding_attention are not supported.")
+    if raw.get("quantization_config"):
+        raise ConfigError("Quantised checkpoints are not supported; use the unquantised one.")
+    if raw.get("pretraining_tp", 1) not in (None, 1):
+        raise ConfigError("pretraining_tp other than 1 is not supported.")
+
+
+def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+    """Read RoPE settings as transformers writes them: version 5 nests theta, version 4 does not."""
+    nested = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = float(nested.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    kind = _rope_kind(nested.get("rope_type") or nested.get("type") or "default")
+    if nested.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ConfigError("partial_rotary_factor other than 1 is not supported.")
+    if kind == "yarn" and (nested.get("mscale") or nested.get("mscale_all_dim")):
+        raise ConfigError("RoPE scaling 'yarn' with mscale is not supported.")
+    if kind == "yarn" and nested.get("truncate") is False:
+        raise ConfigError("RoPE scaling 'yarn' with truncate=false is not supported.")
+    attention_factor = nested.get("attention_factor")
+    return RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=float(nested.get("factor") or 1.0),
+        original_max_len=int(
+            nested.get("original_max_position_embeddings")
+            or raw.get("original_max_position_embeddings")
+            or raw.get("max_position_embeddings")
+            or 0
+        ),
+        low_freq_factor=float(nested.get("low_freq_factor") or 1.0),
+        high_freq_factor=float(nested.get("high_freq_factor") or 4.0),
+        beta_fast=float(nested.get("beta_fast") or 32.0),
+        beta_slow=float(nested.get("beta_slow") or 1.0),
+        attention_factor=None if attention_factor is None else float(attention_factor),
+    )
+
+
+def _rope_kind(name: str) -> RopeKind:
+    for kind in get_args(RopeKind):
+        if kind == name:
+            found: RopeKind = kind
+            return found
+    raise ConfigError(
+        f"RoPE scaling {name!r} is not supported; these are: {', '.join(get_args(RopeKind))}."
+    )
+
+
+def _integer(raw: Mapping[str, Any], key: str) -> int:
+    value = raw.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"config.json must give {key} as a positive integer, got {value!r}.")
+    return value

@@ -1,0 +1,20 @@
+"""Finds the class for an architecture; imports only that one."""
+
+from importlib import import_module
+
+from engine.layers.decoder import DecoderModel
+from engine.models.config import ModelConfig
+
+_MODULES = {
+    "LlamaForCausalLM": "engine.models.llama",
+    "Qwen2ForCausalLM": "engine.models.qwen2",
+    "Qwen3ForCausalLM": "engine.models.qwen3",
+}
+
+
+def model_class(config: ModelConfig) -> type[DecoderModel]:
+    """The class that computes `config`. Its architecture was checked when it was parsed."""
+    found: type[DecoderModel] = getattr(
+        import_module(_MODULES[config.architecture]), config.architecture
+    )
+    return found
