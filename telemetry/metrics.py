@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from core.errors import ConfigError
-
 TTFT_BUCKETS_S = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 20, 40, 80,
 )  # fmt: skip
@@ -68,7 +66,7 @@ async def serve_metrics(
         ready: /readyz is 200 while it is true, else 503.
 
     Raises:
-        ConfigError: the port is taken.
+        OSError: the port is taken, or `host` is not an address of this host.
     """
 
     def respond(path: str) -> tuple[int, str, bytes]:
@@ -103,8 +101,8 @@ async def serve_metrics(
     try:
         return await asyncio.start_server(answer, host, port, limit=_MAX_REQUEST_BYTES)
     except OSError as error:
-        raise ConfigError(
-            f"Can't show metrics on {host}:{port}: {error.strerror}. Choose another metrics_port."
+        raise OSError(
+            error.errno, f"Can't show metrics on {host}:{port}: {error.strerror}"
         ) from None
 
 
