@@ -1,0 +1,50 @@
+"""Chooses the transport of a worker. Called once, when its engine process starts."""
+
+import ipaddress
+import logging
+import socket
+from typing import Literal
+
+from core.errors import ConfigError, TransferError
+from kvtransfer.nixl import NixlTransport
+from kvtransfer.tcp import TcpTransport
+from kvtransfer.transport import BlockPool, Transport
+
+log = logging.getLogger(__name__)
+
+TransportName = Literal["auto", "nixl", "tcp"]
+
+
+def open_transport(name: TransportName, pool: BlockPool, *, host: str, token: str) -> Transport:
+    """Make a pool readable by peers, and peers' pools readable from here.
+
+    Args:
+        name: auto takes nixl where it works and says why if it does not.
+        pool: outlives the transport.
+        host: name or IP address of this machine at which peers reach it.
+        token: shared secret; peers without it can't read. Empty where there is none.
+
+    Raises:
+        TransferError: the transport can't be opened; ConfigError: there is none of that name.
+    """
+    if name == "tcp":
+        return TcpTransport(pool, host=_address(host), token=token.encode())
+    if name not in ("auto", "nixl"):
+        raise ConfigError(f"kv_transport must be auto, nixl or tcp, not {name!r}.")
+    try:
+        return NixlTransport(pool, token=token.encode())
+    except TransferError as error:
+        if name == "nixl" or pool.device_id is not None:
+            raise
+        log.warning("KV moves by tcp, since nixl does not work here: %s", error)
+        return TcpTransport(pool, host=_address(host), token=token.encode())
+
+
+def _address(host: str) -> str:
+    try:
+        address = ipaddress.ip_address(socket.getaddrinfo(host, None)[0][4][0])
+    except OSError as error:
+        raise TransferError(f"Can't resolve the host name {host!r}: {error}.") from error
+    if address.is_unspecified:
+        raise TransferError(f"Peers can't connect to {host}: set advertise_host to an own address.")
+    return str(address)
