@@ -76,7 +76,7 @@ class WeightSource:
         if left:
             shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
             raise ConfigError(
-                f"The checkpoint holds {len(left)} weights that have no place in this architecture: "
+                f"The checkpoint holds {len(left)} weights that do not belong to this model: "
                 f"{shown}. Is config.json the one that belongs to them?"
             )
 

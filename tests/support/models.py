@@ -1,0 +1,154 @@
+"""Small random checkpoints in Hugging Face form, complete enough to be served and to chat."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+EOS_ID = 2
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n'"
+    " + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_TRAINING_TEXT = [
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "Prefill reads the prompt once; decode writes one token after another.",
+    "Der Fluss fließt durch die Stadt und weiter bis ans Meer.",
+    "La mémoire garde ce que le calcul a déjà fait.",
+    "def add(a, b):\n    return a + b\n",
+]
+
+
+def make_checkpoint(
+    folder: Path, arch: str = "LlamaForCausalLM", seed: int = 0, **overrides: Any
+) -> Path:
+    """Write a random model with its tokenizer.
+
+    Args:
+        folder: parent; the checkpoint becomes a folder in it.
+        arch: LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM.
+        seed: of the weights.
+        overrides: values of config.json.
+
+    Returns:
+        The checkpoint's folder. Weights are large enough for greedy outputs to vary and for the two
+        most likely tokens to lie well apart.
+    """
+    target = folder / f"{_MODEL_TYPES[arch]}-{seed}"
+    target.mkdir(parents=True)
+    tokenizer = _tokenizer()
+    config: dict[str, Any] = {
+        "architectures": [arch],
+        "model_type": _MODEL_TYPES[arch],
+        "hidden_act": "silu",
+        "dtype": "float32",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": 0,
+        **overrides,
+    }
+    _write_json(target / "config.json", config)
+    _write_json(target / "generation_config.json", {"eos_token_id": config["eos_token_id"]})
+    _write_json(
+        target / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|im_end|>",
+            "bos_token": "<|im_start|>",
+            "pad_token": "<|endoftext|>",
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    tokenizer.save(str(target / "tokenizer.json"))
+    save_file(random_weights(config, seed), target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    """Every weight that transformers expects for `config`, float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
+        values = torch.randn(rows, columns, generator=generator)
+        return values * (scale / math.sqrt(columns))
+
+    def vector(size: int, mean: float) -> torch.Tensor:
+        return mean + 0.2 * torch.randn(size, generator=generator)
+
+    hidden, inner, head_dim = (
+        config[key] for key in ("hidden_size", "intermediate_size", "head_dim")
+    )
+    heads = {
+        "q": config["num_attention_heads"] * head_dim,
+        "k": config["num_key_value_heads"] * head_dim,
+        "v": config["num_key_value_heads"] * head_dim,
+    }
+    model_type = config["model_type"]
+    attention_bias = config.get("attention_bias", False)
+    # A tied model with large embeddings would only repeat its last token.
+    scale = 2.0 if config["tie_word_embeddings"] else 8.0
+    weights = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden, scale)}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}"
+        for part, rows in heads.items():
+            weights[f"{name}.self_attn.{part}_proj.weight"] = matrix(rows, hidden, 1.5)
+            if model_type == "qwen2" or attention_bias:
+                weights[f"{name}.self_attn.{part}_proj.bias"] = vector(rows, 0.0)
+        weights[f"{name}.self_attn.o_proj.weight"] = matrix(hidden, heads["q"])
+        if attention_bias and model_type != "qwen2":
+            weights[f"{name}.self_attn.o_proj.bias"] = vector(hidden, 0.0)
+        if model_type == "qwen3":
+            for part in ("q", "k"):
+                weights[f"{name}.self_attn.{part}_norm.weight"] = vector(head_dim, 1.0)
+        shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        for part, (rows, columns) in shapes.items():
+            weights[f"{name}.mlp.{part}_proj.weight"] = matrix(rows, columns)
+            if config.get("mlp_bias"):
+                weights[f"{name}.mlp.{part}_proj.bias"] = vector(rows, 0.0)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{name}.{norm}.weight"] = vector(hidden, 1.0)
+    weights["model.norm.weight"] = vector(hidden, 1.0)
+    if not config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = matrix(config["vocab_size"], hidden, 4.0)
+    return weights
+
+
+def _tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        show_progress=False,
+        special_tokens=[AddedToken(token, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(_TRAINING_TEXT, trainer)
+    return tokenizer
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")

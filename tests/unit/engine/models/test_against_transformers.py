@@ -1,0 +1,130 @@
+"""Steps computed by hand-made plans against transformers in float32."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.sampling import SamplingParams
+from engine.config import EngineConfig
+from engine.plan import Chunk, SampleSpec, StepPlan
+from engine.runner import InProcessExecutor, build_executor
+from tests.support.models import make_checkpoint
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "llama-tied-mha": (
+        "LlamaForCausalLM",
+        {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    ),
+    "llama-biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": (
+        "LlamaForCausalLM",
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "llama-linear-rope": ("LlamaForCausalLM", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "qwen2": ("Qwen2ForCausalLM", {"rope_theta": 1e6}),
+    "qwen2-yarn": (
+        "Qwen2ForCausalLM",
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
+}
+GREEDY = SamplingParams(temperature=0, logprobs=5)
+
+
+class Sequence:
+    """One sequence driven through an executor, with blocks of its own."""
+
+    def __init__(self, index: int, prompt: list[int], block_size: int, max_blocks: int) -> None:
+        self.id = str(index)
+        self.tokens = list(prompt)
+        self.num_prompt = len(prompt)
+        self.num_computed = 0
+        self.logprobs: list[Any] = []
+        # Scattered, so that a mix-up of block ids can't stay unseen.
+        self.blocks = [index + 7 * i for i in range(max_blocks)]
+        self.block_size = block_size
+
+    def chunk(self, limit: int) -> Chunk:
+        ids = self.tokens[self.num_computed : self.num_computed + limit]
+        end = self.num_computed + len(ids)
+        position = len(self.tokens) - self.num_prompt
+        sample = SampleSpec(GREEDY, position, (), ()) if end == len(self.tokens) else None
+        return Chunk(
+            self.id, ids, self.num_computed, self.blocks[: -(-end // self.block_size)], sample
+        )
+
+
+def run(executor: InProcessExecutor, sequences: list[Sequence], chunk: int, steps: int) -> None:
+    """Prefill in chunks while others decode, until each has `steps` tokens."""
+    while True:
+        active = [s for s in sequences if len(s.tokens) - s.num_prompt < steps]
+        if not active:
+            return
+        chunks = [s.chunk(chunk) for s in active]
+        result = executor.execute(StepPlan(chunks))
+        for sequence, done, token, logprobs in zip(
+            active, chunks, result.token_ids, result.logprobs, strict=True
+        ):
+            sequence.num_computed += len(done.token_ids)
+            assert (token is None) == (done.sample is None)
+            if token is not None:
+                sequence.tokens.append(token)
+                sequence.logprobs.append(logprobs)
+
+
+@pytest.fixture(scope="module")
+def oracle_class() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_executor_greedy_tokens_and_logprobs_equal_transformers(
+    case: str, tmp_path: Path, oracle_class: Any
+) -> None:
+    arch, overrides = CASES[case]
+    path = make_checkpoint(tmp_path, arch, seed=3, **overrides)
+    oracle = oracle_class.from_pretrained(path, dtype=torch.float32)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(3, 300) for _ in range(n)] for n in (1, 5, 16, 17, 70)]
+    for block_size, chunk in ((16, 1000), (8, 16), (4, 7)):
+        executor = build_executor(
+            EngineConfig(model=str(path), block_size=block_size, num_blocks=200, num_threads=1)
+        )
+        sequences = [Sequence(i, p, block_size, 26) for i, p in enumerate(prompts)]
+        run(executor, sequences, chunk, steps=12)
+        for sequence in sequences:
+            expected, logits = _greedy(oracle, sequence.tokens, sequence.num_prompt)
+            assert sequence.tokens[sequence.num_prompt :] == expected
+            for row, logprobs in zip(logits.log_softmax(-1), sequence.logprobs, strict=True):
+                for token_id, value in logprobs.top:
+                    assert value == pytest.approx(float(row[token_id]), abs=1e-4)
+                assert logprobs.logprob == logprobs.top[0][1]
+        outputs = {token for s in sequences for token in s.tokens[s.num_prompt :]}
+        assert len(outputs) > 12, "the model repeats itself too much to tell anything"
+
+
+def _greedy(oracle: Any, tokens: list[int], num_prompt: int) -> tuple[list[int], torch.Tensor]:
+    """What the oracle would choose after each prefix of `tokens` that ends in the output."""
+    with torch.inference_mode():
+        logits = oracle(torch.tensor([tokens])).logits[0, num_prompt - 1 : -1]
+    return logits.argmax(-1).tolist(), logits
