@@ -50,13 +50,20 @@ class Fleet:
 
     @property
     def census(self) -> list[tuple[Role, WorkerState]]:
-        """Role and state of every worker; of one never reached, the role it is listed under."""
-        return [
-            (link.info.role if link.info else self._members[address], link.state)
-            for address, link in self._links.items()
-        ]
+        """Role and state of every worker; of one that is not attached, the role it is listed as."""
+        census = []
+        for address, listed in self._members.items():
+            link = self._links.get(address)
+            role = link.info.role if link is not None and link.info is not None else listed
+            census.append((role, link.state if link is not None else WorkerState.LOST))
+        return census
 
     @property
-    def absent(self) -> Mapping[str, str]:
+    def absent(self) -> dict[str, str]:
         """Workers that are not attached, and why."""
-        return {address: link.cause for address, link in self._links.items() if link.info is None}
+        absent = {}
+        for address in self._members:
+            link = self._links.get(address)
+            if link is None or link.info is None:
+                absent[address] = link.cause if link is not None else "not reached yet"
+        return absent

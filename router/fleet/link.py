@@ -35,8 +35,9 @@ from rpc.v1 import worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+CLOSED = "the router closed the link"
 BACKOFF_FIRST_S = 0.1
-RESYNC_INTERVAL_S = 1.0
+RESYNC_INTERVAL_S = 0.5
 """Shortest time between two requests for a snapshot: one in flight answers many gaps."""
 
 _Stream = grpc.aio.StreamStreamCall[worker_pb2.RouterMessage, worker_pb2.WorkerMessage]
@@ -102,6 +103,7 @@ class WorkerLink:
         self._queue: asyncio.Queue[worker_pb2.RouterMessage] | None = None
         self._full = asyncio.Event()
         self._heard_at = 0.0
+        self._resync_wanted = False
         self._resync_after = 0.0
 
     async def run(self) -> None:
@@ -130,7 +132,7 @@ class WorkerLink:
 
     async def _attend(self) -> bool:
         """Run one session to its end; True if the worker had attached."""
-        cause = "the router closed the link"
+        cause = CLOSED
         channel = self._open_channel(self.address)
         try:
             await self._session(channel)
@@ -153,7 +155,8 @@ class WorkerLink:
         self.cause = cause
         self._queue = None
         if attached:
-            log.warning("lost worker %s: %s", self.address, cause)
+            level = logging.INFO if cause == CLOSED else logging.WARNING
+            log.log(level, "lost worker %s: %s", self.address, cause)
             self._listener.lost(self.address, cause)
         else:
             log.debug("worker %s is not reached: %s", self.address, cause)
@@ -189,6 +192,7 @@ class WorkerLink:
         self._queue = asyncio.Queue(self._settings.queue_size)
         self._full.clear()
         self._heard_at = loop.time()
+        self._resync_wanted = False
         self._resync_after = self._heard_at + RESYNC_INTERVAL_S
         self.info = info
         log.info("attached to %s worker %s at %s", info.role, info.worker_id, self.address)
@@ -213,7 +217,7 @@ class WorkerLink:
                 raise _SessionEnded("the stream broke") from None
 
     async def _watch(self) -> None:
-        """End the session if the worker falls silent or lets the queue fill up."""
+        """Look after the session: silence, a full queue, a snapshot that is still missing."""
         silence_s = self._settings.silence_s
         tick_s = min(0.25, silence_s / 8)
         loop = asyncio.get_running_loop()
@@ -225,6 +229,7 @@ class WorkerLink:
                 raise _SessionEnded(f"left {self._settings.queue_size} messages unread")
             except TimeoutError:
                 pass
+            self._resync()
             now = loop.time()
             if now - began > 4 * tick_s:
                 # This process stood still itself; what the worker said meanwhile is yet unread.
@@ -244,8 +249,9 @@ class WorkerLink:
                     load = self._checked(load_from_proto(message.load))
                     self._listener.load(self.address, load)
                 case "cache":
-                    if not self._listener.cache(self.address, cache_from_proto(message.cache)):
-                        self._resync()
+                    change = cache_from_proto(message.cache)
+                    self._resync_wanted = not self._listener.cache(self.address, change)
+                    self._resync()
                 case body:
                     raise _SessionEnded(f"sent an unexpected {body or 'empty'} message")
         except ProtocolViolation as error:
@@ -258,8 +264,9 @@ class WorkerLink:
         return load
 
     def _resync(self) -> None:
+        """Ask for a snapshot if one is needed and none can be on its way."""
         now = asyncio.get_running_loop().time()
-        if now >= self._resync_after:
+        if self._resync_wanted and now >= self._resync_after:
             self._resync_after = now + RESYNC_INTERVAL_S
             self.send(worker_pb2.RouterMessage(resync=worker_pb2.Resync()))
 
