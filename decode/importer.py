@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvtransfer.select import open_transport
-
 from core.clock import Clock, monotonic
 from core.errors import DiptychError, InvalidRequestError, TransferError
 from decode.metrics import ImportMetrics
@@ -21,6 +19,7 @@ from kvtransfer import actions as act
 from kvtransfer import wire
 from kvtransfer.handover import HandoverConfig, HandoverMachine
 from kvtransfer.messages import Hello, Key
+from kvtransfer.select import open_transport
 from kvtransfer.transport import Read, ReadState, Transport
 from rpc.v1 import ipc_pb2, worker_pb2
 from worker.hello import own_hello

@@ -26,13 +26,14 @@ class DecodeExtension:
 
     def open_link(self, request: ipc_pb2.OpenLink) -> None:
         """Dial; the engine hears by the peer's hello, or by the channel's end."""
-        link = asyncio.create_task(self._run(request.channel, request.address))
+        # Opened before the task runs: the engine's hello is right behind this request.
+        channel: Channel[kv_export_pb2.DecodeMessage] = self._switchboard.open(request.channel)
+        link = asyncio.create_task(self._run(channel, request.address))
         self._links.add(link)
         link.add_done_callback(self._links.discard)
 
-    async def _run(self, number: int, address: str) -> None:
-        channel: Channel[kv_export_pb2.DecodeMessage]
-        async with self._switchboard.channel(number) as channel:
+    async def _run(self, channel: Channel[kv_export_pb2.DecodeMessage], address: str) -> None:
+        with self._switchboard.serving(channel):
             async with open_channel(address, self._credentials) as connection:
                 stub = kv_export_pb2_grpc.KvExportStub(connection)
                 call = stub.Link(channel.outgoing())

@@ -7,8 +7,6 @@ carries one hold taken here, and FreeBlocks gives that hold back.
 
 from dataclasses import dataclass
 
-from kvtransfer.select import open_transport
-
 from core.clock import Clock, monotonic
 from core.errors import DiptychError, ErrorCode, InvalidRequestError
 from core.finish import FinishReason
@@ -18,6 +16,7 @@ from kvtransfer import wire
 from kvtransfer.actions import CancelPrefill, CloseLink, ExportAction, FreeBlocks, Send
 from kvtransfer.export import ExportMachine
 from kvtransfer.messages import Hello
+from kvtransfer.select import open_transport
 from kvtransfer.transport import Transport
 from prefill.metrics import ExportMetrics
 from prefill.settings import PrefillSettings

@@ -25,8 +25,8 @@ class KvExportService(kv_export_pb2_grpc.KvExportServicer):
         ),
     ) -> AsyncIterator[kv_export_pb2.PrefillMessage]:
         """One decode worker's link, for as long as its stream lives."""
-        channel: Channel[kv_export_pb2.PrefillMessage]
-        async with self._switchboard.channel() as channel:
+        channel: Channel[kv_export_pb2.PrefillMessage] = self._switchboard.open()
+        with self._switchboard.serving(channel):
             pump = asyncio.create_task(self._switchboard.pump(channel, request_iterator, _command))
             try:
                 async for message in channel.outgoing():

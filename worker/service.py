@@ -83,8 +83,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> AsyncIterator[worker_pb2.WorkerMessage]:
         """Carry a router's requests for as long as its stream lives."""
         await self._require_engine(context)
-        channel: Channel[worker_pb2.WorkerMessage]
-        async with self._switchboard.channel() as channel:
+        channel: Channel[worker_pb2.WorkerMessage] = self._switchboard.open()
+        with self._switchboard.serving(channel):
             log.info("router attached from %s (channel %d)", context.peer(), channel.number)
             pump = asyncio.create_task(
                 self._switchboard.pump(channel, request_iterator, _router_command)

@@ -8,8 +8,8 @@ stream whose peer does not read is closed when its bounded queue is full.
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from rpc.v1 import ipc_pb2
@@ -70,22 +70,22 @@ class Switchboard:
     def __len__(self) -> int:
         return len(self._channels)
 
-    @asynccontextmanager
-    async def channel(self, number: int | None = None) -> AsyncIterator[Channel[Out]]:
-        """A channel for as long as its stream lives; the engine hears when it ends."""
+    def open(self, number: int | None = None) -> Channel[Out]:
+        """Open a channel; what the engine addresses to it is queued from now on."""
         channel: Channel[Out] = Channel(next(self._numbers) if number is None else number)
         self._channels[channel.number] = channel  # type: ignore[assignment]
+        return channel
+
+    @contextmanager
+    def serving(self, channel: Channel[Out]) -> Iterator[Channel[Out]]:
+        """For as long as a channel's stream lives; the engine hears when it ends."""
         try:
             yield channel
         finally:
             channel.close("the stream ended")
             del self._channels[channel.number]
-            self.tell_closed(channel.number, channel.close_reason)
-
-    def tell_closed(self, number: int, reason: str) -> None:
-        """Tell the engine that a channel has ended, or could not be opened."""
-        closed = ipc_pb2.ChannelClosed(channel=number, reason=reason)
-        self._pipe.send(ipc_pb2.EngineCommand(closed=closed))
+            closed = ipc_pb2.ChannelClosed(channel=channel.number, reason=channel.close_reason)
+            self._pipe.send(ipc_pb2.EngineCommand(closed=closed))
 
     async def pump(
         self,

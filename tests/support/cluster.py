@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 import httpx
-import openai
+from openai import AsyncOpenAI, OpenAI
 
 from rpc.auth import Credentials
 from rpc.channel import open_channel
@@ -91,13 +91,13 @@ class Cluster:
     def workers(self) -> list[Worker]:
         return [*self.prefill, *self.decode]
 
-    def openai(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(
+    def openai(self, **options: Any) -> OpenAI:
+        return OpenAI(
             base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120, **options
         )
 
-    def async_openai(self, **options: Any) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
+    def async_openai(self, **options: Any) -> AsyncOpenAI:
+        return AsyncOpenAI(
             base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120, **options
         )
 
@@ -222,9 +222,7 @@ def cluster(
         yield running_cluster
 
 
-def _worker(
-    role: str, model: Path | str, transport: str, settings: Mapping[str, object]
-) -> Worker:
+def _worker(role: str, model: Path | str, transport: str, settings: Mapping[str, object]) -> Worker:
     port, metrics_port = free_port(), free_port()
     options: dict[str, object] = {
         "model": model,

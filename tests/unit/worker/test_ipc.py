@@ -82,7 +82,9 @@ def test_a_corrupt_length_is_refused_before_it_is_allocated() -> None:
     ours.close()
 
 
-@given(cuts=st.lists(st.integers(1, 60), max_size=20), sizes=st.lists(st.integers(0, 9), max_size=5))
+@given(
+    cuts=st.lists(st.integers(1, 60), max_size=20), sizes=st.lists(st.integers(0, 9), max_size=5)
+)
 def test_frames_survive_any_cut_of_the_stream(cuts: list[int], sizes: list[int]) -> None:
     ours, theirs = open_pipe()
     engine = EnginePipe(theirs)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from rpc.v1 import ipc_pb2, worker_pb2
+from rpc.v1 import ipc_pb2, kv_export_pb2, worker_pb2
 from worker import switchboard as switchboard_module
 from worker.switchboard import EVERY_ROUTER, Channel, Switchboard
 
@@ -36,9 +36,9 @@ async def collect(channel: Channel[worker_pb2.WorkerMessage]) -> list[worker_pb2
 
 async def test_broadcasts_reach_only_routers_that_got_their_hello() -> None:
     board = Switchboard(RecordingPipe())  # type: ignore[arg-type]
-    first: Channel[worker_pb2.WorkerMessage]
-    second: Channel[worker_pb2.WorkerMessage]
-    async with board.channel() as first, board.channel() as second:
+    first: Channel[worker_pb2.WorkerMessage] = board.open()
+    second: Channel[worker_pb2.WorkerMessage] = board.open()
+    with board.serving(first), board.serving(second):
         board.to_router(frame(first.number, HELLO))
         board.to_router(frame(EVERY_ROUTER, LOAD))
         first.close("test")
@@ -50,8 +50,8 @@ async def test_broadcasts_reach_only_routers_that_got_their_hello() -> None:
 async def test_the_engine_hears_when_a_stream_ends_and_why() -> None:
     pipe = RecordingPipe()
     board = Switchboard(pipe)  # type: ignore[arg-type]
-    channel: Channel[worker_pb2.WorkerMessage]
-    async with board.channel() as channel:
+    channel: Channel[worker_pb2.WorkerMessage] = board.open()
+    with board.serving(channel):
         channel.close("the router went away")
     assert [c.closed.channel for c in pipe.sent] == [channel.number]
     assert pipe.sent[0].closed.reason == "the router went away"
@@ -60,16 +60,16 @@ async def test_the_engine_hears_when_a_stream_ends_and_why() -> None:
 
 async def test_messages_to_a_channel_that_ended_are_dropped() -> None:
     board = Switchboard(RecordingPipe())  # type: ignore[arg-type]
-    channel: Channel[worker_pb2.WorkerMessage]
-    async with board.channel() as channel:
+    channel: Channel[worker_pb2.WorkerMessage] = board.open()
+    with board.serving(channel):
         pass
     board.to_router(frame(channel.number, LOAD))
 
 
 async def test_a_peer_that_does_not_read_is_closed_not_buffered_without_bound() -> None:
     board = Switchboard(RecordingPipe())  # type: ignore[arg-type]
-    channel: Channel[worker_pb2.WorkerMessage]
-    async with board.channel() as channel:
+    channel: Channel[worker_pb2.WorkerMessage] = board.open()
+    with board.serving(channel):
         for _ in range(switchboard_module._QUEUE_MESSAGES + 10):
             channel.put(LOAD)
         assert "unread" in channel.close_reason
@@ -88,9 +88,19 @@ async def test_pump_forwards_in_order_and_closes_the_channel_at_the_end() -> Non
     def wrap(channel: int, message: worker_pb2.RouterMessage) -> ipc_pb2.EngineCommand:
         return ipc_pb2.EngineCommand(router=ipc_pb2.RouterFrame(channel=channel, message=message))
 
-    channel: Channel[worker_pb2.WorkerMessage]
-    async with board.channel() as channel:
+    channel: Channel[worker_pb2.WorkerMessage] = board.open()
+    with board.serving(channel):
         await board.pump(channel, incoming(), wrap)
         assert [c.router.message.abort.request_id for c in pipe.sent] == ["0", "1", "2"]
         assert await collect(channel) == []
         assert "cut" in channel.close_reason
+
+
+async def test_a_frame_right_behind_the_opening_is_queued() -> None:
+    board = Switchboard(RecordingPipe())  # type: ignore[arg-type]
+    channel: Channel[kv_export_pb2.DecodeMessage] = board.open(1 << 32)
+    hello = kv_export_pb2.DecodeMessage(hello=kv_export_pb2.LinkHello(worker_id="d"))
+    board.to_peer(ipc_pb2.DecodeFrame(channel=1 << 32, message=hello))
+    with board.serving(channel):
+        channel.close("test")
+        assert [message async for message in channel.outgoing()] == [hello]
