@@ -100,7 +100,7 @@ class FakeExecutor:
         self.model_config = SimpleNamespace(
             eos_token_ids=(EOS,),
             vocab_size=VOCAB_SIZE,
-            max_position=max_position_embeddings,
+            max_position=max_position,
         )
         self.plans: list[StepPlan] = []
         self.fail_with: Exception | None = None
