@@ -146,11 +146,12 @@ class Endpoint(Protocol):
 
 
 def _too_large(limit_bytes: int) -> HttpError:
+    # The connection stays open: closing it on unread data would take the answer down with it. The
+    # server discards what still arrives.
     return HttpError(
         413,
         "request_too_large",
         f"The request's body is larger than the {limit_bytes} bytes that this router takes.",
-        headers=[(b"connection", b"close")],
     )
 
 

@@ -73,8 +73,7 @@ class TextEndpoint:
             )
         except Exception as error:
             if stream.started and not isinstance(error, ClientDisconnectedError):
-                async with asyncio.timeout(settings.deadline_grace_s):
-                    await stream.fail(error_answer(error))
+                await stream.fail(error_answer(error), patience_s=settings.deadline_grace_s)
             raise
 
     async def _serve(self, exchange: Exchange, body: bytes, stream: EventStream) -> None:

@@ -5,6 +5,7 @@ before it still gets its own status; comments fill silences so that proxies keep
 """
 
 import asyncio
+import contextlib
 
 from core.clock import Clock
 from router.api.errors import ErrorAnswer
@@ -58,13 +59,14 @@ class EventStream:
         silent_s = self._clock() - self._last_write_at
         if silent_s < self._keep_alive_s:
             return self._keep_alive_s - silent_s
-        try:
+        # A client that reads slowly has no silence to fill: its stream is full.
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._keep_alive_s):
                 await self.write(KEEP_ALIVE)
-        except TimeoutError:
-            pass  # The client reads slowly: the stream is not silent, it is full.
         return self._keep_alive_s
 
-    async def fail(self, error: ErrorAnswer) -> None:
-        """End the stream with an error event."""
-        await self.write(b"data: %b\n\n" % error.json(), last=True)
+    async def fail(self, error: ErrorAnswer, *, patience_s: float) -> None:
+        """End the stream with an error event, if the client takes it within `patience_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self.write(b"data: %b\n\n" % error.json(), last=True)

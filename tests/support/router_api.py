@@ -251,3 +251,18 @@ async def until(condition: Callable[[], bool]) -> None:
 def client(served: Served) -> httpx.AsyncClient:
     """A raw HTTP client."""
     return httpx.AsyncClient(base_url=served.url, timeout=WAIT_S, trust_env=False)
+
+
+@asynccontextmanager
+async def raw_connection(
+    served: Served,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A TCP connection to the server; leaving drops it."""
+    host, port = served.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
