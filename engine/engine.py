@@ -25,6 +25,7 @@ from core.block_hash import root_hash
 from core.clock import Clock, monotonic
 from core.errors import DiptychError, InvalidRequestError, OverloadedError
 from core.tokens import TokenLogprobs
+from engine.block_tables import BlockTables
 from engine.config import EngineConfig
 from engine.intake import Intake
 from engine.kv.allocator import BlockAllocator
@@ -37,12 +38,18 @@ from engine.request import (
     SequenceOutput,
     StepOutputs,
 )
-from engine.scheduler import Scheduler, progress_of
+from engine.scheduler import Scheduler
 from engine.sequence import SequenceState, SequenceStatus
 
 if TYPE_CHECKING:  # scheduling needs no torch; only who builds an executor does
     from engine.kv.pool import KVPool
     from engine.runner import Executor
+
+WATERMARK_RATIO = 0.01
+"""Share of the pool that admission leaves for running sequences to grow into.
+
+Source: the default of vLLM's scheduler (Apache-2.0).
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +96,11 @@ class Engine:
             root_hash=root_hash(model_digest) if config.prefix_caching else None,
         )
         self._blocks = BlockAllocator(pool.num_blocks)
-        self._scheduler = Scheduler(config, self._blocks, block_size=block_size, clock=clock)
+        self._tables = BlockTables(
+            self._blocks, block_size=block_size, caching=config.prefix_caching
+        )
+        watermark = max(1, int(pool.num_blocks * WATERMARK_RATIO))
+        self._scheduler = Scheduler(config, self._tables, watermark, clock)
         self._rates = StepRates()
         self._live: dict[str, SequenceState] = {}
         self._ended: dict[str, SequenceState] = {}
@@ -197,7 +208,7 @@ class Engine:
     def reap(self) -> None:
         """Free the blocks of sequences that have ended. `step` begins with it."""
         for sequence in self._ended.values():
-            self._scheduler.release(sequence)
+            self._tables.release(sequence)
         self._ended.clear()
 
     def block_table(self, request_id: str) -> Sequence[int]:
@@ -285,7 +296,7 @@ class Engine:
         ended = sequence.status is SequenceStatus.ENDED
         (self._ended if ended else self._live)[sequence.request_id] = sequence
         self._stuck = False
-        return progress_of(sequence, first_token, logprobs)
+        return sequence.report(first_token, logprobs)
 
     def stats(self) -> EngineStats:
         """The load at this moment. O(waiting + running)."""
@@ -301,8 +312,8 @@ class Engine:
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
             decode_step_s=self._rates.decode_step_s,
             preemptions=scheduler.num_preemptions,
-            cached_tokens=scheduler.cached_tokens,
-            lookup_tokens=scheduler.lookup_tokens,
+            cached_tokens=self._tables.cached_tokens,
+            lookup_tokens=self._tables.lookup_tokens,
         )
 
     def drain_cache_changes(self) -> CacheChange:

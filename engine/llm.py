@@ -32,11 +32,10 @@ class LLM:
     """Generates for lists of prompts. `engine` is open to whoever wants to look."""
 
     def __init__(self, config: EngineConfig, *, executor: Executor | None = None) -> None:
-        self._executor = executor or build_executor(config, lambda stage: None)
+        self._executor = executor or build_executor(config)
         self._max_waiting = config.max_waiting
         self._num_requests = 0
-        # Hashes never leave this process, so any fixed digest will do.
-        self.engine = Engine(config, self._executor, model_digest=config.model.encode())
+        self.engine = Engine(config, self._executor, model_digest=self._executor.model_digest)
 
     def generate(
         self,

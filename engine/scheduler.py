@@ -17,19 +17,13 @@ from itertools import chain, islice
 from core.clock import Clock
 from core.errors import DiptychError, OverloadedError
 from core.finish import FinishReason
-from core.tokens import TokenLogprobs
+from engine.block_tables import BlockTables
 from engine.config import EngineConfig
-from engine.kv.allocator import BlockAllocator
 from engine.plan import Chunk, StepPlan, StepResult
 from engine.policy import policy_named
 from engine.request import SequenceOutput
 from engine.sequence import SequenceState, SequenceStatus
 
-WATERMARK_RATIO = 0.01
-"""Share of the pool that admission leaves for running sequences to grow into.
-
-Source: the default of vLLM's scheduler (Apache-2.0).
-"""
 MAX_DEFERRED = 16
 """Candidates passed over in one step because a running sequence computes their prefix."""
 
@@ -47,19 +41,16 @@ class ScheduledStep:
 class Scheduler:
     """Continuous batching with chunked prefill, and preemption by recompute."""
 
-    def __init__(
-        self, config: EngineConfig, blocks: BlockAllocator, *, block_size: int, clock: Clock
-    ) -> None:
-        self._blocks = blocks
-        self._block_size = block_size
+    def __init__(self, config: EngineConfig, tables: BlockTables, watermark: int, clock: Clock):
+        """Args: watermark is the number of blocks that admission leaves to running sequences."""
+        self._tables = tables
+        self._watermark = watermark
         self._clock = clock
         self._policy = policy_named(config.policy)
-        self._caching = config.prefix_caching
         self._max_waiting = config.max_waiting
         self._max_num_seqs = config.max_num_seqs
         self._max_step_tokens = config.max_step_tokens
         self._max_chunk_tokens = config.max_chunk_tokens or config.max_step_tokens
-        self._watermark = max(1, int(blocks.num_blocks * WATERMARK_RATIO))
         self._waiting: dict[str, SequenceState] = {}
         self._preempted: list[SequenceState] = []
         self._running: list[SequenceState] = []
@@ -67,8 +58,6 @@ class Scheduler:
         self._next_age = 0
         self._blocked: SequenceState | None = None
         self.num_preemptions = 0
-        self.cached_tokens = 0
-        self.lookup_tokens = 0
 
     @property
     def num_waiting(self) -> int:
@@ -104,7 +93,7 @@ class Scheduler:
                 f"{len(self._waiting)} requests wait already and max_waiting is "
                 f"{self._max_waiting}; try again later or on another worker."
             )
-        sequence.expected_cached = len(self._match(sequence)) * self._block_size
+        sequence.expected_cached = self._tables.cached_prefix(sequence)
         self._waiting[sequence.request_id] = sequence
 
     def schedule(self) -> ScheduledStep | None:
@@ -135,20 +124,20 @@ class Scheduler:
         return self._plan(draft) if draft.tokens else None
 
     def update(self, step: ScheduledStep, result: StepResult) -> list[SequenceOutput]:
-        """Take what the executor sampled. Ended sequences keep their blocks until `release`."""
+        """Take what the executor sampled. Ended sequences still have their blocks."""
         outputs = []
         ended = False
         for index, sequence in enumerate(step.sequences):
             sequence.num_computed += len(step.plan.chunks[index].token_ids)
-            self._register(sequence)
+            self._tables.register(sequence)
             token_id = result.token_ids[index]
             if token_id is None:
-                outputs.append(progress_of(sequence))
+                outputs.append(sequence.report())
                 continue
             if sequence.append(token_id) is not None:
                 sequence.status = SequenceStatus.ENDED
                 ended = True
-            outputs.append(progress_of(sequence, token_id, result.logprobs[index]))
+            outputs.append(sequence.report(token_id, result.logprobs[index]))
         if ended:
             self._drop_ended()
         return outputs
@@ -159,7 +148,7 @@ class Scheduler:
             sequence.finish_reason = FinishReason.FAILED
             sequence.status = SequenceStatus.ENDED
         self._drop_ended()
-        return [progress_of(sequence, error=error) for sequence in step.sequences]
+        return [sequence.report(error=error) for sequence in step.sequences]
 
     def abort(self, sequence: SequenceState) -> None:
         """End a waiting or running sequence now and free its blocks."""
@@ -174,12 +163,7 @@ class Scheduler:
             self._blocked = None
         sequence.finish_reason = FinishReason.ABORTED
         sequence.status = SequenceStatus.ENDED
-        self.release(sequence)
-
-    def release(self, sequence: SequenceState) -> None:
-        """Give back the blocks of a sequence that is not running."""
-        self._blocks.release(sequence.block_table)
-        sequence.block_table = []
+        self._tables.release(sequence)
 
     def reserve(self, sequence: SequenceState) -> bool:
         """Give a sequence blocks for all its tokens, so that their KV can be brought in.
@@ -189,12 +173,11 @@ class Scheduler:
         """
         if self._preempted or self._blocked is not None or self._num_seats == 0:
             return False
-        matched = self._blocks.match(sequence.block_hashes) if self._caching else []
+        matched = self._tables.match(sequence, whole=True)
         if not self._fits(sequence, matched):
             return False
-        self._take_matched(sequence, matched)
-        missing = self._num_blocks(len(sequence.token_ids)) - len(matched)
-        sequence.block_table += self._blocks.allocate(missing)
+        self._tables.take(sequence, matched)
+        self._tables.grow(sequence, sequence.num_to_compute)
         sequence.status = SequenceStatus.RESERVED
         self._num_reserved += 1
         return True
@@ -203,16 +186,16 @@ class Scheduler:
         """End a reservation; nothing writes to its blocks any more."""
         self._num_reserved -= 1
         sequence.status = SequenceStatus.ENDED
-        self.release(sequence)
+        self._tables.release(sequence)
 
     def adopt(self, sequence: SequenceState, token_id: int) -> None:
         """Run a reserved sequence whose KV is all there and whose next token is known.
 
-        It may end at once; then it keeps its blocks until `release`.
+        It may end at once; it still has its blocks then.
         """
         self._num_reserved -= 1
         sequence.num_computed = len(sequence.token_ids)
-        self._register(sequence)
+        self._tables.register(sequence)
         if sequence.append(token_id) is None:
             self._join(sequence)
         else:
@@ -222,34 +205,21 @@ class Scheduler:
     def _num_seats(self) -> int:
         return self._max_num_seqs - len(self._running) - self._num_reserved
 
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
-
     def _make_room(self, sequence: SequenceState, wanted: int, draft: "_Draft") -> int:
         """Allocate for up to `wanted` more tokens, preempting younger sequences if need be.
 
         Returns how many tokens have room; fewer than wanted only for the youngest.
         """
-        table = sequence.block_table
-        missing = self._num_blocks(sequence.num_computed + wanted) - len(table)
-        if missing <= 0:
-            return wanted
-        while not self._blocks.can_allocate(missing):
-            if self._running[-1] is sequence:
-                missing = self._blocks.num_available
-                break
+        while self._tables.lacks(sequence, wanted) and self._running[-1] is not sequence:
             self._preempt(self._running[-1], draft)
-        table += self._blocks.allocate(missing)
-        return min(wanted, len(table) * self._block_size - sequence.num_computed)
+        return self._tables.grow(sequence, wanted)
 
     def _preempt(self, victim: SequenceState, draft: "_Draft") -> None:
         # The blocks go to the prefix cache, where the recompute finds what is not evicted by then.
         self._running.pop()
         draft.drop(victim)
-        self.release(victim)
-        victim.expected_cached = victim.num_registered * self._block_size
-        victim.num_computed = 0
-        victim.num_registered = 0
+        self._tables.release(victim)
+        victim.expected_cached = self._tables.cached_prefix(victim)
         victim.status = SequenceStatus.PREEMPTED
         insort(self._preempted, victim, key=_age)
         self.num_preemptions += 1
@@ -261,8 +231,8 @@ class Scheduler:
         for sequence in self._candidates():
             if draft.budget <= 0 or self._num_seats == 0:
                 return
-            matched = self._match(sequence)
-            if self._is_being_computed(sequence, len(matched)):
+            matched = self._tables.match(sequence)
+            if self._tables.will_compute(self._running, sequence, len(matched)):
                 deferred += 1
                 if deferred > MAX_DEFERRED:
                     return
@@ -274,59 +244,19 @@ class Scheduler:
                 self._preempted.remove(sequence)
             else:
                 del self._waiting[sequence.request_id]
-            self._take_matched(sequence, matched)
+            self._tables.take(sequence, matched)
             self._join(sequence)
             wanted = min(sequence.num_to_compute, draft.budget, self._max_chunk_tokens)
             draft.take(sequence, self._make_room(sequence, wanted, draft))
 
     def _candidates(self) -> list[SequenceState]:
-        queued = self._policy(self._waiting.values(), self._cached_tokens, self._clock())
+        queued = self._policy(self._waiting.values(), self._tables.cached_prefix, self._clock())
         return list(islice(chain(self._preempted, queued), self._num_seats + MAX_DEFERRED))
-
-    def _match(self, sequence: SequenceState) -> list[int]:
-        """Cached blocks of a sequence's prefix, leaving at least one token to compute."""
-        if not self._caching:
-            return []
-        most = (len(sequence.token_ids) - 1) // self._block_size
-        return self._blocks.match(sequence.block_hashes[:most])
-
-    def _cached_tokens(self, sequence: SequenceState) -> int:
-        return len(self._match(sequence)) * self._block_size
-
-    def _is_being_computed(self, sequence: SequenceState, index: int) -> bool:
-        """True if a running prompt will soon put block `index` of this one into the cache."""
-        end = (index + 1) * self._block_size
-        hashes = sequence.block_hashes
-        if not self._caching or index >= len(hashes) or end >= len(sequence.token_ids):
-            return False
-        return any(
-            other.num_computed < end <= len(other.token_ids)
-            and index < len(other.block_hashes)
-            and other.block_hashes[index] == hashes[index]
-            for other in self._running
-        )
 
     def _fits(self, sequence: SequenceState, matched: Sequence[int]) -> bool:
         """True if all its tokens fit beside what running prompts still need and the watermark."""
-        wanted = self._num_blocks(len(sequence.token_ids)) - len(matched)
-        spare = self._blocks.num_available - self._blocks.count_idle(matched) - wanted
-        if not self._running and not self._num_reserved:
-            return spare >= 0
-        promised = sum(
-            max(0, self._num_blocks(len(other.token_ids)) - len(other.block_table))
-            for other in self._running
-        )
-        return spare >= promised + self._watermark
-
-    def _take_matched(self, sequence: SequenceState, matched: list[int]) -> None:
-        self._blocks.hold(matched)
-        sequence.block_table = matched
-        sequence.num_registered = len(matched)
-        sequence.num_computed = len(matched) * self._block_size
-        if sequence.age < 0:
-            sequence.num_cached_tokens = sequence.num_computed
-            self.lookup_tokens += len(sequence.token_ids)
-            self.cached_tokens += sequence.num_computed
+        spare = self._tables.spare_after(sequence, matched, self._running)
+        return spare >= (self._watermark if self._running or self._num_reserved else 0)
 
     def _join(self, sequence: SequenceState) -> None:
         if sequence.age < 0:
@@ -334,17 +264,6 @@ class Scheduler:
             self._next_age += 1
         sequence.status = SequenceStatus.RUNNING
         insort(self._running, sequence, key=_age)
-
-    def _register(self, sequence: SequenceState) -> None:
-        """Tell the prefix cache of the blocks that are complete now."""
-        full = sequence.num_computed // self._block_size
-        if full <= sequence.num_registered or not self._caching:
-            return
-        sequence.extend_hashes(full, self._block_size)
-        known = min(full, len(sequence.block_hashes))
-        for index in range(sequence.num_registered, known):
-            self._blocks.insert(sequence.block_table[index], sequence.block_hashes[index])
-        sequence.num_registered = max(known, sequence.num_registered)
 
     def _drop_ended(self) -> None:
         self._running = [
@@ -388,26 +307,6 @@ class _Draft:
 
     def drop(self, sequence: SequenceState) -> None:
         self.budget += self.tokens.pop(sequence, 0)
-
-
-def progress_of(
-    sequence: SequenceState,
-    token_id: int | None = None,
-    logprobs: TokenLogprobs | None = None,
-    error: DiptychError | None = None,
-) -> SequenceOutput:
-    """What the caller is told of one sequence after a step; the token is its newest."""
-    return SequenceOutput(
-        request_id=sequence.request_id,
-        token_ids=() if token_id is None else (token_id,),
-        first_index=len(sequence.output_ids) - (token_id is not None),
-        logprobs=() if logprobs is None else (logprobs,),
-        num_computed=sequence.num_computed,
-        num_cached_tokens=sequence.num_cached_tokens,
-        finish_reason=sequence.finish_reason,
-        matched_stop=sequence.matched_stop,
-        error=error,
-    )
 
 
 def _age(sequence: SequenceState) -> int:

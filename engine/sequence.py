@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from core.block_hash import hash_blocks
+from core.errors import DiptychError
 from core.finish import FinishReason
 from core.sampling import SamplingParams
+from core.tokens import TokenLogprobs
 from engine.plan import SampleSpec
+from engine.request import SequenceOutput
 
 
 class SequenceStatus(StrEnum):
@@ -83,6 +86,25 @@ class SequenceState:
         elif self.prefill_only:
             self.finish_reason = FinishReason.HANDED_OVER
         return self.finish_reason
+
+    def report(
+        self,
+        token_id: int | None = None,
+        logprobs: TokenLogprobs | None = None,
+        error: DiptychError | None = None,
+    ) -> SequenceOutput:
+        """What the caller is told after a step; the token, if any, is the newest."""
+        return SequenceOutput(
+            request_id=self.request_id,
+            token_ids=() if token_id is None else (token_id,),
+            first_index=len(self.output_ids) - (token_id is not None),
+            logprobs=() if logprobs is None else (logprobs,),
+            num_computed=self.num_computed,
+            num_cached_tokens=self.num_cached_tokens,
+            finish_reason=self.finish_reason,
+            matched_stop=self.matched_stop,
+            error=error,
+        )
 
     def extend_hashes(self, num_blocks: int, block_size: int) -> None:
         """Make the hashes of the first `num_blocks` blocks known, where a parent is known."""
