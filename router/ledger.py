@@ -249,7 +249,8 @@ class RequestLedger:
         if failure.code not in RETRYABLE:
             self.error = _as_error(failure.code, failure.message)
         elif self.attempt >= self._max_attempts:
-            message = f"Gave up after {self.attempt} attempts. {failure.message}"
+            plural = "s" if self.attempt > 1 else ""
+            message = f"Gave up after {self.attempt} attempt{plural}. {failure.message}"
             self.error = _as_error(failure.code, message)
         self.state = RequestState.WAITING if self.error is None else RequestState.ENDED
         return Effects(aborts=aborts, failure=failure)

@@ -1,0 +1,111 @@
+import pytest
+
+from core.errors import ErrorCode
+from core.finish import FinishReason
+from core.sampling import SamplingParams
+from core.tokens import TokenLogprobs
+from router.fleet.wire import (
+    ProtocolViolation,
+    cache_from_proto,
+    info_from_proto,
+    leg_end_from_proto,
+    load_from_proto,
+    sampling_to_proto,
+    submit_to_proto,
+    token_run_from_proto,
+    with_phase,
+)
+from router.fleet.worker import Phase, WorkerState
+from rpc.v1 import worker_pb2
+from tests.support.router_placement import make_info
+
+SAMPLING = SamplingParams(
+    max_tokens=7,
+    min_tokens=1,
+    temperature=0.7,
+    top_p=0.9,
+    top_k=5,
+    min_p=0.05,
+    seed=2**64 - 1,
+    presence_penalty=0.1,
+    frequency_penalty=-0.2,
+    repetition_penalty=1.1,
+    logit_bias={3: -100.0},
+    logprobs=0,
+    stop_token_ids=(9, 8),
+    ignore_eos=True,
+)
+
+
+def test_every_sampling_value_is_sent() -> None:
+    sent = sampling_to_proto(SAMPLING)
+    for field in worker_pb2.SamplingParams.DESCRIPTOR.fields:
+        value = getattr(sent, field.name)
+        wanted = getattr(SAMPLING, field.name)
+        if field.name == "logit_bias":
+            assert dict(value) == wanted
+        elif field.name == "stop_token_ids":
+            assert tuple(value) == wanted
+        else:
+            assert value == wanted, field.name
+    assert sent.HasField("logprobs")
+    assert not sampling_to_proto(SamplingParams()).HasField("logprobs")
+
+
+def submit(remaining_s: float = 1.5) -> worker_pb2.Submit:
+    return submit_to_proto(
+        request_id="r",
+        attempt=2,
+        prompt_ids=[1, 2, 3],
+        output_ids=[4],
+        block_hashes=[b"a" * 16, b"b" * 16],
+        sampling=SAMPLING,
+        remaining_s=remaining_s,
+    )
+
+
+def test_submit_names_the_other_leg() -> None:
+    peer = make_info("prefill", "p-7", epoch=99, kv_address="h:5")
+    message = with_phase(submit(), Phase.IMPORT, peer).submit
+    imported = getattr(message, "import")
+    assert (imported.prefill_worker_id, imported.prefill_epoch, imported.kv_address) == (
+        "p-7", 99, "h:5",
+    )  # fmt: skip
+    assert message.WhichOneof("phase") == "import"
+    assert with_phase(submit(), Phase.EXPORT, peer).submit.export.decode_worker_id == "p-7"
+    assert with_phase(submit(), Phase.LOCAL, None).submit.WhichOneof("phase") == "local"
+    assert message.block_hashes == b"a" * 16 + b"b" * 16
+    assert (list(message.prompt_ids), list(message.output_ids)) == ([1, 2, 3], [4])
+
+
+@pytest.mark.parametrize(("left", "sent"), [(1.5, 1500), (-3.0, 1), (1e9, 2**32 - 1)])
+def test_time_left_fits_the_wire(left: float, sent: int) -> None:
+    assert submit(left).deadline_ms == sent
+
+
+def test_logprobs_must_match_the_tokens() -> None:
+    entry = worker_pb2.TokenLogprobs(
+        logprob=-1.0, top=[worker_pb2.TokenLogprob(token_id=4, logprob=-1.0)]
+    )
+    delta = worker_pb2.TokenDelta(token_ids=[4], logprobs=[entry], first_index=3)
+    assert token_run_from_proto(delta).logprobs == [TokenLogprobs(-1.0, ((4, -1.0),))]
+    delta.token_ids.append(5)
+    with pytest.raises(ProtocolViolation):
+        token_run_from_proto(delta)
+
+
+def test_unknown_words_fail_closed() -> None:
+    end = leg_end_from_proto(worker_pb2.Finished(error_code="from the future"))
+    assert (end.reason, end.error_code, end.times) == (
+        FinishReason.FAILED, ErrorCode.INTERNAL, None,
+    )  # fmt: skip
+    assert load_from_proto(worker_pb2.LoadReport()).state is WorkerState.STALLED
+    with pytest.raises(ProtocolViolation):
+        info_from_proto(worker_pb2.WorkerDescription(worker_id="w"))
+    with pytest.raises(ProtocolViolation):
+        cache_from_proto(worker_pb2.CacheEvents(stored=b"short"))
+
+
+def test_matched_stop_of_zero_is_not_absence() -> None:
+    assert leg_end_from_proto(worker_pb2.Finished(matched_stop=0)).matched_stop == 0
+    assert leg_end_from_proto(worker_pb2.Finished()).matched_stop is None

@@ -1,0 +1,162 @@
+import pytest
+
+from core.errors import UnavailableError
+from router.fleet.worker import WorkerState
+from router.placement.choose import Demand, choose
+from router.placement.cost import Prompt, WorkerView
+from router.placement.decision import Mode, Placement, Refusal
+from tests.support.router_placement import COST, make_layout, make_view
+
+PROMPT = Prompt(num_tokens=100, max_new_tokens=20)
+
+
+def place(*views: WorkerView, local: int = 0, **demand: object) -> Placement:
+    given = Demand(**{"prompt": PROMPT, **demand})  # type: ignore[arg-type]
+    return choose(views, given, COST, local_prefill_max_tokens=local)
+
+
+def test_least_backlog_wins() -> None:
+    chosen = place(
+        make_view("p0", "prefill", backlog_tokens=500),
+        make_view("p1", "prefill", backlog_tokens=100),
+        make_view("d0", "decode"),
+    )
+    assert (chosen.mode, chosen.prefill, chosen.worker) == (Mode.DISAGGREGATED, "p1", "d0")
+
+
+def test_tokens_sent_since_the_report_count_as_backlog() -> None:
+    busy = make_view("p0", "prefill", sent_tokens=200)
+    chosen = place(busy, make_view("p1", "prefill", backlog_tokens=100), make_view("d0", "decode"))
+    assert chosen.prefill == "p1"
+
+
+def test_measured_rate_decides() -> None:
+    slow = make_view("p0", "prefill", prefill_tokens_per_s=10.0)
+    fast = make_view("p1", "prefill", prefill_tokens_per_s=5000.0, backlog_tokens=400)
+    assert place(slow, fast, make_view("d0", "decode")).prefill == "p1"
+
+
+@pytest.mark.parametrize(("backlog", "chosen"), [(50, "cached"), (90, "idle")])
+def test_cached_prefix_is_worth_exactly_its_tokens(backlog: int, chosen: str) -> None:
+    placement = place(
+        make_view("cached", "prefill", backlog_tokens=backlog),
+        make_view("idle", "prefill"),
+        make_view("d0", "decode"),
+        matched_blocks={"cached": 20},
+    )
+    assert placement.prefill == chosen
+
+
+def test_at_least_one_token_is_left_to_compute() -> None:
+    placement = place(
+        make_view("p", "prefill"), make_view("d", "decode"), matched_blocks={"p": 25, "d": 25}
+    )
+    assert placement.cached_tokens == 99
+
+
+def test_decode_that_holds_the_prefix_saves_the_transfer() -> None:
+    views = (make_view("p", "prefill"), make_view("d0", "decode"), make_view("d1", "decode"))
+    placement = place(*views, matched_blocks={"d1": 20})
+    assert placement.worker == "d1"
+    terms = {c.worker: c.terms["transfer_s"] for c in placement.candidates if c.part == "decode"}
+    assert terms == {"d0": pytest.approx(0.025), "d1": pytest.approx(0.005)}
+
+
+@pytest.mark.parametrize(
+    "burden",
+    [
+        {"running": 4},
+        {"waiting": 4},
+        {"sent_requests": 4},
+        {"running": 8},
+        {"held_blocks": 990},
+        {"sent_blocks": 990},
+        {"decode_step_s": 0.02},
+    ],
+)
+def test_burdened_decode_worker_is_passed_over(burden: dict[str, object]) -> None:
+    views = (make_view("p", "prefill"), make_view("a", "decode", **burden))
+    assert place(*views, make_view("b", "decode")).worker == "b"
+    assert place(*views).worker == "a"
+
+
+def test_equal_workers_take_turns() -> None:
+    p, d = make_view("p", "prefill"), make_view("d", "decode")
+    assert place(p, make_view("a", "decode", placed=3), make_view("b", "decode")).worker == "b"
+    assert place(make_view("a", "prefill", placed=3), make_view("b", "prefill"), d).prefill == "b"
+
+
+def test_pairs_only_within_one_digest_and_layout() -> None:
+    placement = place(
+        make_view("p0", "prefill", model_digest=b"other"),
+        make_view("p1", "prefill", layout=make_layout(2000)),
+        make_view("p2", "prefill", backlog_tokens=10_000),
+        make_view("d0", "decode"),
+    )
+    assert placement.prefill == "p2"
+    assert sorted(refusal.workers for refusal in placement.refused) == [("p0",), ("p1",)]
+
+
+def test_pools_that_do_not_match_serve_alone() -> None:
+    placement = place(
+        make_view("p0", "prefill", model_digest=b"other", backlog_tokens=10),
+        make_view("d0", "decode"),
+    )
+    assert (placement.mode, placement.worker, placement.prefill) == (Mode.DECODE_ONLY, "d0", None)
+    assert "matching prefill" in placement.why
+
+
+def test_prefill_worker_that_exports_nothing_is_not_paired() -> None:
+    placement = place(make_view("p", "prefill", kv_address=""), make_view("d", "decode"))
+    assert placement.prefill is None
+
+
+@pytest.mark.parametrize(
+    ("role", "mode"), [("prefill", Mode.PREFILL_ONLY), ("decode", Mode.DECODE_ONLY)]
+)
+def test_one_pool_serves_alone(role: str, mode: Mode) -> None:
+    placement = place(make_view("w0", role, running=3), make_view("w1", role))
+    assert (placement.mode, placement.worker) == (mode, "w1")
+
+
+@pytest.mark.parametrize(("matched", "mode"), [(24, Mode.LOCAL), (23, Mode.DISAGGREGATED)])
+def test_nearly_cached_prompt_stays_on_decode(matched: int, mode: Mode) -> None:
+    views = (make_view("p", "prefill"), make_view("d", "decode"))
+    placement = place(*views, local=4, matched_blocks={"d": matched})
+    assert placement.mode is mode
+
+
+def test_worker_that_failed_the_request_is_avoided_while_there_is_another() -> None:
+    views = [make_view("p", "prefill"), make_view("d0", "decode"), make_view("d1", "decode")]
+    assert place(*views, avoid={"d0"}).worker == "d1"
+    alone = place(*views[:2], avoid={"p"}, allow_avoided=True)
+    assert (alone.mode, alone.worker) == (Mode.DECODE_ONLY, "d0")
+    with pytest.raises(UnavailableError, match="d0: failed this request"):
+        place(views[1], avoid={"d0"})
+    assert place(views[1], avoid={"d0"}, allow_avoided=True).worker == "d0"
+
+
+def test_every_refusal_is_named() -> None:
+    demand = Demand(prompt=PROMPT, model_digest=b"digest")
+    views = [
+        make_view("a", "prefill", state=WorkerState.DRAINING),
+        make_view("b", "decode", max_model_len=119),
+        make_view("c", "decode", model_digest=b"other"),
+    ]
+    with pytest.raises(UnavailableError) as caught:
+        choose(views, demand, COST, absent=[Refusal(("e",), "connection refused")])
+    message = caught.value.message
+    assert "a: is draining" in message
+    assert "b: prompt and max_tokens make 120 tokens, its context holds 119" in message
+    assert "c: serves another model" in message
+    assert "e: connection refused" in message
+
+
+def test_decision_explains_itself_in_json_values() -> None:
+    record = place(make_view("p", "prefill"), make_view("d", "decode")).as_dict()
+    candidates = record["candidates"]
+    assert isinstance(candidates, list)
+    for candidate in candidates:
+        terms = {k: v for k, v in candidate.items() if k.endswith("_s") and k != "cost_s"}
+        assert candidate["cost_s"] == pytest.approx(sum(terms.values()), abs=1e-5)
+    assert record["mode"] == "disaggregated"
