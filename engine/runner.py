@@ -169,9 +169,10 @@ def build_executor(
         rope = RotaryEmbedding(
             model_config.rope, model_config.head_dim, max_len, dtype=dtype, device=device
         )
-        layout = kv_layout(model_config, config.block_size, dtype)
-        pool = KVPool(layout, num_pool_blocks(config, layout), device)
-        attention = make_attention_backend(config.attention_backend, pool, model_config.num_heads)
+    # Not in inference mode: whoever fills blocks from outside must be allowed to write the tensor.
+    layout = kv_layout(model_config, config.block_size, dtype)
+    pool = KVPool(layout, num_pool_blocks(config, layout), device)
+    attention = make_attention_backend(config.attention_backend, pool, model_config.num_heads)
     return InProcessExecutor(
         model=model,
         model_config=model_config,

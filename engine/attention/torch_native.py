@@ -16,6 +16,9 @@ from engine.kv.pool import KVPool
 
 _MAX_PADDING = 1.5
 """Decodes share a call while padding to the longest reads at most this times what is needed."""
+_MAX_GATHER_BYTES = 1 << 20
+"""Nor is more than this gathered for one call, so that K and V are still in a core's L2 cache as
+attention reads them: with 8 sequences of 1024 tokens one call for each takes half of one for all."""
 
 
 class TorchNativeBackend:
@@ -31,6 +34,7 @@ class TorchNativeBackend:
         self._block_size = layout.block_size
         self._head_dim = layout.head_dim
         self._device = pool.tensor.device
+        self._layer_block_bytes = layout.block_bytes // layout.num_layers
         self._token_rows = pool.tensor.view(-1, layout.head_dim)
         self._block_rows = pool.tensor.view(-1, layout.block_size * layout.head_dim)
         # Within a block, rows of K and then of V of one layer, all heads: [2, Hkv].
@@ -45,14 +49,14 @@ class TorchNativeBackend:
         row = index = 0
         while index < len(spans):
             span = spans[index]
-            group = _decode_group(spans, index, self._block_size) if span.length == 1 else 1
+            count = 1
             if span.length == 1:
-                members = spans[index : index + group]
-                pieces.append(self._plan_decodes(members, row))
+                count = self._num_together(spans, index)
+                pieces.append(self._plan_decodes(spans[index : index + count], row))
             else:
                 pieces.append(self._plan_prompt(span, row))
-            row += span.length if span.length > 1 else group
-            index += group
+            row += span.length * count
+            index += count
         return TorchNativeStep(
             pieces=pieces,
             num_rows=row,
@@ -62,17 +66,33 @@ class TorchNativeBackend:
             write_rows=self._write_rows(spans),
         )
 
+    def _num_together(self, spans: Sequence[AttentionSpan], first: int) -> int:
+        """How many single-row spans from `first` on share a call; at least one."""
+        max_blocks = _MAX_GATHER_BYTES // self._layer_block_bytes
+        longest = needed = count = 0
+        for span in spans[first:]:
+            if span.length > 1:
+                break
+            width = -(-span.context_len // self._block_size)
+            longest, needed = max(longest, width), needed + width
+            padded = longest * (count + 1)
+            if count and (padded > max_blocks or padded > _MAX_PADDING * needed):
+                break
+            count += 1
+        return count
+
     def _write_rows(self, spans: Sequence[AttentionSpan]) -> torch.Tensor:
         """Rows of `token_rows` that this step writes: [L, 2, T, Hkv]."""
         size = self._block_size
-        blocks: list[int] = []
-        offsets: list[int] = []
+        slots: list[int] = []
         for span in spans:
-            for position in range(span.start, span.context_len):
-                blocks.append(span.block_table[position // size])
-                offsets.append(position % size)
-        block = torch.tensor(blocks, device=self._device)
-        offset = torch.tensor(offsets, device=self._device)
+            for index in range(span.start // size, -(-span.context_len // size)):
+                low = max(span.start - index * size, 0)
+                high = min(span.context_len - index * size, size)
+                block_start = span.block_table[index] * size
+                slots.extend(range(block_start + low, block_start + high))
+        slot = torch.tensor(slots, device=self._device)
+        block, offset = slot // size, slot % size
         first = block * (self._num_layers * 2 * self._num_kv_heads)  # [T]
         heads = first[None, :, None] + self._kv_head_rows[:, None, :]  # [2, T, Hkv]
         layers = heads + self._layer_rows[:, None, None, None]
@@ -216,17 +236,3 @@ class TorchNativeStep:
         gathered = self.block_rows.index_select(0, rows).view(piece.shape)
         key, value = gathered[:, :, :, : piece.context_len].unbind(0)
         return key, value
-
-
-def _decode_group(spans: Sequence[AttentionSpan], first: int, block_size: int) -> int:
-    """How many single-row spans from `first` on share a call."""
-    longest = needed = count = 0
-    for span in spans[first:]:
-        if span.length > 1:
-            break
-        width = -(-span.context_len // block_size)
-        longest, needed = max(longest, width), needed + width
-        if longest * (count + 1) > _MAX_PADDING * needed:
-            break
-        count += 1
-    return count
