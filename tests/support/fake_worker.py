@@ -17,7 +17,7 @@ from rpc.auth import Credentials
 from rpc.server import RpcServer
 from rpc.v1 import worker_pb2, worker_pb2_grpc
 
-VOCAB = 1000
+VOCAB = 250
 EOS = 2
 DEADLINE_S = 10.0
 
