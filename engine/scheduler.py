@@ -57,6 +57,7 @@ class Scheduler:
         self._num_reserved = 0
         self._next_age = 0
         self._blocked: SequenceState | None = None
+        self._yields_seat = False
         self.num_preemptions = 0
 
     @property
@@ -169,9 +170,11 @@ class Scheduler:
         """Give a sequence blocks for all its tokens, so that their KV can be brought in.
 
         Returns:
-            False if there is no room now, or sequences that wait for blocks come first.
+            False if there is no room now, or sequences that wait for it come first.
         """
         if self._preempted or self._blocked is not None or self._num_seats == 0:
+            return False
+        if self._yields_seat and self._num_seats <= len(self._waiting):
             return False
         matched = self._tables.match(sequence, whole=True)
         if not self._fits(sequence, matched):
@@ -180,6 +183,8 @@ class Scheduler:
         self._tables.grow(sequence, sequence.num_to_compute)
         sequence.status = SequenceStatus.RESERVED
         self._num_reserved += 1
+        # The caller asks between steps, before admission gets a turn; so it can't have every seat.
+        self._yields_seat = True
         return True
 
     def cancel(self, sequence: SequenceState) -> None:
@@ -244,6 +249,7 @@ class Scheduler:
                 self._preempted.remove(sequence)
             else:
                 del self._waiting[sequence.request_id]
+            self._yields_seat = False
             self._tables.take(sequence, matched)
             self._join(sequence)
             wanted = min(sequence.num_to_compute, draft.budget, self._max_chunk_tokens)

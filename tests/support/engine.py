@@ -97,6 +97,7 @@ class FakeExecutor:
         max_position: int = 4096,
     ) -> None:
         self.pool = FakePool(num_blocks, block_size)
+        self.model_digest = DIGEST
         self.model_config = SimpleNamespace(
             eos_token_ids=(EOS,),
             vocab_size=VOCAB_SIZE,
@@ -209,13 +210,15 @@ class Transcript:
     """Everything an engine said of each request, checked for order while it is collected."""
 
     tokens: dict[str, list[int]] = field(default_factory=dict)
+    starts: dict[str, int] = field(default_factory=dict)
     ends: dict[str, SequenceOutput] = field(default_factory=dict)
 
     def take(self, output: SequenceOutput) -> None:
         assert output.request_id not in self.ends, f"{output.request_id} spoke after its end"
         tokens = self.tokens.setdefault(output.request_id, [])
+        start = self.starts.setdefault(output.request_id, output.first_index - len(tokens))
         if output.token_ids:
-            assert output.first_index == len(tokens), "a token was lost or repeated"
+            assert output.first_index == start + len(tokens), "a token was lost or repeated"
         tokens.extend(output.token_ids)
         if output.finish_reason is not None:
             self.ends[output.request_id] = output

@@ -1,0 +1,72 @@
+import pytest
+
+from core.errors import DiptychError, InvalidRequestError
+from core.finish import FinishReason
+from core.sampling import SamplingParams
+from engine.llm import LLM
+from tests.support.engine import FakeExecutor, make_config, undisturbed
+
+GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
+
+
+def make_llm(**settings: object) -> tuple[LLM, FakeExecutor]:
+    executor = FakeExecutor(32, 4)
+    return LLM(make_config(**settings), executor=executor), executor
+
+
+def test_completions_come_in_the_order_of_prompts() -> None:
+    llm, _ = make_llm()
+    prompts = [[9] * 11, [1], [2, 3, 4]]
+    completions = llm.generate(prompts, GREEDY)
+    assert [list(each.token_ids) for each in completions] == [
+        undisturbed(prompt, GREEDY) for prompt in prompts
+    ]
+    assert {each.finish_reason for each in completions} == {FinishReason.LENGTH}
+
+
+def test_each_prompt_may_have_its_own_sampling() -> None:
+    llm, _ = make_llm()
+    each = [SamplingParams(max_tokens=n, ignore_eos=True, logprobs=0) for n in (1, 5)]
+    completions = llm.generate([[1], [1]], each)
+    assert [len(done.token_ids) for done in completions] == [1, 5]
+    assert [len(done.logprobs) for done in completions] == [1, 5]
+    with pytest.raises(InvalidRequestError, match="2 prompts came with 1"):
+        llm.generate([[1], [2]], [GREEDY])
+
+
+def test_more_prompts_than_the_queue_holds_are_fed_in() -> None:
+    llm, _ = make_llm(max_waiting=2)
+    completions = llm.generate([[index + 1] for index in range(9)], GREEDY)
+    assert len(completions) == 9
+
+
+def test_second_call_hits_the_cache_and_leaves_nothing_held() -> None:
+    llm, _ = make_llm()
+    llm.generate([[5] * 9], GREEDY)
+    (again,) = llm.generate([[5] * 9], GREEDY)
+    assert again.num_cached_tokens == 8
+    assert llm.engine.stats().held_blocks == 0
+
+
+def test_impossible_prompt_is_refused_before_anything_runs() -> None:
+    llm, executor = make_llm()
+    with pytest.raises(InvalidRequestError):
+        llm.generate([[1], []], GREEDY)
+    assert executor.plans == []
+    assert not llm.engine.has_work
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_failing_step_is_raised_and_leaves_nothing_behind() -> None:
+    llm, executor = make_llm(max_num_seqs=1)
+    executor.fail_with = RuntimeError("broken")
+    with pytest.raises(DiptychError, match="broken"):
+        llm.generate([[1], [2]], GREEDY)
+    assert not llm.engine.has_work
+    assert llm.engine.stats().held_blocks == 0
+
+
+def test_close_closes_the_executor() -> None:
+    llm, executor = make_llm()
+    llm.close()
+    assert executor.closed

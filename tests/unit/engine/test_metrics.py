@@ -1,0 +1,54 @@
+from prometheus_client import CollectorRegistry
+
+from engine.engine import Engine
+from engine.metrics import EngineMetrics
+from engine.request import EngineStats, StepOutputs
+from tests.support.engine import DIGEST, FakeExecutor, make_config, make_request, run
+
+
+def test_stats_show_as_gauges_and_counters() -> None:
+    registry = CollectorRegistry()
+    metrics = EngineMetrics(registry)
+    metrics.observe_stats(
+        EngineStats(waiting=2, running=3, total_blocks=8, free_blocks=2, held_blocks=4,
+                    cached_blocks=2, preemptions=5, cached_tokens=16, lookup_tokens=20)
+    )  # fmt: skip
+    metrics.observe_stats(
+        EngineStats(
+            total_blocks=8, free_blocks=8, preemptions=6, cached_tokens=16, lookup_tokens=30
+        )
+    )
+    value = registry.get_sample_value
+    assert value("diptych_requests_running") == 0
+    assert value("diptych_kv_blocks", {"state": "free"}) == 8
+    assert value("diptych_kv_cache_usage_ratio") == 0
+    assert value("diptych_preemptions_total") == 6
+    assert value("diptych_prefix_cache_hit_tokens_total") == 16
+    assert value("diptych_prefix_cache_lookup_tokens_total") == 30
+
+
+def test_steps_show_as_histograms_by_phase() -> None:
+    registry = CollectorRegistry()
+    metrics = EngineMetrics(registry)
+    metrics.observe_step(StepOutputs([], 30, 2, 0.25))
+    metrics.observe_step(StepOutputs([], 0, 2, 0.25))
+    value = registry.get_sample_value
+    assert value("diptych_step_duration_seconds_sum") == 0.5
+    assert value("diptych_step_tokens_count", {"phase": "prefill"}) == 1
+    assert value("diptych_step_tokens_sum", {"phase": "decode"}) == 4
+
+
+def test_engine_reports_its_steps() -> None:
+    registry = CollectorRegistry()
+    engine = Engine(
+        make_config(), FakeExecutor(), model_digest=DIGEST, metrics=EngineMetrics(registry)
+    )
+    engine.add(make_request("r", 6, max_tokens=3))
+    run(engine)
+    assert registry.get_sample_value("diptych_step_duration_seconds_count") == 3
+    assert registry.get_sample_value("diptych_step_tokens_sum", {"phase": "prefill"}) == 6
+
+
+def test_two_engines_do_not_share_metrics() -> None:
+    EngineMetrics(CollectorRegistry())
+    EngineMetrics(CollectorRegistry())
