@@ -33,6 +33,11 @@ COMMANDS: dict[str, _Command] = {
     "chat": _Command("diptych.chat.main", "router", "talk to an endpoint in the terminal"),
 }
 
+_OURS = frozenset(
+    {"core", "telemetry", "rpc", "engine", "kvtransfer", "worker", "prefill", "decode", "router"}
+    | {"diptych"}
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
@@ -53,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module = import_module(command.module)
     except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in _OURS:
+            raise
         print(_missing(name, command, error), file=sys.stderr)
         return 2
     return cast(Main, module.main)(words[1:])

@@ -59,8 +59,9 @@ class Screen:
             f'{{"model": "{plan.model_name}", "stream": true, '
             '"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
         )
-        workers = ", ".join(c.name for c in plan.children if c.role != "router")
-        self.line(f"workers: {workers}; logs: {log_folder}")
+        for child in plan.children:
+            self.line(f"  {child.name:<10} metrics {child.metrics_url}")
+        self.line(f"  logs in {log_folder}")
         self.line("")
         self.line(f"Ready after {took:.1f} s: {plan.model_name} at {plan.base_url}/v1")
         self.line("")

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import IO
 
 from core.clock import Clock, monotonic
 from core.errors import DiptychError
@@ -70,29 +71,45 @@ class _Child:
             self.ended.set()
 
     async def _run(self, stopping: asyncio.Event) -> int:
-        process = await asyncio.create_subprocess_exec(
-            *self.spec.command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, **self.spec.env},
-            start_new_session=True,
-            limit=_MAX_LINE_BYTES,
-        )
-        self._process = process
-        if stopping.is_set():
-            self.signal(signal.SIGKILL)
-        assert process.stdout is not None
-        reading = asyncio.create_task(self._read(process.stdout))
-        try:
-            return await process.wait()
-        finally:
-            self.signal(signal.SIGKILL)
-            self._process = None
-            await asyncio.wait({reading}, timeout=_LAST_WORDS_S)
-            reading.cancel()
+        # A pipe of our own: asyncio's wait() for a child with pipes of its making lasts until they
+        # are closed, and what the child started may hold them open.
+        reading_end, writing_end = os.pipe()
+        with os.fdopen(reading_end, "rb") as output:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *self.spec.command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=writing_end,
+                    stderr=asyncio.subprocess.STDOUT,
+                    env={**os.environ, **self.spec.env},
+                    start_new_session=True,
+                )
+            finally:
+                os.close(writing_end)
+            self._process = process
+            if stopping.is_set():
+                self.signal(signal.SIGKILL)
+            reading = asyncio.create_task(self._read(output))
+            try:
+                return await process.wait()
+            finally:
+                self.signal(signal.SIGKILL)
+                self._process = None
+                await asyncio.wait({reading}, timeout=_LAST_WORDS_S)
+                reading.cancel()
+                await asyncio.wait({reading})
 
-    async def _read(self, stream: asyncio.StreamReader) -> None:
+    async def _read(self, output: IO[bytes]) -> None:
+        stream = asyncio.StreamReader(limit=_MAX_LINE_BYTES)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), output
+        )
+        try:
+            await self._relay(stream)
+        finally:
+            transport.close()
+
+    async def _relay(self, stream: asyncio.StreamReader) -> None:
         while True:
             try:
                 line = await stream.readline()
