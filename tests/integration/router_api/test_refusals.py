@@ -1,6 +1,7 @@
 """Wrong input and failing fleets: every answer is OpenAI-shaped, and the right one to blame."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
 from core.errors import (
     DiptychError,
@@ -18,11 +20,13 @@ from core.errors import (
 )
 from router.api.requests import ChatRequest, CompletionRequest
 from router.api.settings import ApiSettings
+from router.app import create_app
 from tests.support.router_api import (
     Gate,
     Script,
     ScriptedGenerator,
     Served,
+    byte_text,
     client,
     raw_connection,
     says,
@@ -285,15 +289,12 @@ ANYTHING = st.recursive(
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_json_makes_a_500(chat: bool, fields: dict[str, Any]) -> None:
-    from prometheus_client import CollectorRegistry
-
-    from router.app import create_app
-    from tests.support.router_api import byte_text
+    text = byte_text()
 
     async def post() -> httpx.Response:
         app = create_app(
             generator=ScriptedGenerator(lambda _: says("ok")),
-            text=TEXT,
+            text=text,
             settings=ApiSettings(),
             registry=CollectorRegistry(),
         )
@@ -302,7 +303,8 @@ def test_no_json_makes_a_500(chat: bool, fields: dict[str, Any]) -> None:
         ) as http:
             base = {"messages": CHAT["messages"]} if chat else {"prompt": "x"}
             path = "/v1/chat/completions" if chat else "/v1/completions"
-            return await http.post(path, json=base | fields)
+            headers = {"content-type": "application/json"}
+            content = json.dumps(base | fields).encode()
+            return await http.post(path, content=content, headers=headers)
 
-    TEXT = byte_text()
     assert asyncio.run(post()).status_code in (200, 400, 404)

@@ -76,9 +76,7 @@ async def test_prompts_have_the_same_ids(text: TextProcessor, oracle: Any) -> No
         {"add_generation_prompt": False, "continue_final_message": True},
     ],
 )
-async def test_chats_have_the_same_ids(
-    text: TextProcessor, oracle: Any, options: dict[str, bool]
-) -> None:
+async def test_chats_have_the_same_ids(text: TextProcessor, oracle: Any, options: Any) -> None:
     for chat in CHATS:
         rendered = text.render_chat(chat, **options)
         assert rendered == oracle.apply_chat_template(chat, tokenize=False, **options)
