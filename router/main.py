@@ -101,6 +101,7 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
                 ws="none",
                 lifespan="off",
                 log_config=None,
+                log_level="warning",
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=int(settings.shutdown_grace_s + FLUSH_S) + 1,

@@ -54,8 +54,9 @@ class Run:
         """
         block_size = info.layout.block_size
         hashes = self._hashes.setdefault((info.model_digest, block_size), [])
-        token_ids = [*self.request.prompt_ids, *self.ledger.emitted]
-        if len(hashes) < len(token_ids) // block_size:
+        num_tokens = len(self.request.prompt_ids) + len(self.ledger.emitted)
+        if len(hashes) < num_tokens // block_size:
+            token_ids = [*self.request.prompt_ids, *self.ledger.emitted]
             parent = (
                 hashes[-1] if hashes else root_hash(info.model_digest, salt=self.request.cache_salt)
             )

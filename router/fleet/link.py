@@ -283,5 +283,5 @@ def _first_cause(group: BaseExceptionGroup[Exception]) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name.lower()}: {error.details() or 'no details'}"
-    return str(error)
+        return f"{error.code().name.lower()}: {error.details() or 'no details'}".rstrip(".")
+    return str(error).rstrip(".")
