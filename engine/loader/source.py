@@ -155,7 +155,8 @@ def _dummy_reader(seed: int) -> _Reader:
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if len(shape) == 1 and name.endswith("norm.weight"):
             return torch.ones(shape)
-        generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+        # torch's CPU generator looks at the low 32 bits only, so both must be mixed into them.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         values = torch.empty(math.prod(shape)).normal_(0, _DUMMY_STD, generator=generator)
         return values.view(shape)
 

@@ -56,7 +56,9 @@ def test_forward_over_mixed_spans_equals_attention_written_out(
         AttentionSpan(0, start, table) for (start, _), table in zip(shapes, tables, strict=True)
     ]
     fill = backend.plan([span for span in earlier if span.length])
-    spans = [AttentionSpan(start, n, table) for (start, n), table in zip(shapes, tables, strict=True)]
+    spans = [
+        AttentionSpan(start, n, table) for (start, n), table in zip(shapes, tables, strict=True)
+    ]
     step = backend.plan(spans)
     for layer in range(LAYERS):
         before = [c[layer, :, :start] for c, (start, _) in zip(contexts, shapes, strict=True)]

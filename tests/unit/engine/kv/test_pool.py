@@ -41,5 +41,5 @@ def test_num_pool_blocks_follows_the_setting(config: EngineConfig, expected: int
     [EngineConfig(model="m", num_blocks=0), EngineConfig(model="m", kv_cache_bytes=767)],
 )
 def test_num_pool_blocks_without_room_for_one_is_refused(config: EngineConfig) -> None:
-    with pytest.raises(ConfigError, match="num_blocks|kv_cache_bytes"):
+    with pytest.raises(ConfigError, match=r"num_blocks|kv_cache_bytes"):
         num_pool_blocks(config, LAYOUT)

@@ -152,7 +152,9 @@ _params = st.fixed_dictionaries(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(_params, st.integers(0, 1000)), min_size=1, max_size=6), st.integers(0, 9))
+@given(
+    st.lists(st.tuples(_params, st.integers(0, 1000)), min_size=1, max_size=6), st.integers(0, 9)
+)
 def test_a_row_does_not_depend_on_the_rest_of_the_batch(
     rows: list[tuple[dict[str, Any], int]], data_seed: int
 ) -> None:

@@ -1,0 +1,152 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.errors import ConfigError
+from core.sampling import SamplingParams
+from engine.config import EngineConfig
+from engine.models.config import parse_model_config, read_model_config
+from engine.plan import Chunk, SampleSpec, StepPlan
+from engine.runner import InProcessExecutor, build_executor
+from tests.support.models import make_checkpoint, make_gguf
+
+PROMPT = list(range(10, 30))
+
+
+def build(path: Path, **settings: Any) -> InProcessExecutor:
+    return build_executor(EngineConfig(model=str(path), num_blocks=8, num_threads=1, **settings))
+
+
+def output(executor: InProcessExecutor) -> tuple[int | None, Any]:
+    spec = SampleSpec(SamplingParams(temperature=0, logprobs=20), 0, (), ())
+    result = executor.execute(StepPlan([Chunk("a", PROMPT, 0, [3, 1], spec)]))
+    return result.token_ids[0], result.logprobs[0]
+
+
+def test_gguf_file_computes_what_its_folder_computes(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path)
+    assert output(build(make_gguf(folder))) == output(build(folder))
+
+
+def test_shards_compute_what_one_file_computes(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path)
+    whole = output(build(path))
+    weights = list(load_file(path / "model.safetensors").items())
+    (path / "model.safetensors").unlink()
+    save_file(dict(weights[::2]), path / "model-00001-of-00002.safetensors")
+    save_file(dict(weights[1::2]), path / "model-00002-of-00002.safetensors")
+    assert output(build(path)) == whole
+
+
+def test_dummy_weights_follow_the_seed_and_need_no_files(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "Qwen3ForCausalLM")
+    (path / "model.safetensors").unlink()
+    first = build(path, load_format="dummy", seed=1)
+    again = build(path, load_format="dummy", seed=1)
+    other = build(path, load_format="dummy", seed=2)
+    assert output(first) == output(again) != output(other)
+    assert first.model_digest == again.model_digest != other.model_digest
+
+
+def _without(weights: dict[str, torch.Tensor], name: str) -> None:
+    del weights[name]
+
+
+def _extra(weights: dict[str, torch.Tensor], name: str) -> None:
+    weights[name] = torch.zeros(2)
+
+
+def _reshaped(weights: dict[str, torch.Tensor], name: str) -> None:
+    weights[name] = weights[name][1:].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (_without, "model.layers.1.mlp.up_proj.weight"),
+        (_reshaped, "model.layers.1.mlp.up_proj.weight"),
+        (_extra, "model.layers.1.mlp.up_proj.bias"),
+        (_without, "lm_head.weight"),
+    ],
+)
+def test_missing_misshapen_or_surplus_weights_are_refused_by_name(
+    change: Any, name: str, tmp_path: Path
+) -> None:
+    path = make_checkpoint(tmp_path)
+    weights = load_file(path / "model.safetensors")
+    change(weights, name)
+    save_file(weights, path / "model.safetensors")
+    with pytest.raises(ConfigError, match=name):
+        build(path)
+
+
+def test_broken_safetensors_file_is_refused(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path)
+    (path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ConfigError, match="safetensors"):
+        build(path)
+
+
+def test_context_longer_than_the_models_is_refused(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, max_position_embeddings=128)
+    with pytest.raises(ConfigError, match="128"):
+        build(path, max_model_len=129)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"use_sliding_window": True}, "sliding_window"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
+        ({"quantization_config": {"quant_method": "awq"}}, "uantised"),
+        ({"num_hidden_layers": "many"}, "num_hidden_layers"),
+    ],
+)
+def test_unsupported_configuration_is_refused_by_name(
+    change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    raw = json.loads((make_checkpoint(tmp_path) / "config.json").read_text())
+    with pytest.raises(ConfigError, match=named):
+        parse_model_config({**raw, **change}, ())
+
+
+def test_rope_parameters_of_both_transformers_versions_are_read(tmp_path: Path) -> None:
+    raw = json.loads((make_checkpoint(tmp_path) / "config.json").read_text())
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    old = parse_model_config({**raw, "rope_theta": 5e5, "rope_scaling": scaling}, ())
+    del raw["rope_theta"]
+    new = parse_model_config({**raw, "rope_parameters": {**scaling, "rope_theta": 5e5}}, ())
+    assert old == new
+    assert (new.rope.theta, new.rope.factor) == (5e5, 2.0)
+
+
+def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path)
+    (path / "generation_config.json").write_text('{"eos_token_id": [9, 2]}')
+    assert read_model_config(path).eos_token_ids == (2, 9)
+    (path / "generation_config.json").unlink()
+    assert read_model_config(path).eos_token_ids == (2,)
+
+
+def test_describing_a_model_loads_no_torch(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path)
+    gguf = make_gguf(path)
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from core.modelfile.description import read_config, read_tokenizer\n"
+        "from core.modelfile.digest import model_digest\n"
+        "import core.modelfile.demo, engine.threads\n"
+        f"for path in (Path({str(path)!r}), Path({str(gguf)!r})):\n"
+        "    read_config(path), read_tokenizer(path), model_digest(path)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
