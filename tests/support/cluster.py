@@ -230,6 +230,7 @@ def _worker(role: str, model: Path | str, transport: str, settings: Mapping[str,
         "metrics_port": metrics_port,
         "kv_transport": transport,
         "kv_cache_memory": "64MiB",
+        "num_threads": 1,
         **settings,
     }
     env = {f"DIPTYCH_{role.upper()}_AUTH_TOKEN": TOKEN}

@@ -1,0 +1,49 @@
+"""Models that every end-to-end test may ask for."""
+
+from pathlib import Path
+
+import pytest
+
+from core.modelfile.resolve import resolve_model
+from tests.support.models import make_checkpoint
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The demo model, fetched and converted once per machine."""
+    return resolve_model("demo", print)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small random checkpoints by architecture."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: make_checkpoint(folder, arch, max_position_embeddings=8192)
+        for name, arch in ARCHITECTURES.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_models: dict[str, Path]) -> Path:
+    return tiny_models["llama"]
+
+
+@pytest.fixture(scope="session")
+def slow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose prompts take long enough to be interrupted."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("slow"),
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=16,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+    )

@@ -1,0 +1,135 @@
+"""Greedy output through HTTP, router, prefill, transfer and decode equals transformers' own."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.cluster import Cluster, cluster
+from tests.support.oracle import Oracle
+from tests.support.prompts import CHATS, TEXTS
+
+TINY_TOKENS = 24
+SMOLLM2_TOKENS = 16
+WHOLE = 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt, as a client sends it, and what must come back."""
+
+    body: dict[str, Any]
+    expected: list[int]
+
+    @property
+    def prompt(self) -> Any:
+        return self.body.get("prompt") or self.body["messages"]
+
+
+def cases_of(oracle: Oracle, max_tokens: int) -> list[Case]:
+    common = {"max_tokens": max_tokens, "temperature": 0, "extra_body": {"return_token_ids": True}}
+    cases = []
+    for text in TEXTS:
+        ids = oracle.tokenizer(text)["input_ids"]
+        expected = oracle.greedy(ids, max_tokens, ignore_eos=False)
+        cases.append(Case({"prompt": text, **common}, expected))
+    for messages in CHATS:
+        ids = oracle.chat_ids(messages)
+        expected = oracle.greedy(ids, max_tokens, ignore_eos=False)
+        cases.append(Case({"messages": messages, **common}, expected))
+    return cases
+
+
+@pytest.fixture(scope="module")
+def tiny_cases(tiny_models: dict[str, Path]) -> dict[str, list[Case]]:
+    return {name: cases_of(Oracle(path), TINY_TOKENS) for name, path in tiny_models.items()}
+
+
+@pytest.fixture(scope="module")
+def smollm2_cases(smollm2: Path) -> list[Case]:
+    oracle = Oracle(smollm2)
+    lengths = [len(oracle.tokenizer(text)["input_ids"]) for text in TEXTS]
+    assert min(lengths) == 1 and max(lengths) > 1400
+    return cases_of(oracle, SMOLLM2_TOKENS)
+
+
+async def complete(client: Any, model: str, case: Case) -> list[int]:
+    """Token ids of the answer, without an end-of-sequence id."""
+    api = client.chat.completions if "messages" in case.body else client.completions
+    response = await api.create(model=model, **case.body)
+    choice = response.choices[0]
+    ids = list(choice.token_ids)
+    return ids[:-1] if choice.finish_reason == "stop" else ids
+
+
+async def compare(system: Cluster, cases: Sequence[Case], at_once: int) -> None:
+    limit = asyncio.Semaphore(at_once)
+    async with system.async_openai() as client:
+        model = (await client.models.list()).data[0].id
+
+        async def check(case: Case) -> None:
+            async with limit:
+                ids = await complete(client, model, case)
+            assert ids == case.expected, f"{str(case.prompt)[:80]!r} went another way"
+
+        async with asyncio.TaskGroup() as group:
+            for case in cases:
+                group.create_task(check(case))
+
+
+def check_system(system: Cluster, cases: Sequence[Case]) -> None:
+    """Alone without a prefix hit, alone with one, and 16 at once without one; KV really moves."""
+    asyncio.run(compare(system, cases, at_once=1))
+    asyncio.run(compare(system, cases, at_once=1))
+    system.wait_balanced()
+    for worker in system.workers:
+        worker.flush_cache()
+    asyncio.run(compare(system, cases, at_once=16))
+    system.wait_balanced()
+    assert metric(system, "decode", "diptych_kv_transfer_bytes_total") > 0
+    assert metric(system, "prefill", "diptych_prefix_cache_hit_tokens_total") > 0
+    assert metric(system, "decode", "diptych_kv_transfer_failures_total") == 0
+
+
+def metric(system: Cluster, role: str, name: str) -> float:
+    """Sum of a metric over its labels, on the only worker of a role."""
+    import httpx
+
+    (worker,) = [one for one in system.workers if one.role == role]
+    text = httpx.get(f"http://127.0.0.1:{worker.metrics_port}/metrics", timeout=5).text
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith((f"{name}{{", f"{name} "))
+    )
+
+
+@pytest.mark.parametrize("chunk", [16, 64, WHOLE])
+@pytest.mark.parametrize("transport", ["nixl", "tcp"])
+@pytest.mark.parametrize("model", ["llama", "qwen2", "qwen3"])
+def test_small_random_models(
+    tiny_models: dict[str, Path],
+    tiny_cases: dict[str, list[Case]],
+    model: str,
+    transport: str,
+    chunk: int,
+) -> None:
+    worker = {"max_chunk_tokens": chunk, "max_step_tokens": max(chunk, 64)}
+    with cluster(tiny_models[model], transport=transport, worker=worker) as system:
+        check_system(system, tiny_cases[model])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("transport", "chunk"), [("nixl", WHOLE), ("nixl", 16), ("tcp", 64)])
+def test_smollm2(smollm2: Path, smollm2_cases: list[Case], transport: str, chunk: int) -> None:
+    worker = {
+        "max_chunk_tokens": chunk,
+        "max_step_tokens": max(chunk, 64),
+        "kv_cache_memory": "1GiB",
+        "num_threads": 2,
+    }
+    with cluster(smollm2, transport=transport, worker=worker) as system:
+        check_system(system, smollm2_cases)

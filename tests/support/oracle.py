@@ -1,0 +1,58 @@
+"""Hugging Face transformers as the oracle: what greedy output has to be, token for token."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Oracle:
+    """A checkpoint in float32 under transformers."""
+
+    folder: Path
+
+    @cached_property
+    def _model(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The prompt of a conversation."""
+        ids = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return [int(token) for token in ids]
+
+    def greedy(self, prompt_ids: Sequence[int], max_tokens: int, *, ignore_eos: bool) -> list[int]:
+        """Greedy continuation, without the end-of-sequence token."""
+        prompt = torch.tensor([list(prompt_ids)])
+        eos = self._model.generation_config.eos_token_id
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                eos_token_id=None if ignore_eos else eos,
+                pad_token_id=0,
+            )
+        ids = [int(token) for token in out[0, len(prompt_ids) :]]
+        ends = {eos} if isinstance(eos, int) else set(eos or ())
+        if not ignore_eos and ids and ids[-1] in ends:
+            ids.pop()
+        return ids
