@@ -6,7 +6,7 @@ A client process opens STREAMS streams at once and reads them to their end. Per 
 tokens per second of wall time and per second of the server's own CPU time; the latter and the ratio
 of the two servers hold on a machine that is busy with other things too.
 
-    python -m benchmarks.router_stream --streams 64 --tokens 400 --repeats 5
+    python -m benchmarks.router_stream --streams 64 --tokens 2000 --repeats 5
 """
 
 import argparse
@@ -200,7 +200,7 @@ def main() -> None:
     """Measure both servers and print the ratio."""
     parser = argparse.ArgumentParser(description="Cost of the router's HTTP side per token.")
     parser.add_argument("--streams", type=int, default=64, help="streams at once")
-    parser.add_argument("--tokens", type=int, default=400, help="tokens per stream")
+    parser.add_argument("--tokens", type=int, default=2000, help="tokens per stream")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file for the samples")
     settings = Settings(**vars(parser.parse_args()))
