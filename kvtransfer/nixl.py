@@ -1,12 +1,10 @@
 """KV transfer over NIXL (UCX): one-sided READs over shared memory, RDMA, NVLink or TCP.
 
-Two agents per worker: one is read by peers and lives as long as the transport, one reads and may be
-replaced. Invariant: a READ that is seen FAILED writes nothing any more. NIXL alone can't promise
-that for a READ in flight: over UCX's TCP emulation the bytes of a frozen peer still landed in the
-local block after the handle and the descriptor lists had been released, the remote agent removed
-and the memory deregistered (nixl-cu12 1.5.1; docs/adr/0003-leases.md). Only the end of the UCX
-worker ends them. So an unfinished READ is cancelled by replacing the reading agent, which takes
-some 20 ms on a CPU, and by starting the READs from all other peers again.
+One agent serves the pool; each peer is read by an agent of its own, in a thread of its own, because
+only the end of an agent ends its READs: over UCX's TCP emulation the bytes of a frozen peer still
+landed in the local block after the transfer and the descriptor lists had been released, the remote
+agent removed and the memory deregistered (nixl-cu12 1.5.1; docs/adr/0003-leases.md). Invariant: a
+READ is seen FAILED only after the agent that did it is gone.
 
 Access: whoever was given the metadata over the authenticated link can read the pool. The token
 seals the metadata, so that nothing else reaches NIXL's parser; keep strangers off the network.
@@ -21,8 +19,11 @@ import logging
 import os
 import secrets
 import struct
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -30,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import TransferError
-from kvtransfer.pool_memory import check_distinct, check_ids
-from kvtransfer.transport import BlockPool, ReadState
+from kvtransfer.peer_reads import PeerPool, Peers, QueuedRead
+from kvtransfer.transport import BlockPool
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,15 @@ _HOST = 0xFFFFFFFF
 _LOCAL = "NIXL_INIT_AGENT"
 _SEAL_BYTES = hashlib.sha256().digest_size
 MAX_DESCRIPTORS = 1 << 22
-
-Indices = NDArray[np.int32]
+MAX_BLOCKS_PER_READ = 1 << 20
+_PROGRESS_TIMEOUT_US = 5000
+"""How long the serving agent's thread waits for events. NIXL's default, 0, spins: it took a whole
+core, while 5 ms took nothing and served READs as fast."""
+_SOLE_OWNER = 2
+"""sys.getrefcount of an object that only the asking function holds."""
+_SPINS = 50
+_POLL_S = 0.0003
+"""Between two looks at a READ, after the first few."""
 
 
 def ucx_environment(environ: Mapping[str, str], *, loopback: bool) -> dict[str, str]:
@@ -77,41 +85,42 @@ def load_nixl() -> ModuleType:
     )
 
 
-class _Side:
-    """Where a pool lies and how its blocks are cut into descriptors."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NixlPool:
+    """Where a pool lies, in the words of NIXL."""
 
-    def __init__(
-        self, *, base_address: int, num_blocks: int, block_bytes: int, device_id: int | None
-    ) -> None:
-        self.base_address = base_address
-        self.num_blocks = num_blocks
-        self.block_bytes = block_bytes
-        self.device_id = device_id
+    base_address: int
+    num_blocks: int
+    block_bytes: int
+    device_id: int | None
 
     @property
     def mem_type(self) -> str:
+        """NIXL's name of the kind of memory."""
         return "DRAM" if self.device_id is None else "VRAM"
 
+    @property
     def region(self) -> tuple[int, int, int, str]:
+        """(address, bytes, device, tag) of the whole pool."""
         return (self.base_address, self.num_blocks * self.block_bytes, self.device_id or 0, "")
 
     def descriptors(self, descriptor_bytes: int) -> NDArray[np.uint64]:
-        """(address, bytes, device) of every descriptor of the pool, in order of address."""
-        num_bytes = self.num_blocks * self.block_bytes
-        table = np.empty((num_bytes // descriptor_bytes, 3), dtype=np.uint64)
-        starts = np.arange(0, num_bytes, descriptor_bytes, dtype=np.uint64)
+        """(address, bytes, device) of every piece of the pool, in order, [num_pieces, 3]."""
+        starts = np.arange(0, self.num_blocks * self.block_bytes, descriptor_bytes, dtype=np.uint64)
+        table = np.empty((len(starts), 3), dtype=np.uint64)
         table[:, 0] = np.uint64(self.base_address) + starts
         table[:, 1] = descriptor_bytes
         table[:, 2] = self.device_id or 0
         return table
 
     def pack(self) -> bytes:
+        """For the metadata."""
         device = _HOST if self.device_id is None else self.device_id
-        fields = (_MAGIC, self.base_address, self.num_blocks, self.block_bytes, device)
-        return _METADATA.pack(*fields)
+        return _METADATA.pack(_MAGIC, self.base_address, self.num_blocks, self.block_bytes, device)
 
     @classmethod
-    def unpack(cls, data: bytes) -> "_Side":
+    def unpack(cls, data: bytes) -> "NixlPool":
+        """What `pack` made; raises TransferError for anything else."""
         try:
             magic, base_address, num_blocks, block_bytes, device = _METADATA.unpack_from(data)
         except struct.error as error:
@@ -126,66 +135,127 @@ class _Side:
         )
 
 
-class NixlRead:
-    """One READ over NIXL. UCX's progress thread moves it forward; polling sees its end."""
+def new_agent(api: ModuleType, pool: NixlPool, *, serves: bool) -> Any:
+    """A NIXL agent that has registered the pool.
+
+    Args:
+        api: NIXL's Python API.
+        pool: own memory.
+        serves: others read from it, so UCX must make progress on its own.
+
+    Raises:
+        TransferError: NIXL can't start or use the memory.
+    """
+    name = f"diptych-{os.getpid()}-{secrets.token_hex(8)}"
+    try:
+        agent = api.nixl_agent(name, api.nixl_agent_config(backends=[], enable_prog_thread=False))
+        # The Python class can't pass on a progress timeout, so its native agent is replaced.
+        config = api.nixlBind.nixlAgentConfig()
+        config.useProgThread = serves
+        config.pthrDelay = _PROGRESS_TIMEOUT_US
+        config.useListenThread = False
+        config.syncMode = api.nixlBind.NIXL_THREAD_SYNC_NONE
+        agent.agent = api.nixlBind.nixlAgent(name, config)
+        agent.create_backend("UCX")
+        agent.register_memory([pool.region], mem_type=pool.mem_type)
+    except Exception as error:
+        raise TransferError(f"NIXL does not start: {error!r}") from error
+    return agent
+
+
+class NixlChannel:
+    """An agent that reads one peer's pool; see `peer_reads.Channel`."""
 
     def __init__(
-        self, owner: "NixlTransport", peer: "_Peer", own: Indices, remote: Indices
+        self,
+        api: ModuleType,
+        *,
+        own: NixlPool,
+        peer: NixlPool,
+        peer_metadata: bytes,
+        descriptor_bytes: int,
     ) -> None:
-        """Made by NixlTransport.read only; `own` and `remote` index descriptors, [num_pieces]."""
-        self._owner = owner
-        self.peer = peer
-        self.own = own
-        self.remote = remote
-        self.handle: Any = None
-        self.state = ReadState.PENDING
-        self.error = ""
+        """Not connected yet. `descriptor_bytes` divides the block's size."""
+        self._api = api
+        self._own = own
+        self._peer = peer
+        self._peer_metadata = peer_metadata
+        self._descriptor_bytes = descriptor_bytes
+        self._per_block = own.block_bytes // descriptor_bytes
+        self._interrupted = threading.Event()
+        self._agent: Any = None
+        self._own_side: Any = None
+        self._peer_side: Any = None
 
-    def poll(self) -> ReadState:
-        """Look, don't wait."""
-        if self.state is ReadState.PENDING:
-            self._owner.progress(self)
-        return self.state
+    def open(self) -> None:
+        """Make the agent and prepare the descriptors of both pools, once for all READs."""
+        self._agent = new_agent(self._api, self._own, serves=False)
+        try:
+            name = self._agent.add_remote_agent(self._peer_metadata)
+            self._own_side = self._agent.prep_xfer_dlist(
+                _LOCAL,
+                self._own.descriptors(self._descriptor_bytes),
+                mem_type=self._own.mem_type,
+            )
+            self._peer_side = self._agent.prep_xfer_dlist(
+                name.decode() if isinstance(name, bytes) else name,
+                self._peer.descriptors(self._descriptor_bytes),
+                mem_type=self._peer.mem_type,
+            )
+        except Exception as error:
+            raise TransferError(f"NIXL can't connect: {error!r}") from error
 
-    def finish(self, error: str) -> None:
-        """End it, once; `error` empty means that all bytes are here."""
-        if self.state is ReadState.PENDING:
-            self.error = error
-            self.state = ReadState.FAILED if error else ReadState.DONE
+    def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
+        """Post a READ and look at it until it is done."""
+        transfer: Any = None
+        try:
+            transfer = self._agent.make_prepped_xfer(
+                "READ",
+                self._own_side,
+                self._pieces(own_ids),
+                self._peer_side,
+                self._pieces(remote_ids),
+            )
+            state = self._agent.transfer(transfer)
+            looks = 0
+            while state == "PROC" and not self._interrupted.is_set():
+                looks += 1
+                time.sleep(0 if looks < _SPINS else _POLL_S)
+                state = self._agent.check_xfer_state(transfer)
+        except Exception as error:
+            raise TransferError(f"NIXL: {error!r}") from error
+        finally:
+            _release(transfer)
+        if state != "DONE":
+            raise TransferError(f"NIXL left a READ in state {state}")
 
-    def drop_handle(self) -> None:
-        """Let NIXL forget the transfer. That alone does not stop it."""
-        handle, self.handle = self.handle, None
-        if handle is not None:
-            with contextlib.suppress(Exception):
-                handle.release()
+    def interrupt(self) -> None:
+        """Let `read` return; NIXL's own calls do not wait for the peer."""
+        self._interrupted.set()
+
+    def close(self) -> None:
+        """Destroy the agent: the UCX worker's end is what stops a READ."""
+        _release(self._own_side)
+        _release(self._peer_side)
+        self._own_side = self._peer_side = None
+        if self._agent is None:
+            return
+        native = self._agent.agent
+        self._agent = None
+        if sys.getrefcount(native) > _SOLE_OWNER:
+            gc.collect()
+        assert sys.getrefcount(native) <= _SOLE_OWNER, "held elsewhere, its READs would go on"
+
+    def _pieces(self, ids: Sequence[int]) -> NDArray[np.int32]:
+        first = np.asarray(ids, dtype=np.int32) * np.int32(self._per_block)
+        pieces = np.arange(self._per_block, dtype=np.int32)
+        return (first[:, None] + pieces[None, :]).reshape(-1)
 
 
-class _Peer:
-    """A peer's pool as the reading agent knows it."""
-
-    def __init__(self, peer_id: str, side: _Side, metadata: bytes) -> None:
-        self.peer_id = peer_id
-        self.side = side
-        self.metadata = metadata
-        self.agent_name = ""
-        self.descriptors: Any = None
-        self.reads: set[NixlRead] = set()
-        self.lost = ""
-        """Why nothing can be read from it any more; empty while it can."""
-
-    def lose(self, error: str) -> None:
-        """Fail its READs, once nothing can land from them."""
-        self.lost = self.lost or error
-        for read in self.reads:
-            read.finish(self.lost)
-        self.reads.clear()
-
-    def drop_descriptors(self) -> None:
-        descriptors, self.descriptors = self.descriptors, None
-        if descriptors is not None:
-            with contextlib.suppress(Exception):
-                descriptors.release()
+def _release(handle: Any) -> None:
+    if handle is not None:
+        with contextlib.suppress(Exception):
+            handle.release()
 
 
 class NixlTransport:
@@ -205,28 +275,25 @@ class NixlTransport:
         Raises:
             TransferError: NIXL is not installed or can't use the memory.
         """
-        self._api = load_nixl()
-        self._token = token
-        self._side = _Side(
-            base_address=pool.base_address,
-            num_blocks=pool.num_blocks,
-            block_bytes=pool.layout.block_bytes,
-            device_id=pool.device_id,
-        )
-        self._descriptor_bytes = descriptor_bytes or pool.layout.block_bytes
-        if pool.layout.block_bytes % self._descriptor_bytes:
+        block_bytes = pool.layout.block_bytes
+        self._descriptor_bytes = descriptor_bytes or block_bytes
+        if block_bytes % self._descriptor_bytes:
             raise TransferError(
-                f"descriptor_bytes must divide the block's {pool.layout.block_bytes} bytes, "
+                f"descriptor_bytes must divide the block's {block_bytes} bytes, "
                 f"got {descriptor_bytes}."
             )
-        self._per_block = pool.layout.block_bytes // self._descriptor_bytes
-        self._peers: dict[str, _Peer] = {}
-        self._served: Any = self._new_agent("serve")
-        self._reader: Any = None
-        self._own_descriptors: Any = None
-        self._open_reader()
-        content = self._side.pack() + bytes(self._served.get_agent_metadata())
-        self._metadata: bytes = self._seal(content) + content
+        self._api = load_nixl()
+        self._token = token
+        self._own = NixlPool(
+            base_address=pool.base_address,
+            num_blocks=pool.num_blocks,
+            block_bytes=block_bytes,
+            device_id=pool.device_id,
+        )
+        self._peers = Peers(pool)
+        self._served: Any = new_agent(self._api, self._own, serves=True)
+        content = self._own.pack() + bytes(self._served.get_agent_metadata())
+        self._metadata = self._seal(content) + content
 
     @property
     def name(self) -> str:
@@ -238,184 +305,43 @@ class NixlTransport:
         return self._metadata
 
     def connect(self, peer_id: str, metadata: bytes) -> None:
-        """Load a peer's metadata; UCX connects in the background or with the first READ."""
-        if peer_id in self._peers:
-            raise TransferError(f"Peer {peer_id} is connected already.")
+        """Start connecting. If the peer can't be reached, its READs fail."""
         seal, content = metadata[:_SEAL_BYTES], metadata[_SEAL_BYTES:]
         if not hmac.compare_digest(seal, self._seal(content)):
             raise TransferError(
                 f"The transport metadata of peer {peer_id} are not NIXL's, or were sealed with "
                 "another token; give both workers the same."
             )
-        side = _Side.unpack(content)
-        if side.block_bytes != self._side.block_bytes:
+        peer = NixlPool.unpack(content)
+        if peer.num_blocks * peer.block_bytes // self._descriptor_bytes > MAX_DESCRIPTORS:
             raise TransferError(
-                f"Blocks of peer {peer_id} hold {side.block_bytes} bytes, ours "
-                f"{self._side.block_bytes}."
+                f"The pool of peer {peer_id} takes more than {MAX_DESCRIPTORS} descriptors; "
+                "use a larger descriptor_bytes."
             )
-        if side.num_blocks * self._per_block > MAX_DESCRIPTORS:
-            raise TransferError(f"Peer {peer_id} has too many blocks: {side.num_blocks}.")
-        if self._reader is None:
-            self._open_reader()
-        peer = _Peer(peer_id, side, content[_METADATA.size :])
-        error = self._add(peer)
-        if error:
-            raise TransferError(f"Can't reach peer {peer_id}: {error}")
-        self._peers[peer_id] = peer
 
-    def read(self, peer_id: str, pairs: Sequence[tuple[int, int]]) -> NixlRead:
-        """Post a READ of these blocks."""
-        peer = self._peers.get(peer_id)
-        if peer is None:
-            raise TransferError(f"Peer {peer_id} is not connected.")
-        if not pairs:
-            raise TransferError("A READ moves at least one block.")
-        remote_ids = [remote for remote, _ in pairs]
-        own_ids = [own for _, own in pairs]
-        check_ids(remote_ids, peer.side.num_blocks, "the peer's")
-        check_ids(own_ids, self._side.num_blocks, "our")
-        check_distinct(own_ids)
-        if peer.lost:
-            raise TransferError(f"Peer {peer_id} is lost: {peer.lost}")
-        read = NixlRead(self, peer, self._indices(own_ids), self._indices(remote_ids))
-        peer.reads.add(read)
-        self._post(read)
-        return read
+        def open_channel() -> NixlChannel:
+            return NixlChannel(
+                self._api,
+                own=self._own,
+                peer=peer,
+                peer_metadata=content[_METADATA.size :],
+                descriptor_bytes=self._descriptor_bytes,
+            )
 
-    def progress(self, read: NixlRead) -> None:
-        """Look whether a READ has ended. Called by NixlRead only."""
-        state, error = self._try(lambda: self._reader.check_xfer_state(read.handle))
-        self._take(read, state, error)
+        self._peers.add(peer_id, PeerPool(peer.num_blocks, peer.block_bytes), open_channel)
+
+    def read(self, peer_id: str, pairs: Sequence[tuple[int, int]]) -> QueuedRead:
+        """Queue a READ behind the peer's earlier ones."""
+        return self._peers.read(peer_id, pairs, MAX_BLOCKS_PER_READ)
 
     def disconnect(self, peer_id: str) -> None:
-        """Drop a peer; a READ in flight costs a new reading agent (see the module)."""
-        peer = self._peers.get(peer_id)
-        if peer is None:
-            return
-        self._lose(peer, "the peer was disconnected")
-        del self._peers[peer_id]
-        if peer.descriptors is not None:
-            peer.drop_descriptors()
-            self._try(lambda: self._reader.remove_remote_agent(peer.agent_name))
+        """Destroy the agent that reads this peer."""
+        self._peers.remove(peer_id)
 
     def close(self) -> None:
-        """Destroy both agents: nothing is read or served any more. Idempotent."""
-        self._close_reader()
-        for peer in self._peers.values():
-            peer.lose("the transport was closed")
-        self._peers.clear()
+        """Disconnect all peers, stop serving. Idempotent."""
+        self._peers.close()
         self._served = None
-
-    # Agents.
 
     def _seal(self, content: bytes) -> bytes:
         return hmac.digest(self._token, content, "sha256")
-
-    def _try(self, call: Callable[[], Any]) -> tuple[Any, str]:
-        """Call NIXL; returns (result, error).
-
-        NOTE: an exception's traceback holds the agent, which would live on while it is handled.
-        """
-        try:
-            return call(), ""
-        except Exception as error:
-            return None, f"NIXL: {error!r}"
-
-    def _new_agent(self, purpose: str) -> Any:
-        name = f"diptych-{purpose}-{os.getpid()}-{secrets.token_hex(8)}"
-        try:
-            agent = self._api.nixl_agent(name, self._api.nixl_agent_config(backends=["UCX"]))
-            agent.register_memory([self._side.region()], mem_type=self._side.mem_type)
-        except Exception as error:
-            raise TransferError(f"NIXL does not start: {error!r}") from error
-        return agent
-
-    def _open_reader(self) -> None:
-        self._reader = self._new_agent("read")
-        table = self._side.descriptors(self._descriptor_bytes)
-        self._own_descriptors, error = self._try(
-            lambda: self._reader.prep_xfer_dlist(_LOCAL, table, mem_type=self._side.mem_type)
-        )
-        if error:
-            raise TransferError(f"NIXL can't use the KV pool: {error}")
-
-    def _close_reader(self) -> None:
-        """End the UCX worker and with it every READ."""
-        for peer in self._peers.values():
-            peer.drop_descriptors()
-            for read in peer.reads:
-                read.drop_handle()
-        if self._own_descriptors is not None:
-            self._own_descriptors.release()
-            self._own_descriptors = None
-        agent = None if self._reader is None else weakref.ref(self._reader)
-        self._reader = None
-        if agent is not None and agent() is not None:
-            gc.collect()
-            assert agent() is None, "something holds the reading agent, so its READs may go on"
-
-    def _add(self, peer: _Peer) -> str:
-        """Make the reading agent know a peer; returns why it can't, or nothing."""
-
-        def add() -> None:
-            name = self._reader.add_remote_agent(peer.metadata)
-            peer.agent_name = name.decode() if isinstance(name, bytes) else name
-            table = peer.side.descriptors(self._descriptor_bytes)
-            peer.descriptors = self._reader.prep_xfer_dlist(
-                peer.agent_name, table, mem_type=peer.side.mem_type
-            )
-
-        return self._try(add)[1]
-
-    def _replace_reader(self) -> None:
-        """End every READ, then start those of the peers that are not lost again."""
-        self._close_reader()
-        try:
-            self._open_reader()
-        except TransferError as error:
-            log.error("KV transfer is down until a peer connects: %s", error)
-            for peer in self._peers.values():
-                peer.lose(error.message)
-            return
-        for peer in self._peers.values():
-            if not peer.lost:
-                error_text = self._add(peer)
-                if error_text:
-                    peer.lose(error_text)
-        for peer in list(self._peers.values()):
-            for read in list(peer.reads):
-                # A post that fails replaces the agent again, and starts the others itself.
-                if read.state is ReadState.PENDING and read.handle is None and not peer.lost:
-                    self._post(read)
-
-    # READs.
-
-    def _indices(self, ids: Sequence[int]) -> Indices:
-        first = np.asarray(ids, dtype=np.int32) * np.int32(self._per_block)
-        pieces = np.arange(self._per_block, dtype=np.int32)
-        return (first[:, None] + pieces[None, :]).reshape(-1)
-
-    def _post(self, read: NixlRead) -> None:
-        def post() -> str:
-            read.handle = self._reader.make_prepped_xfer(
-                "READ", self._own_descriptors, read.own, read.peer.descriptors, read.remote
-            )
-            return str(self._reader.transfer(read.handle))
-
-        state, error = self._try(post)
-        self._take(read, state, error)
-
-    def _take(self, read: NixlRead, state: str | None, error: str) -> None:
-        if state == "DONE":
-            read.peer.reads.discard(read)
-            read.drop_handle()
-            read.finish("")
-        elif state != "PROC":
-            self._lose(read.peer, error or f"NIXL: a READ ended with {state}")
-
-    def _lose(self, peer: _Peer, error: str) -> None:
-        """Give a peer up; its READs are seen FAILED only after nothing can land from them."""
-        peer.lost = peer.lost or error
-        if peer.reads:
-            self._replace_reader()
-        peer.lose(error)

@@ -1,118 +1,57 @@
 """KV transfer over plain TCP sockets: needs nothing but the standard library, host memory only.
 
-One connection and one reader thread per peer; the thread receives straight into the pool's blocks.
-Invariant: only a peer's own reader thread writes for it, and `disconnect` returns after that thread
-has ended, so nothing is written afterwards. Every wait of the thread ends when its socket is shut.
+One connection per peer, whose thread receives straight into the pool's blocks. Invariant: bytes
+land only inside a call of that thread, so nothing is written once the thread has left it.
 """
 
 import contextlib
-import queue
 import socket
-import threading
 from collections.abc import Sequence
 
 from core.errors import TransferError
 from kvtransfer import tcp_frames as frames
-from kvtransfer.pool_memory import block_slices, check_distinct, check_ids, pool_view
+from kvtransfer.peer_reads import PeerPool, Peers, QueuedRead
+from kvtransfer.pool_memory import block_slices, pool_view
 from kvtransfer.tcp_server import TcpServer
-from kvtransfer.transport import BlockPool, ReadState
+from kvtransfer.transport import BlockPool
 
 CONNECT_TIMEOUT_S = 5.0
 RECEIVE_TIMEOUT_S = 30.0
 """A peer that sends nothing for this long while a READ waits has lost it."""
-MAX_QUEUED_READS = 1024
-_JOIN_STEP_S = 0.01
 
 
-class TcpRead:
-    """One READ over TCP. Written by the reader thread, polled by the engine loop."""
+class TcpChannel:
+    """A connection to the pool of one peer; see `peer_reads.Channel`."""
 
-    __slots__ = ("error", "into", "remote_ids", "state")
-
-    def __init__(self, remote_ids: Sequence[int], into: list[memoryview]) -> None:
-        self.remote_ids = remote_ids
-        self.into = into
-        self.state = ReadState.PENDING
-        self.error = ""
-
-    def poll(self) -> ReadState:
-        """Look, don't wait."""
-        return self.state
-
-    def finish(self, error: str) -> None:
-        """End it, once; `error` empty means that all bytes are here."""
-        if self.state is ReadState.PENDING:
-            self.into = []
-            self.error = error
-            self.state = ReadState.FAILED if error else ReadState.DONE
-
-
-class _Peer:
-    """The connection to one peer's pool and the thread that reads from it."""
-
-    def __init__(self, metadata: frames.TcpMetadata, token: bytes) -> None:
-        self.metadata = metadata
+    def __init__(
+        self, peer: frames.TcpMetadata, *, token: bytes, view: memoryview, block_bytes: int
+    ) -> None:
+        """Not connected yet. `view` is the own pool, [num_blocks * block_bytes]."""
+        self._peer = peer
         self._token = token
-        self._reads: queue.Queue[TcpRead | None] = queue.Queue(MAX_QUEUED_READS)
-        self._failure = ""
-        self._closing = False
-        self._sock = frames.deadline_socket((metadata.host, metadata.port), CONNECT_TIMEOUT_S)
-        self._thread = threading.Thread(target=self._run, name="kv-tcp-read", daemon=True)
-        self._thread.start()
+        self._view = view
+        self._block_bytes = block_bytes
+        self._sock = frames.deadline_socket(peer.host, CONNECT_TIMEOUT_S)
 
-    def submit(self, read: TcpRead) -> None:
-        if self._failure:
-            raise TransferError(self._failure)
-        try:
-            self._reads.put_nowait(read)
-        except queue.Full:
-            raise TransferError(
-                f"{MAX_QUEUED_READS} READs wait for {self.metadata.host} already."
-            ) from None
-        if self._failure:
-            self._fail_queued()
+    def open(self) -> None:
+        """Connect and shake hands."""
+        self._sock.connect((self._peer.host, self._peer.port))
+        frames.greet_as_client(self._sock, self._token, self._peer.pool_nonce)
+        self._sock.settimeout(RECEIVE_TIMEOUT_S)
+
+    def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
+        """Ask for blocks and receive them into their places."""
+        frames.send_request(self._sock, remote_ids)
+        frames.receive_reply(self._sock, block_slices(self._view, own_ids, self._block_bytes))
+
+    def interrupt(self) -> None:
+        """Wake whatever waits on the socket; in vain until `connect` has begun."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._closing = True
-        self._failure = self._failure or "the peer was disconnected"
-        while self._thread.is_alive():
-            # Again and again, since a socket can't be shut before connect() has begun.
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
-            with contextlib.suppress(queue.Full):
-                self._reads.put_nowait(None)
-            self._thread.join(_JOIN_STEP_S)
+        """Close the socket."""
         self._sock.close()
-        self._fail_queued()
-
-    def _run(self) -> None:
-        read: TcpRead | None = None
-        try:
-            self._sock.connect((self.metadata.host, self.metadata.port))
-            frames.greet_as_client(self._sock, self._token, self.metadata.pool_nonce)
-            self._sock.settimeout(RECEIVE_TIMEOUT_S)
-            while not self._closing:
-                read = self._reads.get()
-                if read is None:
-                    break
-                frames.send_request(self._sock, read.remote_ids)
-                frames.receive_reply(self._sock, read.into)
-                read.finish("")
-        except (OSError, TransferError) as error:
-            where = f"{self.metadata.host}:{self.metadata.port}"
-            self._failure = self._failure or f"KV transport to {where}: {error}"
-        finally:
-            self._failure = self._failure or "the peer was disconnected"
-            if read is not None:
-                read.finish(self._failure)
-            self._fail_queued()
-
-    def _fail_queued(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                read = self._reads.get_nowait()
-                if read is not None:
-                    read.finish(self._failure)
 
 
 class TcpTransport:
@@ -131,10 +70,9 @@ class TcpTransport:
             )
         self._token = token
         self._view = pool_view(pool)
-        self._num_blocks = pool.num_blocks
         self._block_bytes = pool.layout.block_bytes
         self._server = TcpServer(pool, host=host, token=token)
-        self._peers: dict[str, _Peer] = {}
+        self._peers = Peers(pool)
 
     @property
     def name(self) -> str:
@@ -147,41 +85,24 @@ class TcpTransport:
 
     def connect(self, peer_id: str, metadata: bytes) -> None:
         """Start connecting. If the peer can't be reached or refuses us, its READs fail."""
-        if peer_id in self._peers:
-            raise TransferError(f"Peer {peer_id} is connected already.")
         peer = frames.TcpMetadata.unpack(metadata)
-        if peer.block_bytes != self._block_bytes:
-            raise TransferError(
-                f"Blocks of peer {peer_id} hold {peer.block_bytes} bytes, ours {self._block_bytes}."
-            )
-        self._peers[peer_id] = _Peer(peer, self._token)
 
-    def read(self, peer_id: str, pairs: Sequence[tuple[int, int]]) -> TcpRead:
-        """Queue a READ behind the peer's earlier ones."""
-        peer = self._peers.get(peer_id)
-        if peer is None:
-            raise TransferError(f"Peer {peer_id} is not connected.")
-        if not 0 < len(pairs) <= frames.MAX_BLOCKS_PER_READ:
-            raise TransferError(
-                f"A READ moves 1 to {frames.MAX_BLOCKS_PER_READ} blocks, not {len(pairs)}."
+        def open_channel() -> TcpChannel:
+            return TcpChannel(
+                peer, token=self._token, view=self._view, block_bytes=self._block_bytes
             )
-        remote_ids = [remote for remote, _ in pairs]
-        own_ids = [own for _, own in pairs]
-        check_ids(remote_ids, peer.metadata.num_blocks, "the peer's")
-        check_ids(own_ids, self._num_blocks, "our")
-        check_distinct(own_ids)
-        read = TcpRead(remote_ids, block_slices(self._view, own_ids, self._block_bytes))
-        peer.submit(read)
-        return read
+
+        self._peers.add(peer_id, PeerPool(peer.num_blocks, peer.block_bytes), open_channel)
+
+    def read(self, peer_id: str, pairs: Sequence[tuple[int, int]]) -> QueuedRead:
+        """Queue a READ behind the peer's earlier ones."""
+        return self._peers.read(peer_id, pairs, frames.MAX_BLOCKS_PER_READ)
 
     def disconnect(self, peer_id: str) -> None:
-        """Shut the connection and wait for its reader thread, which that wakes at once."""
-        peer = self._peers.pop(peer_id, None)
-        if peer is not None:
-            peer.close()
+        """Shut the connection and wait for its thread, which that wakes at once."""
+        self._peers.remove(peer_id)
 
     def close(self) -> None:
         """Disconnect all peers, stop serving."""
-        for peer_id in list(self._peers):
-            self.disconnect(peer_id)
+        self._peers.close()
         self._server.close()

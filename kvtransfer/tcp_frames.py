@@ -225,9 +225,9 @@ def receive_reply(sock: socket.socket, into: Sequence[memoryview]) -> None:
     receive_buffers(sock, into)
 
 
-def deadline_socket(address: tuple[str, int], timeout_s: float) -> socket.socket:
-    """A socket of the address's family that is not connected yet, tuned, with a timeout."""
-    family = socket.AF_INET6 if ipaddress.ip_address(address[0]).version == 6 else socket.AF_INET
+def deadline_socket(host: str, timeout_s: float) -> socket.socket:
+    """A socket of an IP address's family that is not connected yet, tuned, with a timeout."""
+    family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     tune(sock)
     sock.settimeout(timeout_s)

@@ -45,7 +45,7 @@ class TcpServer:
         self._connections: dict[threading.Thread, socket.socket] = {}
         self._closed = False
         try:
-            self._listener = frames.deadline_socket((host, 0), _HANDSHAKE_TIMEOUT_S)
+            self._listener = frames.deadline_socket(host, _HANDSHAKE_TIMEOUT_S)
             self._listener.settimeout(None)
             self._listener.bind((host, 0))
             self._listener.listen(_BACKLOG)
