@@ -6,7 +6,6 @@ failing test leaves nothing behind. Nothing is ever killed by name.
 
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -15,6 +14,8 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
+
+from diptych.cluster.plan import free_ports
 
 T = TypeVar("T")
 _POLL_S = 0.02
@@ -164,10 +165,8 @@ def http_status(url: str, timeout_s: float = 2.0) -> int | None:
 
 
 def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that was free a moment ago, and that no outgoing connection is given."""
+    return free_ports(1)[0]
 
 
 def alive(pid: int) -> bool:
