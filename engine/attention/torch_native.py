@@ -16,9 +16,6 @@ from engine.kv.pool import KVPool
 
 _MAX_PADDING = 1.5
 """Decodes share a call while padding to the longest reads at most this times what is needed."""
-_MAX_GATHER_BYTES = 1 << 20
-"""Nor is more than this gathered for one call, so that K and V are still in a core's L2 cache as
-attention reads them: with 8 sequences of 1024 tokens one call for each takes half of one for all."""
 
 
 class TorchNativeBackend:
@@ -34,7 +31,6 @@ class TorchNativeBackend:
         self._block_size = layout.block_size
         self._head_dim = layout.head_dim
         self._device = pool.tensor.device
-        self._layer_block_bytes = layout.block_bytes // layout.num_layers
         self._token_rows = pool.tensor.view(-1, layout.head_dim)
         self._block_rows = pool.tensor.view(-1, layout.block_size * layout.head_dim)
         # Within a block, rows of K and then of V of one layer, all heads: [2, Hkv].
@@ -68,15 +64,13 @@ class TorchNativeBackend:
 
     def _num_together(self, spans: Sequence[AttentionSpan], first: int) -> int:
         """How many single-row spans from `first` on share a call; at least one."""
-        max_blocks = _MAX_GATHER_BYTES // self._layer_block_bytes
         longest = needed = count = 0
         for span in spans[first:]:
             if span.length > 1:
                 break
             width = -(-span.context_len // self._block_size)
             longest, needed = max(longest, width), needed + width
-            padded = longest * (count + 1)
-            if count and (padded > max_blocks or padded > _MAX_PADDING * needed):
+            if longest * (count + 1) > _MAX_PADDING * needed:
                 break
             count += 1
         return count
