@@ -103,8 +103,6 @@ class Scheduler:
         Allocates blocks and may preempt. Returns None when nothing can be computed now.
         """
         draft = _Draft(self._max_step_tokens)
-        preemptions = self.num_preemptions
-        short = False
         self._blocked = None
         decodes: list[SequenceState] = []
         prefills: list[SequenceState] = []
@@ -116,12 +114,8 @@ class Scheduler:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # an older one preempted it in this very step
             wanted = min(sequence.num_to_compute, draft.budget, self._max_chunk_tokens)
-            granted = self._make_room(sequence, wanted, draft)
-            draft.take(sequence, granted)
-            short = short or granted < wanted
-        # NOTE: never admit in a step that lacked blocks: it would take what preemption just freed.
-        if not short and self.num_preemptions == preemptions:
-            self._admit(draft)
+            draft.take(sequence, self._make_room(sequence, wanted, draft))
+        self._admit(draft)
         return self._plan(draft) if draft.tokens else None
 
     def update(self, step: ScheduledStep, result: StepResult) -> list[SequenceOutput]:

@@ -224,6 +224,15 @@ class Transcript:
             self.ends[output.request_id] = output
 
 
+def step_until_preempted(engine: Engine) -> None:
+    """Step until a sequence has lost its blocks; fails when none does."""
+    for _ in range(200):
+        if engine.stats().preemptions:
+            return
+        engine.step()
+    raise AssertionError("nothing was preempted")
+
+
 def run(engine: Engine, *, max_steps: int = 2000) -> Transcript:
     """Step until nothing is left; fails when it takes too long."""
     transcript = Transcript()

@@ -20,6 +20,7 @@ from tests.support.engine import (
     make_engine,
     make_request,
     run,
+    step_until_preempted,
     undisturbed,
 )
 
@@ -329,6 +330,30 @@ def test_backlog_counts_what_is_left_to_compute() -> None:
     for _ in range(3):
         engine.step()
     assert engine.stats().backlog_tokens == 0
+
+
+def test_backlog_leaves_out_what_is_cached() -> None:
+    engine, _ = make_engine()
+    engine.add(make_request("warm", 12, max_tokens=1))
+    run(engine)
+    engine.add(make_request("hit", 14))
+    assert engine.stats().backlog_tokens == 2
+
+
+def test_backlog_counts_what_preemption_has_to_compute_again() -> None:
+    engine, _ = make_engine(num_blocks=6)
+    engine.add(make_request("old", 8, max_tokens=12))
+    engine.add(make_request("young", [9] * 8, max_tokens=12))
+    step_until_preempted(engine)
+    young = 8 + 5  # tokens so far, at least two blocks of them cached
+    assert 0 < engine.stats().backlog_tokens <= young - 8
+
+
+def test_configured_length_bounds_the_models() -> None:
+    engine, _ = make_engine(max_len=40, max_model_len=20)
+    assert engine.max_model_len == 20
+    with pytest.raises(InvalidRequestError, match="20 tokens and the model takes 20"):
+        engine.add(make_request(prompt_ids=20))
 
 
 def test_step_says_how_long_it_took_and_what_it_computed() -> None:

@@ -12,6 +12,7 @@ from tests.support.engine import (
     make_engine,
     make_request,
     run,
+    step_until_preempted,
     undisturbed,
 )
 
@@ -269,17 +270,58 @@ def test_reservations_take_seats() -> None:
     assert [output.request_id for output in engine.step().outputs] == ["d"]
 
 
-def test_reservations_do_not_take_every_seat_from_waiting_requests() -> None:
+def test_reservations_and_waiting_requests_take_turns_at_a_seat() -> None:
     engine, _ = make_engine(max_num_seqs=1, num_blocks=64)
     reservation = engine.reserve(make_request("import"))
-    engine.add(make_request("local", max_tokens=1))
     assert reservation is not None
+    for name in ("a", "b"):
+        engine.add(make_request(name, max_tokens=1))
     engine.cancel(reservation)
-    assert engine.reserve(make_request("import")) is None
+    assert engine.reserve(make_request("import")) is None, "it is a's turn"
     engine.step()
-    assert engine.stats().waiting == 0
-    engine.reap()
-    assert engine.reserve(make_request("import")) is not None
+    assert engine.stats().waiting == 1
+    assert engine.reserve(make_request("import")) is not None, "and then the import's again"
+
+
+def test_reservations_do_not_overtake_a_preempted_request() -> None:
+    engine, executor = make_engine(num_blocks=8, max_step_tokens=2)
+    engine.add(make_request("a", [1], max_tokens=20))
+    engine.add(make_request("b", [2], max_tokens=20))
+    engine.step()
+    reservation = engine.reserve(make_request("import", [3] * 8, max_tokens=20))
+    assert reservation is not None
+    bring_in(executor, reservation, [3] * 8)
+    engine.adopt(reservation, 5)
+    step_until_preempted(engine)
+    assert engine.reserve(make_request("next", [4])) is None
+    engine.abort("import")
+    engine.abort("b")
+    assert engine.reserve(make_request("next", [4])) is not None
+
+
+def test_adopting_wakes_an_idle_engine() -> None:
+    engine, executor = make_engine(num_blocks=4)
+    reservation = engine.reserve(make_request("import", [3] * 9))
+    assert reservation is not None
+    engine.add(make_request("waits", 8, max_tokens=1))
+    engine.step()
+    assert not engine.has_work
+    bring_in(executor, reservation, [3] * 9)
+    engine.adopt(reservation, 5)
+    assert engine.has_work
+
+
+def test_releasing_a_hold_wakes_an_engine_that_lacked_blocks() -> None:
+    engine, _ = make_engine(num_blocks=4)
+    engine.add(make_request("export", 12, prefill_only=True))
+    prefill(engine, "export")
+    blocks = list(engine.block_table("export"))
+    engine.hold(blocks)
+    engine.add(make_request("waits", [9] * 8, max_tokens=1))
+    engine.step()
+    assert not engine.has_work
+    engine.release(blocks)
+    assert len(run(engine).tokens["waits"]) == 1
 
 
 def test_reservations_do_not_overtake_a_request_that_waits_for_blocks() -> None:

@@ -5,7 +5,15 @@ import pytest
 from core.errors import ConfigError
 from engine.engine import Engine
 from engine.plan import StepPlan
-from tests.support.engine import FakeClock, make_engine, make_request, run, undisturbed
+from tests.support.engine import (
+    FakeClock,
+    kv_of,
+    make_engine,
+    make_request,
+    run,
+    step_until_preempted,
+    undisturbed,
+)
 
 
 def spans(plan: StepPlan) -> dict[str, tuple[int, int]]:
@@ -119,8 +127,7 @@ def test_preempted_request_shows_no_blocks_and_can_be_aborted() -> None:
     engine, _ = make_engine(num_blocks=6, block_size=4)
     engine.add(make_request("old", 8, max_tokens=12))
     engine.add(make_request("young", [9] * 8, max_tokens=12))
-    while not engine.stats().preemptions:
-        engine.step()
+    step_until_preempted(engine)
     assert list(engine.block_table("young")) == []
     assert engine.num_computed("young") == 0
     assert (engine.stats().running, engine.stats().waiting) == (1, 1)
@@ -129,15 +136,51 @@ def test_preempted_request_shows_no_blocks_and_can_be_aborted() -> None:
     assert list(run(engine).ends) == ["old"]
 
 
-def test_nothing_is_admitted_in_a_step_that_lacked_blocks() -> None:
+def test_nothing_new_is_admitted_when_blocks_run_out() -> None:
     engine, executor = make_engine(num_blocks=6, block_size=4)
     engine.add(make_request("old", 8, max_tokens=12))
     engine.add(make_request("young", [9] * 8, max_tokens=12))
-    while not engine.stats().preemptions:
+    for _ in range(100):
         engine.add(make_request(f"new{len(executor.plans)}", [1], max_tokens=1))
         before = set(spans(executor.plans[-1])) if executor.plans else set()
         engine.step()
+        if engine.stats().preemptions:
+            break
+    assert engine.stats().preemptions
     assert set(spans(executor.plans[-1])) <= before
+
+
+def test_preempted_sequences_come_back_oldest_first() -> None:
+    engine, _ = make_engine(num_blocks=8, block_size=4)
+    for age, max_tokens in enumerate((26, 20, 20)):
+        engine.add(make_request(f"r{age}", [age + 1] * 4, max_tokens=max_tokens))
+    transcript = run(engine)
+    assert engine.stats().preemptions >= 2
+    assert list(transcript.ends) == ["r0", "r1", "r2"]
+
+
+def test_sequence_that_came_back_is_still_older_than_later_ones() -> None:
+    engine, executor = make_engine(num_blocks=10, block_size=4)
+    engine.add(make_request("first", [1] * 4, max_tokens=17))
+    engine.add(make_request("second", [2] * 6, max_tokens=25))
+    reservation = engine.reserve(make_request("import", [3] * 4, max_tokens=25))
+    assert reservation is not None
+    step_until_preempted(engine)
+    executor.pool.blocks[reservation.block_table[0]][:] = kv_of([3] * 4)
+    engine.adopt(reservation, 5)
+    assert list(run(engine).ends) == ["first", "second", "import"]
+    assert engine.stats().preemptions >= 2
+
+
+def test_admission_counts_the_cached_blocks_that_it_would_hold() -> None:
+    engine, _ = make_engine(num_blocks=6, block_size=4)
+    engine.add(make_request("warm", 8, max_tokens=1))
+    run(engine)
+    engine.add(make_request("running", [9] * 5, max_tokens=3))
+    engine.step()
+    engine.add(make_request("hit", [*make_request("", 8).prompt_ids, *[7] * 8], max_tokens=1))
+    engine.step()
+    assert engine.stats().waiting == 1, "2 idle hits and 2 new blocks leave no watermark of 4"
 
 
 def test_older_prompt_takes_blocks_from_a_younger_decode_of_the_same_step() -> None:
