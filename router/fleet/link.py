@@ -164,7 +164,7 @@ class WorkerLink:
 
     async def _session(self, channel: grpc.aio.Channel) -> None:
         # The stub is typed for synchronous channels.
-        stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
+        stub = worker_pb2_grpc.WorkerStub(channel)
         stream = cast(_Stream, stub.Attach())
         early: list[worker_pb2.WorkerMessage] = []
         try:
