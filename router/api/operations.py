@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from core.errors import ErrorCode, UnavailableError
-from router.api.errors import HttpError, ModelNotFoundError
+from router.api.errors import HttpError, ModelNotFoundError, error_answer
 from router.api.exchange import Exchange
 from router.api.parts import ApiParts
 
@@ -36,7 +36,10 @@ class Operations:
     async def ready(self, exchange: Exchange) -> None:
         """A request would be admitted now."""
         if not self._parts.generator.ready:
-            raise UnavailableError(f"Not ready: {self._why_not()}")
+            # Answered, not raised: a probe that asks while workers start is no failure to log.
+            answer = error_answer(UnavailableError(f"Not ready: {self._why_not()}"))
+            await exchange.answer(answer.json(), status=answer.status, headers=answer.headers)
+            return
         await exchange.answer(b'{"status":"ready"}')
 
     async def metrics(self, exchange: Exchange) -> None:
