@@ -11,7 +11,7 @@ class DecodeSettings(WorkerSettings):
 
     port: int = Field(9002, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
     peer_silence_s: Seconds = Field(
-        10.0, gt=0, description="Seconds without an answer before a prefill worker is given up."
+        8.0, gt=0, description="Seconds without an answer before a prefill worker is given up."
     )
     max_inflight_bytes: ByteSize = Field(
         ByteSize(256 << 20),

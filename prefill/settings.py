@@ -10,7 +10,7 @@ class PrefillSettings(WorkerSettings):
     """Settings of a prefill worker."""
 
     lease_ttl_s: Seconds = Field(
-        30.0,
+        15.0,
         gt=0,
         description="Seconds that exported KV outlives the last sign of life of its decode worker.",
     )

@@ -108,6 +108,7 @@ def system(request: pytest.FixtureRequest, slow_llama: Path) -> Iterator[Cluster
         decode=2,
         transport=request.param,
         worker=WORKER,
+        prefill_worker={"lease_ttl_s": "4s"},
         router=ROUTER,
     ) as running:
         yield running

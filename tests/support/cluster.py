@@ -182,6 +182,7 @@ def cluster(
     decode: int = 1,
     transport: str = "nixl",
     worker: Mapping[str, object] | None = None,
+    prefill_worker: Mapping[str, object] | None = None,
     router: Mapping[str, object] | None = None,
     wait: bool = True,
 ) -> Iterator[Cluster]:
@@ -193,13 +194,17 @@ def cluster(
         decode: number of decode workers.
         transport: how KV moves.
         worker: settings of every worker, by field name.
+        prefill_worker: settings of prefill workers alone.
         router: settings of the router, by field name.
         wait: wait until all is ready.
     """
     with ExitStack() as stack:
         pools = {
-            role: [_worker(role, model, transport, worker or {}) for _ in range(count)]
-            for role, count in (("prefill", prefill), ("decode", decode))
+            role: [_worker(role, model, transport, settings) for _ in range(count)]
+            for role, count, settings in (
+                ("prefill", prefill, {**(worker or {}), **(prefill_worker or {})}),
+                ("decode", decode, worker or {}),
+            )
         }
         for one in [*pools["prefill"], *pools["decode"]]:
             stack.callback(one.stack.close)
