@@ -284,13 +284,13 @@ def test_reservations_and_waiting_requests_take_turns_at_a_seat() -> None:
 
 
 def test_reservations_do_not_overtake_a_preempted_request() -> None:
-    engine, executor = make_engine(num_blocks=8, max_step_tokens=2)
+    engine, executor = make_engine(num_blocks=9, max_step_tokens=2)
     engine.add(make_request("a", [1], max_tokens=20))
-    engine.add(make_request("b", [2], max_tokens=20))
+    engine.add(make_request("b", [2] * 3, max_tokens=20))
     engine.step()
-    reservation = engine.reserve(make_request("import", [3] * 8, max_tokens=20))
+    reservation = engine.reserve(make_request("import", [3] * 12, max_tokens=20))
     assert reservation is not None
-    bring_in(executor, reservation, [3] * 8)
+    bring_in(executor, reservation, [3] * 12)
     engine.adopt(reservation, 5)
     step_until_preempted(engine)
     assert engine.reserve(make_request("next", [4])) is None
