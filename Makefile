@@ -57,7 +57,7 @@ proto-check: $(VENV)/.installed-dev ## Are the stubs in rpc/v1 those of proto/?
 	{ echo 'rpc/v1 is stale: run make proto and commit the result.'; exit 1; }
 
 bench: $(VENV)/.installed-dev ## Benchmarks against Hugging Face transformers; minutes
-	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python -m benchmarks.local_system $(ARGS)
 
 install: $(VENV)/.installed-dev ## Make or update .venv with everything, and install the git hooks
 	$(BIN)/pre-commit install
