@@ -1,0 +1,195 @@
+"""Explores the two hand-over machines together; promises: tests/support/handover_world.py."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from core.errors import ErrorCode
+from kvtransfer import actions as act
+from kvtransfer import handover
+from kvtransfer.export import ExportMachine
+from kvtransfer.handover import HandoverMachine
+from kvtransfer.messages import Key
+from kvtransfer.peer_link import PeerLink
+from tests.support.handover_world import TTL, Scenario, Violation, explore, wander
+
+SCENARIOS = {
+    "nothing goes wrong": Scenario(),
+    "claim before submit": Scenario(late_submit=True),
+    "decode aborts": Scenario(decode_aborts=True),
+    "prefill fails": Scenario(prefill_fails=True),
+    "link breaks": Scenario(link_breaks=True),
+    "link breaks before submit": Scenario(link_breaks=True, late_submit=True),
+    "reads fail": Scenario(reads_fail=True),
+    "first block cached": Scenario(cached_blocks=1, decode_aborts=True, reads_fail=True),
+    "all blocks cached": Scenario(cached_blocks=2, prefill_fails=True),
+    "everything but time": Scenario(
+        offered=True, decode_aborts=True, prefill_fails=True, link_breaks=True, reads_fail=True
+    ),
+    "lease runs out": Scenario(offered=True, last_time=1, time_step=TTL + 1),
+    "lease runs out by a slow clock": Scenario(
+        offered=True, last_time=1, time_step=TTL, decode_clock_rate=0.95
+    ),
+    "time passes, prefill fails": Scenario(
+        offered=True, last_time=1, time_step=TTL - 2, prefill_fails=True
+    ),
+    "frozen peer": Scenario(
+        offered=True, last_time=1, time_step=4, never_lands=True, decode_aborts=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_interleaving_keeps_the_promises(name: str) -> None:
+    assert explore(SCENARIOS[name]) > 100
+
+
+def test_random_walks_with_every_misfortune_keep_the_promises() -> None:
+    ends: Counter[str] = Counter()
+    for seed in range(1500):
+        scenario = Scenario(
+            num_keys=2,
+            last_time=8,
+            time_step=1.5,
+            decode_clock_rate=(0.95, 1, 1.05)[seed % 3],
+            prefill_fails=seed % 2 == 0,
+            decode_aborts=seed % 5 == 0,
+            link_breaks=seed % 3 == 0,
+            reads_fail=seed % 7 == 0,
+            late_submit=seed % 2 == 1,
+            cached_blocks=seed % 3,
+        )
+        world = wander(scenario, seed, 150)
+        ends.update(world.ended.values())
+    assert min(ends["delivered"], ends["failed"]) > 200, ends
+
+
+# A checker that can't find a fault proves nothing: each rule is broken once.
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def skip_validity(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PeerLink, "holds_since", lambda *_: True)
+
+
+def forget_that_a_lease_lapsed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PeerLink, "holds_since", lambda self, start, now: now < self.valid_until)
+    patch.setattr(ExportMachine, "_expire", expire_silently)
+
+
+def count_from_the_answer(patch: pytest.MonkeyPatch) -> None:
+    honest = HandoverMachine._renewed
+
+    def renewed(self: Any, link: PeerLink, seq: int, now: float) -> Any:
+        actions = honest(self, link, seq, now)
+        link.valid_until = now + link.ttl_s * (1 - link.drift_ratio)
+        return actions + self._pump(link, now)
+
+    patch.setattr(HandoverMachine, "_renewed", renewed)
+
+
+def free_on_revoke(patch: pytest.MonkeyPatch) -> None:
+    honest = ExportMachine.failed
+
+    def failed(self: Any, key: Key, code: ErrorCode, message: str, now: float) -> Any:
+        export = self._exports.get(key)
+        actions = honest(self, key, code, message, now)
+        return actions if export is None else [*actions, *end_once(self, export)]
+
+    patch.setattr(ExportMachine, "failed", failed)
+
+
+def free_on_link_close(patch: pytest.MonkeyPatch) -> None:
+    honest = ExportMachine.link_closed
+
+    def link_closed(self: Any, link: int, now: float) -> Any:
+        exports = list(self._exports.values())
+        actions = honest(self, link, now)
+        return actions + [action for export in exports for action in end_once(self, export)]
+
+    patch.setattr(ExportMachine, "link_closed", link_closed)
+
+
+def end_once(machine: Any, export: Any) -> Any:
+    if export.key not in machine._exports:
+        return []
+    return machine._end(export, ErrorCode.KV_TRANSFER, "mutated")
+
+
+def expire_silently(self: Any, export: Any) -> Any:
+    return self._end(export, ErrorCode.KV_TRANSFER, "mutated")
+
+
+def no_revoke_on_expiry(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ExportMachine, "_expire", expire_silently)
+
+
+def drop_under_a_read(patch: pytest.MonkeyPatch) -> None:
+    honest = HandoverMachine._end
+
+    def end(self: Any, key: Key, fail: Any, now: float) -> Any:
+        record = self._handovers.get(key)
+        actions = honest(self, key, fail, now)
+        return [*actions, act.DropBlocks(key)] if record and record.read else actions
+
+    patch.setattr(HandoverMachine, "_end", end)
+
+
+def forget_to_release(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(handover, "Release", lambda key: handover.Renew(0))
+
+
+def deliver_while_reading(patch: pytest.MonkeyPatch) -> None:
+    honest = HandoverMachine._deliver
+
+    def deliver(self: Any, record: Any, now: float) -> Any:
+        read, record.read = record.read, None
+        actions = honest(self, record, now)
+        record.read = read
+        return actions
+
+    patch.setattr(HandoverMachine, "_deliver", deliver)
+
+
+def deliver_without_commit(patch: pytest.MonkeyPatch) -> None:
+    honest = HandoverMachine._progressed
+
+    def progressed(self: Any, link: Any, progress: Any, now: float) -> Any:
+        record = self._of_lease(link, progress.lease_id)
+        if record is not None:
+            record.next_block = record.num_blocks
+        return honest(self, link, progress, now)
+
+    patch.setattr(HandoverMachine, "_progressed", progressed)
+
+
+MUTATIONS: dict[str, tuple[Patch, Scenario]] = {
+    "skip the validity check": (skip_validity, SCENARIOS["lease runs out"]),
+    "ignore drift": (
+        lambda patch: None,
+        Scenario(offered=True, last_time=1, time_step=TTL, decode_clock_rate=0.95, drift_ratio=0.0),
+    ),
+    "forget that a lease lapsed": (forget_that_a_lease_lapsed, SCENARIOS["lease runs out"]),
+    "count validity from the answer": (
+        count_from_the_answer,
+        Scenario(last_time=1, time_step=TTL),
+    ),
+    "free on revoke": (free_on_revoke, SCENARIOS["prefill fails"]),
+    "free on link close": (free_on_link_close, SCENARIOS["link breaks"]),
+    "no revoke on expiry": (no_revoke_on_expiry, SCENARIOS["lease runs out"]),
+    "drop blocks under a READ": (drop_under_a_read, SCENARIOS["decode aborts"]),
+    "forget to release": (forget_to_release, SCENARIOS["nothing goes wrong"]),
+    "deliver while reading": (deliver_while_reading, SCENARIOS["nothing goes wrong"]),
+    "deliver blocks never read": (deliver_without_commit, SCENARIOS["nothing goes wrong"]),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_checker_finds_every_broken_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate, scenario = MUTATIONS[name]
+    mutate(monkeypatch)
+    with pytest.raises(Violation):
+        explore(scenario)

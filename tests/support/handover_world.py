@@ -1,0 +1,500 @@
+"""Both state machines of the hand-over, joined by FIFO links over a model of block memory.
+
+Explores every interleaving of what the world may do (messages delayed or lost with their link,
+READs landing late or never, loops that stand still while time passes, aborts on either side) and
+checks the design's promises after each step. Used by tests/property/kvtransfer.
+"""
+
+import pickle
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from core.errors import ErrorCode
+from kvtransfer import actions as act
+from kvtransfer.export import ExportMachine
+from kvtransfer.handover import HandoverConfig, HandoverMachine
+from kvtransfer.messages import Claim, DecodeMessage, Hello, Key, PrefillMessage, Release
+from kvtransfer.transport import KvLayout
+
+TTL = 6
+GARBAGE = (Key("nobody", 0), 0)
+NUM_BLOCKS = 2
+"""Blocks, and tokens, of every prompt."""
+LAYOUT = KvLayout(
+    num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, dtype="float32", block_bytes=4
+)
+CLOSED = "closed"
+
+
+def hello(worker_id: str, ttl_s: float) -> Hello:
+    return Hello(
+        worker_id=worker_id,
+        epoch=1,
+        model_digest=b"d",
+        layout=LAYOUT,
+        num_blocks=16,
+        transport="model",
+        lease_ttl_s=ttl_s,
+    )
+
+
+_WEIGHTS = {"break": 0.01, "lose": 0.01, "decode aborts": 0.02, "prefill fails": 0.02, "time": 0.1}
+"""Of events in random walks; others have 1."""
+
+
+class Violation(AssertionError):
+    """A promise was broken."""
+
+
+class NoCounter:
+    """Counts nothing, so that equal states look equal."""
+
+    def __getitem__(self, name: str) -> int:
+        return 0
+
+    def __setitem__(self, name: str, count: int) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """Which misfortunes may happen, each at any moment and at most once per key."""
+
+    num_keys: int = 1
+    last_time: int = 0
+    """How often time may advance, by 1 each."""
+    time_step: float = 1
+    decode_clock_rate: float = 1.0
+    prefill_fails: bool = False
+    decode_aborts: bool = False
+    link_breaks: bool = False
+    reads_fail: bool = False
+    cached_blocks: int = 0
+    late_submit: bool = False
+    """Prefill may learn of the request at any moment, also after decode's Claim; else before."""
+    never_lands: bool = False
+    """No READ lands: the peer is frozen."""
+    offered: bool = False
+    """Begin when the link is up and renewed, and the lease offered."""
+    drift_ratio: float = 0.05
+
+
+@dataclass
+class PendingRead:
+    key: Key
+    number: int
+    peer_id: str
+    pairs: tuple[tuple[int, int], ...]
+    landed: bool = False
+
+
+@dataclass
+class World:
+    """One state of everything."""
+
+    scenario: Scenario
+    time: float = 0
+    ticks: int = 0
+    export: ExportMachine = field(init=False)
+    handover: HandoverMachine = field(init=False)
+    to_prefill: dict[int, deque[DecodeMessage | str]] = field(default_factory=dict)
+    to_decode: dict[int, deque[PrefillMessage | str]] = field(default_factory=dict)
+    broken: set[int] = field(default_factory=set)
+    prefill_memory: dict[int, tuple[Key, int]] = field(default_factory=dict)
+    """Prefill's block to (key, index) whose KV it holds."""
+    held: dict[int, int] = field(default_factory=dict)
+    computing: dict[Key, int] = field(default_factory=dict)
+    """Key to number of blocks complete, while its engine works on it."""
+    prefilled: set[Key] = field(default_factory=set)
+    decode_memory: dict[int, tuple[Key, int]] = field(default_factory=dict)
+    waiting: set[Key] = field(default_factory=set)
+    reserved: set[Key] = field(default_factory=set)
+    reads: list[PendingRead] = field(default_factory=list)
+    claims: dict[Key, int] = field(default_factory=dict)
+    released: set[Key] = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)
+    """Links that decode did not close itself."""
+    aborted: set[Key] = field(default_factory=set)
+    failed: set[Key] = field(default_factory=set)
+    ended: dict[Key, str] = field(default_factory=dict)
+    prefill_turn: float = 0
+    decode_turn: float = 0
+
+    def __post_init__(self) -> None:
+        self.export = ExportMachine(hello("P", TTL))
+        config = HandoverConfig(
+            drift_ratio=self.scenario.drift_ratio,
+            read_margin_s=0.5,
+            peer_silence_s=4,
+            open_timeout_s=4,
+            read_timeout_s=3,
+            max_inflight_blocks=NUM_BLOCKS,
+            idle_link_s=5,
+        )
+        self.handover = HandoverMachine(hello("D", 0), config)
+        self.export.counters = NoCounter()  # type: ignore[assignment]
+        self.handover.counters = NoCounter()  # type: ignore[assignment]
+        for key in self.keys:
+            self.decode(
+                self.handover.submitted(
+                    key,
+                    worker_id="P",
+                    epoch=1,
+                    address="a",
+                    num_tokens=NUM_BLOCKS,
+                    deadline=100,
+                    now=self.decode_now,
+                )
+            )
+            if not self.scenario.late_submit:
+                self.submit_prefill(key)
+
+    @property
+    def keys(self) -> list[Key]:
+        return [Key("r", attempt) for attempt in range(self.scenario.num_keys)]
+
+    @property
+    def decode_now(self) -> float:
+        return self.time * self.scenario.decode_clock_rate
+
+    def prepared(self) -> "World":
+        """This state, after the part of the story that the scenario leaves out."""
+        while self.scenario.offered and any((*self.to_prefill.values(), *self.to_decode.values())):
+            for link in self.to_prefill:
+                if self.to_prefill[link]:
+                    self.prefill_hears(link)
+                elif self.to_decode[link]:
+                    self.decode_hears(link)
+        return self
+
+    # What may happen next.
+
+    def events(self) -> Iterator[tuple[str, Callable[["World"], None]]]:
+        """Everything that may happen in this state."""
+        for link in self.to_prefill:
+            if self.to_prefill[link]:
+                yield f"prefill hears {link}", lambda w, n=link: w.prefill_hears(n)  # type: ignore[misc]
+        for link in self.to_decode:
+            if self.to_decode[link]:
+                yield f"decode hears {link}", lambda w, n=link: w.decode_hears(n)  # type: ignore[misc]
+            if self.scenario.link_breaks and not self.broken:
+                yield f"break {link}", lambda w, n=link: w.break_link(n, True)  # type: ignore[misc]
+                yield f"lose {link}", lambda w, n=link: w.break_link(n, False)  # type: ignore[misc]
+        for i, read in enumerate(self.reads):
+            if not read.landed and not self.scenario.never_lands:
+                yield f"land {i}", lambda w, n=i: w.land(n)  # type: ignore[misc]
+            if read.landed or self.scenario.reads_fail:
+                yield f"poll {i}", lambda w, n=i: w.poll(n)  # type: ignore[misc]
+        for key in self.keys:
+            for name, event in self.key_events(key):
+                yield f"{name} {key.attempt}", lambda w, k=key, e=event: e(w, k)  # type: ignore[misc]
+        if self.prefill_turn < self.time:
+            yield "prefill turns", World.turn_prefill
+        if self.decode_turn < self.time:
+            yield "decode turns", World.turn_decode
+        if self.ticks < self.scenario.last_time:
+            yield "time", World.advance
+
+    def key_events(self, key: Key) -> Iterator[tuple[str, Callable[["World", Key], None]]]:
+        if key not in self.prefilled and key not in self.computing:
+            yield "submit", World.submit_prefill
+        if key in self.computing:
+            if self.computing[key] < NUM_BLOCKS:
+                yield "progress", World.progress
+            else:
+                yield "commit", World.commit
+        if self.scenario.prefill_fails and key not in self.failed:
+            yield "prefill fails", World.fail_prefill
+        if self.scenario.decode_aborts and key not in self.aborted:
+            yield "decode aborts", World.abort_decode
+        if key in self.waiting:
+            yield "reserve", World.reserve
+
+    def advance(self) -> None:
+        self.time += self.scenario.time_step
+        self.ticks += 1
+
+    # Prefill.
+
+    def submit_prefill(self, key: Key) -> None:
+        self.computing[key] = 0
+        self.prefill(self.export.submitted(key, "D", NUM_BLOCKS, self.time))
+
+    def blocks_of(self, key: Key) -> list[int]:
+        return [key.attempt * NUM_BLOCKS + i for i in range(NUM_BLOCKS)]
+
+    def progress(self, key: Key) -> None:
+        index = self.computing[key]
+        block = self.blocks_of(key)[index]
+        self.prefill_memory[block] = (key, index)
+        self.held[block] = self.held.get(block, 0) + 1
+        self.computing[key] += 1
+        self.prefill(self.export.progressed(key, [block], self.time))
+
+    def commit(self, key: Key) -> None:
+        self.prefill(self.export.committed(key, 7, None, 0, self.time))
+        self.stop_computing(key)
+
+    def fail_prefill(self, key: Key) -> None:
+        self.failed.add(key)
+        self.stop_computing(key)
+        self.prefill(self.export.failed(key, ErrorCode.KV_TRANSFER, "aborted", self.time))
+
+    def stop_computing(self, key: Key) -> None:
+        if self.computing.pop(key, None) is not None:
+            self.prefilled.add(key)
+        self.prefilled.add(key)
+        self.reuse_free_blocks()
+
+    def reuse_free_blocks(self) -> None:
+        for key in self.keys:
+            if key not in self.computing:
+                for block in self.blocks_of(key):
+                    if not self.held.get(block):
+                        self.prefill_memory[block] = GARBAGE
+
+    def turn_prefill(self) -> None:
+        self.prefill_turn = self.time
+        self.prefill(self.export.expire(self.time))
+
+    def prefill_hears(self, link: int) -> None:
+        message = self.to_prefill[link].popleft()
+        if isinstance(message, str):
+            self.prefill(self.export.link_closed(link, self.time))
+        else:
+            self.prefill(self.export.received(link, message, self.time))
+
+    def prefill(self, actions: list[act.ExportAction]) -> None:
+        for action in actions:
+            match action:
+                case act.Send(link, message):
+                    if link not in self.broken:
+                        self.to_decode[link].append(message)
+                case act.CloseLink(link, _):
+                    self.break_link(link, True)
+                case act.FreeBlocks(_, block_ids):
+                    for block in block_ids:
+                        self.held[block] -= 1
+                        self.require(self.held[block] >= 0, f"block {block} freed twice")
+                    self.reuse_free_blocks()
+                case act.CancelPrefill(key, _, _):
+                    self.stop_computing(key)
+
+    # Decode.
+
+    def turn_decode(self) -> None:
+        self.decode_turn = self.time
+        self.decode(self.handover.tick(self.decode_now))
+
+    def decode_hears(self, link: int) -> None:
+        message = self.to_decode[link].popleft()
+        if isinstance(message, str):
+            self.decode(self.handover.link_closed(link, "lost", self.decode_now))
+        else:
+            self.decode(self.handover.received(link, message, self.decode_now))
+
+    def abort_decode(self, key: Key) -> None:
+        self.aborted.add(key)
+        self.decode(self.handover.aborted(key, self.decode_now))
+
+    def reserve(self, key: Key) -> None:
+        self.waiting.discard(key)
+        self.reserved.add(key)
+        table = tuple(self.blocks_of(key))
+        cached = self.scenario.cached_blocks
+        for index, block in enumerate(table):
+            self.decode_memory[block] = (key, index) if index < cached else GARBAGE
+        self.decode(self.handover.reserved(key, table, cached, self.decode_now))
+
+    def land(self, index: int) -> None:
+        read = self.reads[index]
+        read.landed = True
+        for remote, own in read.pairs:
+            self.require(read.key in self.reserved, "bytes landed in a block that was given back")
+            self.decode_memory[own] = self.prefill_memory.get(remote, GARBAGE)
+
+    def poll(self, index: int) -> None:
+        read = self.reads.pop(index)
+        now = self.decode_now
+        if read.landed:
+            self.decode(self.handover.read_done(read.key, read.number, now))
+        else:
+            self.decode(self.handover.read_failed(read.key, read.number, "broken", now))
+
+    def decode(self, actions: list[act.HandoverAction]) -> None:
+        for action in actions:
+            match action:
+                case act.OpenLink(link, _):
+                    self.to_prefill[link] = deque()
+                    self.to_decode[link] = deque()
+                    self.export.link_opened(link)
+                case act.Send(link, message):
+                    self.check_claim(link, message)
+                    if link not in self.broken:
+                        self.to_prefill[link].append(message)
+                case act.CloseLink(link, _):
+                    self.close_link(link, True)
+                case act.ConnectPeer():
+                    pass
+                case act.DisconnectPeer(peer_id):
+                    self.reads = [read for read in self.reads if read.peer_id != peer_id]
+                case act.Reserve(key):
+                    self.waiting.add(key)
+                case act.DropBlocks(key):
+                    pending = [read for read in self.reads if read.key == key]
+                    self.require(not pending, "blocks dropped under a pending READ")
+                    self.waiting.discard(key)
+                    self.reserved.discard(key)
+                case act.StartRead(key, number, peer_id, pairs):
+                    self.require(key in self.reserved, "a READ without a reservation")
+                    self.reads.append(PendingRead(key, number, peer_id, pairs))
+                case act.Deliver(key=key):
+                    self.deliver(key)
+                case act.Fail(key, _, _):
+                    self.end(key, "failed")
+
+    def check_claim(self, link: int, message: DecodeMessage) -> None:
+        if isinstance(message, Claim):
+            self.require(message.key not in self.claims, "claimed twice")
+            self.claims[message.key] = link
+        elif isinstance(message, Release):
+            self.require(message.key in self.claims, "released without a claim")
+            self.require(message.key not in self.released, "released twice")
+            self.released.add(message.key)
+            reading = any(read.key == message.key for read in self.reads)
+            self.require(not reading, "released under a pending READ")
+
+    def deliver(self, key: Key) -> None:
+        self.end(key, "delivered")
+        self.require(key in self.reserved, "delivered without blocks")
+        self.reserved.discard(key)
+        self.require(not any(read.key == key for read in self.reads), "delivered while reading")
+        for index, block in enumerate(self.blocks_of(key)):
+            right = self.decode_memory[block] == (key, index)
+            self.require(right, f"delivered bytes of {self.decode_memory[block]}")
+
+    def end(self, key: Key, how: str) -> None:
+        self.require(key not in self.ended, f"{key} ended twice")
+        self.require(key not in self.aborted, f"{key} ended after its abort")
+        self.ended[key] = how
+
+    # Links, promises.
+
+    def break_link(self, link: int, deliver: bool) -> None:
+        if link not in self.broken:
+            self.lost.add(link)
+            self.close_link(link, deliver)
+
+    def close_link(self, link: int, deliver: bool) -> None:
+        if link in self.broken:
+            return
+        self.broken.add(link)
+        for queue in (self.to_prefill[link], self.to_decode[link]):
+            if not deliver:
+                queue.clear()
+            queue.append(CLOSED)  # type: ignore[attr-defined]
+
+    def require(self, right: bool, what: str) -> None:
+        if not right:
+            raise Violation(what)
+
+    def drain(self) -> None:
+        """Let everything that must happen happen, and check that nothing is left."""
+        for key in self.keys:
+            if key not in self.prefilled and key not in self.computing:
+                self.submit_prefill(key)
+        for _ in range(4 * TTL):
+            while self.settle():
+                pass
+            self.advance()
+            self.turn_decode()
+            self.turn_prefill()
+        for key in self.keys:
+            done = key in self.ended or key in self.aborted
+            self.require(done, f"{key} never ended")
+            owed = key in self.claims and self.claims[key] not in self.lost
+            self.require(not owed or key in self.released, f"{key} was never released")
+        self.require(self.export.num_leases == 0, "a lease is left")
+        self.require(not any(self.held.values()), "a hold is left")
+        self.require(self.handover.num_handovers == 0, "a hand-over is left")
+        self.require(not self.reserved and not self.waiting, "a reservation is left")
+        self.require(not self.reads, "a READ is left")
+
+    def settle(self) -> bool:
+        for name, event in list(self.events()):
+            kind = name.split()[0]
+            if kind in ("prefill", "decode") and name.split()[1] != "hears":
+                continue
+            if kind in ("break", "lose", "time") or (kind == "poll" and not self.landed(name)):
+                continue
+            event(self)
+            return True
+        return False
+
+    def landed(self, name: str) -> bool:
+        return self.reads[int(name.split()[1])].landed
+
+
+def explore(scenario: Scenario, max_states: int = 30_000) -> int:
+    """Visit every state, breadth first; returns how many there were.
+
+    Raises:
+        Violation: with the shortest sequence of events that leads to it.
+    """
+    start = pickle.dumps(World(scenario).prepared(), -1)
+    parents: dict[bytes, tuple[bytes, str] | None] = {start: None}
+    todo = deque([start])
+    while todo:
+        state = todo.popleft()
+        names = [name for name, _ in pickle.loads(state).events()]
+        for name in names:
+            world = pickle.loads(state)
+            with _told(lambda n=name, s=state: _path(parents, s, n)):  # type: ignore[misc]
+                dict(world.events())[name](world)
+            after = pickle.dumps(world, -1)
+            if after not in parents:
+                parents[after] = (state, name)
+                todo.append(after)
+        if scenario.last_time == 0 or not names:
+            with _told(lambda s=state: _path(parents, s, "drain")):  # type: ignore[misc]
+                pickle.loads(state).drain()
+        assert len(parents) <= max_states, f"more than {max_states} states"
+    return len(parents)
+
+
+def wander(scenario: Scenario, seed: int, steps: int) -> World:
+    """Take random steps from the start, then drain; returns the last state."""
+    rng = random.Random(seed)
+    world = World(scenario).prepared()
+    names = []
+    with _told(lambda: names):
+        for _ in range(steps):
+            events = list(world.events())
+            if not events:
+                break
+            weights = [_WEIGHTS.get(name.rstrip(" 0123456789"), 1) for name, _ in events]
+            name, event = rng.choices(events, weights)[0]
+            names.append(name)
+            event(world)
+        names.append("drain")
+        world.drain()
+    return world
+
+
+@contextmanager
+def _told(path: Callable[[], list[str]]) -> Iterator[None]:
+    try:
+        yield
+    except AssertionError as error:
+        raise Violation(f"{error}\n  " + "\n  ".join(path())) from error
+
+
+def _path(parents: dict[bytes, tuple[bytes, str] | None], state: bytes, last: str) -> list[str]:
+    names = [last]
+    while (parent := parents[state]) is not None:
+        state, name = parent
+        names.append(name)
+    return names[::-1]
