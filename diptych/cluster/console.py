@@ -1,5 +1,8 @@
 """What the launcher shows: a spinner and a summary on a terminal, plain lines elsewhere."""
 
+import sys
+from pathlib import Path
+
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
@@ -69,6 +72,11 @@ class Screen:
             f"  curl -N {plan.base_url}/v1/chat/completions "
             f"-H 'Content-Type: application/json' -d '{body}'"
         )
-        self.line(f"  diptych chat --url {plan.base_url}")
+        self.line(f"  {_this_command()} chat --url {plan.base_url}")
         self.line("")
         self.line("Ctrl-C ends it.")
+
+
+def _this_command() -> str:
+    """How the user called `diptych`, to be copied from here."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "diptych" else "python -m diptych"

@@ -12,8 +12,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from contextlib import ExitStack
+from http.client import HTTPException
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from core.errors import ConfigError, DiptychError
@@ -101,7 +103,7 @@ async def run_cluster(
         waits = {
             asyncio.create_task(interrupted.wait()),
             (failing := asyncio.create_task(supervisor.failed())),
-            (starting := asyncio.create_task(_until_ready(plan.base_url))),
+            (starting := asyncio.create_task(_until_ready(plan))),
         }
         try:
             await asyncio.wait(
@@ -134,20 +136,35 @@ def _late(supervisor: Supervisor, settings: ServeSettings) -> ClusterFailedError
     )
 
 
-async def _until_ready(base_url: str) -> None:
+async def _until_ready(plan: ClusterPlan) -> None:
+    """Wait until the router admits requests and every worker of the plan is attached to it."""
+    workers = sum(child.role != "router" for child in plan.children)
     while True:
-        if await asyncio.to_thread(_answers, f"{base_url}/ready"):
+        if await asyncio.to_thread(_all_attached, plan.base_url, workers):
             return
         await asyncio.sleep(_PROBE_INTERVAL_S)
 
 
-def _answers(url: str) -> bool:
+def _all_attached(base_url: str, workers: int) -> bool:
+    if _get(f"{base_url}/ready") is None:
+        return False
+    attached = sum(
+        sample.value
+        for family in text_string_to_metric_families(_get(f"{base_url}/metrics") or "")
+        for sample in family.samples
+        if sample.name == "diptych_router_workers" and sample.labels["state"] == "ready"
+    )
+    return attached >= workers
+
+
+def _get(url: str) -> str | None:
+    """Body of a 200; None for any other answer, or none."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(url, timeout=_PROBE_TIMEOUT_S) as response:
-            return bool(response.status == 200)
+            return str(response.read(), "utf-8") if response.status == 200 else None
     except urllib.error.HTTPError as error:
         error.close()
-        return False
-    except OSError:
-        return False
+        return None
+    except (OSError, HTTPException):
+        return None

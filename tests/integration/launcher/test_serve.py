@@ -80,9 +80,9 @@ def test_cluster_serves_survives_a_killed_worker_and_ends_whole(
 
         def again() -> bool:
             pids = [p for p in descendants(launcher.pid) if p != first]
-            return any(f"{launcher.pid} decode" in command_line(p) for p in pids) and (
-                httpx.get(f"{url}/ready", timeout=5).status_code == 200
-            )
+            started = any(f"{launcher.pid} decode" in command_line(p) for p in pids)
+            attached = 'diptych_router_workers{role="decode",state="ready"} 1.0'
+            return started and attached in httpx.get(f"{url}/metrics", timeout=5).text
 
         wait_until(again, START_S, "decode to come back", lambda: launcher.log)
         answer = complete(url)
