@@ -1,6 +1,9 @@
 """Children of the launcher die with it, whatever ends it."""
 
+import os
+import signal
 import sys
+from contextlib import suppress
 
 from tests.support.process import alive, descendants, running, wait_until
 
@@ -21,7 +24,11 @@ def test_child_dies_when_its_parent_is_killed() -> None:
         launcher.wait_for_line("tied", 10)
         (child,) = descendants(launcher.pid)
         launcher.popen.kill()
-        wait_until(lambda: not alive(child), 5, "the child to end")
+        try:
+            wait_until(lambda: not alive(child), 5, "the child to end")
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
 
 
 def test_child_whose_parent_is_gone_already_does_not_start() -> None:
