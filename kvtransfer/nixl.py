@@ -267,7 +267,7 @@ class NixlTransport:
         """Make `pool` readable and ready to be filled.
 
         Args:
-            pool: host or device memory; it outlives the transport.
+            pool: host or device memory; kept alive until the transport is gone.
             token: shared secret, equal on all workers; empty where there is none.
             descriptor_bytes: size of one piece that NIXL moves, a divisor of the block's size;
                 None: whole blocks. Smaller pieces were faster between two GPUs over NVLink.
@@ -290,6 +290,7 @@ class NixlTransport:
             block_bytes=block_bytes,
             device_id=pool.device_id,
         )
+        self._pool = pool
         self._peers = Peers(pool)
         self._served: Any = new_agent(self._api, self._own, serves=True)
         content = self._own.pack() + bytes(self._served.get_agent_metadata())

@@ -10,10 +10,12 @@ from kvtransfer.transport import BlockPool
 def pool_view(pool: BlockPool) -> memoryview:
     """The whole pool as writable bytes, [num_blocks * block_bytes]. Host memory only.
 
-    The view does not keep the memory alive: whoever owns the pool must outlive every use of it.
+    The view keeps `pool` alive, and with it memory that the pool owns.
     """
     num_bytes = pool.num_blocks * pool.layout.block_bytes
-    return memoryview((ctypes.c_char * num_bytes).from_address(pool.base_address)).cast("B")
+    memory = (ctypes.c_char * num_bytes).from_address(pool.base_address)
+    memory.owner = pool  # type: ignore[attr-defined]
+    return memoryview(memory).cast("B")
 
 
 def check_ids(ids: Iterable[int], num_blocks: int, whose: str) -> None:
