@@ -3,6 +3,7 @@
 import ipaddress
 import logging
 import socket
+from pathlib import Path
 from typing import Literal
 
 from core.errors import ConfigError, TransferError
@@ -19,7 +20,10 @@ def open_transport(name: TransportName, pool: BlockPool, *, host: str, token: st
     """Make a pool readable by peers, and peers' pools readable from here.
 
     Args:
-        name: auto takes nixl where it works and says why if it does not.
+        name: auto takes nixl where it works and has a path that copies one-sidedly (device
+            memory, RDMA, or one machine), else tcp, and says why. Over a plain network UCX only
+            emulates READs: slower than tcp, and a reader's death can abort the process it reads
+            (docs/adr/0003-leases.md).
         pool: outlives the transport.
         host: name or IP address of this machine at which peers reach it.
         token: shared secret; peers without it can't read. Empty where there is none.
@@ -31,13 +35,22 @@ def open_transport(name: TransportName, pool: BlockPool, *, host: str, token: st
         return TcpTransport(pool, host=_address(host), token=token.encode())
     if name not in ("auto", "nixl"):
         raise ConfigError(f"kv_transport must be auto, nixl or tcp, not {name!r}.")
-    try:
+    if name == "nixl" or pool.device_id is not None:
         return NixlTransport(pool, token=token.encode())
-    except TransferError as error:
-        if name == "nixl" or pool.device_id is not None:
-            raise
-        log.warning("KV moves by tcp, since nixl does not work here: %s", error)
-        return TcpTransport(pool, host=_address(host), token=token.encode())
+    address = _address(host)
+    reason = "this host has no RDMA device and its peers are elsewhere"
+    if has_rdma() or ipaddress.ip_address(address).is_loopback:
+        try:
+            return NixlTransport(pool, token=token.encode())
+        except TransferError as error:
+            reason = error.message
+    log.warning("KV moves by tcp instead of nixl: %s", reason)
+    return TcpTransport(pool, host=address, token=token.encode())
+
+
+def has_rdma() -> bool:
+    """True if the kernel shows an InfiniBand or RoCE device."""
+    return any(Path("/sys/class/infiniband").glob("*"))
 
 
 def _address(host: str) -> str:

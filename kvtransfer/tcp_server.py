@@ -44,15 +44,7 @@ class TcpServer:
         self._lock = threading.Lock()
         self._connections: dict[threading.Thread, socket.socket] = {}
         self._closed = False
-        try:
-            self._listener = frames.deadline_socket(host, _HANDSHAKE_TIMEOUT_S)
-            self._listener.settimeout(None)
-            self._listener.bind((host, 0))
-            self._listener.listen(_BACKLOG)
-        except (OSError, ValueError) as error:
-            raise TransferError(
-                f"Can't serve KV blocks on {host!r}: {error}; use an IP address of this machine."
-            ) from error
+        self._listener = _listen(host)
         self._metadata = frames.TcpMetadata(
             host=host,
             port=self._listener.getsockname()[1],
@@ -122,6 +114,21 @@ class TcpServer:
             with self._lock:
                 self._connections.pop(threading.current_thread(), None)
             sock.close()
+
+
+def _listen(host: str) -> socket.socket:
+    with contextlib.ExitStack() as stack:
+        try:
+            sock = stack.enter_context(frames.deadline_socket(host, _HANDSHAKE_TIMEOUT_S))
+            sock.settimeout(None)
+            sock.bind((host, 0))
+            sock.listen(_BACKLOG)
+        except (OSError, ValueError) as error:
+            raise TransferError(
+                f"Can't serve KV blocks on {host!r}: {error}; use an IP address of this machine."
+            ) from error
+        stack.pop_all()
+        return sock
 
 
 def _shut(sock: socket.socket) -> None:

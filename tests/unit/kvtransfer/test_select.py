@@ -29,6 +29,28 @@ def test_auto_falls_back_to_tcp_and_says_why(
     transport.close()
 
 
+def test_auto_takes_nixl_only_where_it_copies_one_sidedly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Chosen(Exception):
+        pass
+
+    def choose(*_: object, **__: object) -> None:
+        raise Chosen
+
+    monkeypatch.setattr(select, "NixlTransport", choose)
+    monkeypatch.setattr(select, "has_rdma", lambda: False)
+    with pytest.raises(Chosen):
+        select.open_transport("auto", HostPool(2, 4096), host="127.0.0.1", token="")
+    with pytest.raises(Chosen):
+        select.open_transport("auto", DevicePool(2, 4096), host="192.0.2.7", token="")
+    with pytest.raises(TransferError, match=r"192\.0\.2\.77"):
+        select.open_transport("auto", HostPool(2, 4096), host="192.0.2.77", token="")
+    monkeypatch.setattr(select, "has_rdma", lambda: True)
+    with pytest.raises(Chosen):
+        select.open_transport("auto", HostPool(2, 4096), host="192.0.2.77", token="")
+
+
 def test_nixl_by_name_does_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nixl, "load_nixl", no_nixl)
     with pytest.raises(TransferError, match="not installed"):
