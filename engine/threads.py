@@ -25,12 +25,14 @@ def compute_thread_env(num_threads: int) -> dict[str, str]:
 
     Activations of a prompt chunk are larger than malloc's default limit for handing memory back to
     the kernel; with the limits raised their pages are reused instead of being mapped anew in
-    every operation, which made small operations on 512 tokens up to ten times faster.
+    every operation, which made small operations on 512 tokens up to ten times faster. Huge pages
+    for malloc'd memory, thus for weights, made a decode step of 8 sequences a tenth faster.
     """
     return {
         "OMP_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": str(_SPIN_COUNT if num_threads > 1 else 0),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "MALLOC_MMAP_THRESHOLD_": str(_MMAP_THRESHOLD_BYTES),
         "MALLOC_TRIM_THRESHOLD_": str(_TRIM_THRESHOLD_BYTES),
     }

@@ -65,7 +65,9 @@ class KVPool:
         # NOTE: the pool must never hold NaN where nothing was written: attention over padding
         # multiplies such values by a probability of zero.
         if device.type == "cpu":
-            memory = mmap.mmap(-1, num_blocks * layout.block_bytes)
+            # Private, because the kernel gives huge pages to shared memory only if told to.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            memory = mmap.mmap(-1, num_blocks * layout.block_bytes, flags)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 memory.madvise(mmap.MADV_HUGEPAGE)
             self.tensor = torch.frombuffer(memory, dtype=dtype).view(shape)

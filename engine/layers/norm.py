@@ -1,23 +1,27 @@
 """Root-mean-square normalisation."""
 
+import math
+
 import torch
-from torch.nn import functional
 
 from engine.loader.source import WeightSource
 
 
 class RMSNorm:
-    """x / rms(x) * weight over the last dimension.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-    Source: arXiv:1910.07467.
+    Source: arXiv:1910.07467. Computed as x * (weight * sqrt(n)) / hypot(|x|, sqrt(n * eps)), which is
+    the same in four operations instead of torch's eight: on a CPU, one decode step runs it for
+    every layer twice, and each operation costs more than its arithmetic.
     """
 
     def __init__(self, source: WeightSource, name: str, size: int, eps: float) -> None:
         """Load `name`.weight, [size]."""
-        self._weight = source.get(f"{name}.weight", size)
-        self._shape = (size,)
-        self._eps = eps
+        weight = source.get(f"{name}.weight", size)
+        self._scaled_weight = weight * math.sqrt(size)
+        self._floor = torch.tensor(math.sqrt(size * eps), dtype=weight.dtype, device=weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise; same shape."""
-        return functional.rms_norm(x, self._shape, self._weight, self._eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._floor)
+        return torch.mul(x, self._scaled_weight).div_(norm)
