@@ -10,9 +10,9 @@ from engine.loader.source import WeightSource
 class RMSNorm:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-    Source: arXiv:1910.07467. Computed as x * (weight * sqrt(n)) / hypot(|x|, sqrt(n * eps)), which is
-    the same in four operations instead of torch's eight: on a CPU, one decode step runs it for
-    every layer twice, and each operation costs more than its arithmetic.
+    Source: arXiv:1910.07467. Computed as x * (weight * sqrt(n)) / hypot(|x|, sqrt(n * eps)), the
+    same in four operations instead of torch's eight: in a decode step on a CPU each operation
+    costs more than its arithmetic.
     """
 
     def __init__(self, source: WeightSource, name: str, size: int, eps: float) -> None:
