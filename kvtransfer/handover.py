@@ -15,7 +15,7 @@ Course of a record:
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from core.errors import ErrorCode
 from kvtransfer.actions import (
@@ -31,6 +31,7 @@ from kvtransfer.actions import (
     Send,
     StartRead,
 )
+from kvtransfer.handover_record import Handover, PendingRead
 from kvtransfer.messages import (
     Claim,
     Commit,
@@ -69,37 +70,6 @@ class HandoverConfig:
     """Most blocks being read from one peer at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class _PendingRead:
-    number: int
-    num_blocks: int
-    started_at: float
-
-
-@dataclass(slots=True)
-class _Handover:
-    key: Key
-    link: PeerLink
-    num_tokens: int
-    num_blocks: int
-    deadline: float
-    claimed: bool = False
-    lease_id: int | None = None
-    remote: list[int] = field(default_factory=list)
-    """Prefill's ids of the blocks complete so far."""
-    reserve_asked: bool = False
-    table: tuple[int, ...] | None = None
-    num_cached: int = 0
-    next_block: int = 0
-    """Index of the first block not asked for yet."""
-    read: _PendingRead | None = None
-    first_read_at: float = float("inf")
-    last_read_at: float = 0.0
-    commit: Commit | None = None
-    committed_at: float = 0.0
-    ended: bool = False
-
-
 class HandoverMachine:
     """Every hand-over to one decode worker. Single thread; `now` never goes back."""
 
@@ -108,7 +78,7 @@ class HandoverMachine:
         self._own = own
         self._config = config or HandoverConfig()
         self._links: dict[int, PeerLink] = {}
-        self._handovers: dict[Key, _Handover] = {}
+        self._handovers: dict[Key, Handover] = {}
         self._next_link = 1
         self._next_read = 1
         self.counters: Counter[str] = Counter()
@@ -156,7 +126,7 @@ class HandoverMachine:
             self._links[link.number] = link
             actions += [OpenLink(link.number, address), Send(link.number, self._own)]
         num_blocks = -(-num_tokens // self._own.layout.block_size)
-        handover = _Handover(key, link, num_tokens, num_blocks, deadline)
+        handover = Handover(key, link, num_tokens, num_blocks, deadline)
         self._handovers[key] = handover
         link.keys[key] = None
         if link.hello is not None:
@@ -188,7 +158,7 @@ class HandoverMachine:
     # What the transport reports.
 
     def read_done(self, key: Key, read_no: int, now: float) -> list[HandoverAction]:
-        """All blocks of a READ are here."""
+        """All blocks of a READ are here. `now` was taken after the look that showed it."""
         handover = self._end_read(key, read_no)
         if handover is None:
             return []
@@ -347,7 +317,7 @@ class HandoverMachine:
 
     # Rules of hand-overs.
 
-    def _claim(self, handover: _Handover) -> list[HandoverAction]:
+    def _claim(self, handover: Handover) -> list[HandoverAction]:
         handover.claimed = True
         return [Send(handover.link.number, Claim(handover.key))]
 
@@ -415,7 +385,7 @@ class HandoverMachine:
             code = ErrorCode.KV_TRANSFER
         return self._end(revoke.key, Fail(revoke.key, code, revoke.error_message), now)
 
-    def _reserve(self, handover: _Handover) -> list[HandoverAction]:
+    def _reserve(self, handover: Handover) -> list[HandoverAction]:
         if handover.reserve_asked:
             return []
         handover.reserve_asked = True
@@ -431,7 +401,7 @@ class HandoverMachine:
             actions += self._deliver(handover, now) or self._start_read(handover, now)
         return actions
 
-    def _start_read(self, handover: _Handover, now: float) -> list[HandoverAction]:
+    def _start_read(self, handover: Handover, now: float) -> list[HandoverAction]:
         link, table, start = handover.link, handover.table, handover.next_block
         room = self._config.max_inflight_blocks - link.inflight_blocks
         count = min(room, len(handover.remote) - start)
@@ -439,7 +409,7 @@ class HandoverMachine:
             return []
         if not link.holds_since(min(now, handover.first_read_at), now + self._config.read_margin_s):
             return []
-        read = _PendingRead(self._next_read, count, now)
+        read = PendingRead(self._next_read, count, now)
         self._next_read += 1
         handover.read = read
         handover.first_read_at = min(handover.first_read_at, now)
@@ -450,7 +420,7 @@ class HandoverMachine:
         pairs = tuple(zip(handover.remote[start:stop], table[start:stop], strict=True))
         return [StartRead(handover.key, read.number, link.peer_id, pairs)]
 
-    def _end_read(self, key: Key, read_no: int) -> _Handover | None:
+    def _end_read(self, key: Key, read_no: int) -> Handover | None:
         handover = self._handovers.get(key)
         if handover is None or handover.read is None or handover.read.number != read_no:
             self.counters["late_read"] += 1
@@ -459,7 +429,7 @@ class HandoverMachine:
         handover.read = None
         return handover
 
-    def _deliver(self, handover: _Handover, now: float) -> list[HandoverAction]:
+    def _deliver(self, handover: Handover, now: float) -> list[HandoverAction]:
         commit = handover.commit
         complete = handover.table is not None and handover.next_block == handover.num_blocks
         if commit is None or not complete or handover.read is not None or handover.ended:
@@ -479,7 +449,7 @@ class HandoverMachine:
             Send(handover.link.number, Release(handover.key)),
         ]
 
-    def _doubt(self, handover: _Handover, what: str, now: float) -> list[HandoverAction]:
+    def _doubt(self, handover: Handover, what: str, now: float) -> list[HandoverAction]:
         self.counters["doubt"] += 1
         message = f"The KV of {handover.key.request_id} can't be trusted: {what}."
         return self._end(handover.key, Fail(handover.key, ErrorCode.KV_TRANSFER, message), now)
@@ -493,7 +463,7 @@ class HandoverMachine:
         return actions if handover.read is not None else actions + self._finish(handover, now)
 
     def _finish(
-        self, handover: _Handover, now: float, *, dead: bool = False
+        self, handover: Handover, now: float, *, dead: bool = False
     ) -> list[HandoverAction]:
         """Give back everything of an ended record, now that no READ is pending."""
         assert handover.ended and handover.read is None
@@ -505,7 +475,7 @@ class HandoverMachine:
             actions.append(Send(handover.link.number, Release(handover.key)))
         return actions
 
-    def _forget(self, handover: _Handover, now: float) -> None:
+    def _forget(self, handover: Handover, now: float) -> None:
         link = handover.link
         del self._handovers[handover.key]
         del link.keys[handover.key]
@@ -513,11 +483,11 @@ class HandoverMachine:
             del link.leases[handover.lease_id]
         link.idle_since = now
 
-    def _on_link(self, link: PeerLink, key: Key) -> _Handover | None:
+    def _on_link(self, link: PeerLink, key: Key) -> Handover | None:
         handover = self._handovers.get(key)
         return handover if handover is not None and handover.link is link else None
 
-    def _of_lease(self, link: PeerLink, lease_id: int) -> _Handover | None:
+    def _of_lease(self, link: PeerLink, lease_id: int) -> Handover | None:
         key = link.leases.get(lease_id)
         if key is None or self._handovers[key].ended:
             self.counters["late_message"] += 1
