@@ -55,8 +55,8 @@ class Intake:
         hashes: list[bytes] = []
         if root is not None and request.block_hashes is not None:
             hashes = self._given_hashes(request.block_hashes, len(token_ids))
-            # They may carry a salt that isn't known here, so a chain without a start stays unknown.
-            root = None
+            # They may carry a salt that isn't known here, so their root must come with them.
+            root = request.root_hash
         elif root is not None:
             hashes = hash_blocks(token_ids, self._block_size, root)
         return SequenceState(

@@ -20,6 +20,9 @@ class EngineRequest:
     """Tokens sampled by earlier attempts. They count for positions, penalties and max_tokens."""
     block_hashes: Sequence[bytes] | None = None
     """Hashes of the full blocks of prompt_ids + output_ids; None: computed here, without a salt."""
+    root_hash: bytes | None = None
+    """What block_hashes chain from; None with given hashes: unknown, so that a request which
+    fills its first block only while generating is not cached."""
     prefill_only: bool = False
     """End with HANDED_OVER after the first sampled token, unless that token ends the output."""
 

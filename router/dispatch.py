@@ -161,7 +161,10 @@ class Dispatcher:
             if run is None:
                 self._metrics.stale_messages.inc()
             else:
-                self._carry_out(run, run.ledger.tokens(worker, each.attempt, tokens_of(each)))
+                self._carry_out(
+                    run,
+                    run.ledger.tokens(worker, each.attempt, tokens_of(each), each.cached_tokens),
+                )
 
     def finished(self, worker: str, end: LegEnd) -> None:
         """A worker is done with its part."""

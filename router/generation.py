@@ -74,7 +74,7 @@ class Generation(Protocol):
 
     @property
     def end(self) -> GenerationEnd:
-        """How it ended. Only after iteration has finished."""
+        """How it ended; before iteration has finished, how it ends if it is left now."""
         ...
 
 

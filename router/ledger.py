@@ -130,11 +130,19 @@ class RequestLedger:
         )
         assert self._open and all(leg.attempt == self.attempt for leg in self._open.values())
 
-    def tokens(self, worker: str, attempt: int, tokens: Sequence[Token]) -> Effects:
+    def tokens(
+        self,
+        worker: str,
+        attempt: int,
+        tokens: Sequence[Token],
+        cached_tokens: int | None = None,
+    ) -> Effects:
         """A worker produced tokens. Late, repeated and unknown ones have no effect."""
         leg = self._leg(worker, attempt)
         if leg is None:
             return _NOTHING
+        if cached_tokens is not None:
+            self._note_cached(leg, cached_tokens)
         self._decode_began |= leg.phase is Phase.IMPORT
         for token in tokens:
             if token.index >= len(self.emitted):
@@ -155,13 +163,13 @@ class RequestLedger:
         del self._open[worker]
         match end.reason:
             case FinishReason.STOP | FinishReason.LENGTH:
-                self._note_cached(leg, end)
+                self._note_cached(leg, end.cached_tokens)
                 if self._early:
                     self._ending = end
                     return self._fail_on_gap()
                 return self._end_well(end.reason, end.matched_stop)
             case FinishReason.HANDED_OVER if leg.phase is Phase.EXPORT:
-                self._note_cached(leg, end)
+                self._note_cached(leg, end.cached_tokens)
                 return self._fail_on_gap()
             case FinishReason.FAILED:
                 return self._fail_attempt(Failure(end.error_code, end.error_message, worker))
@@ -190,6 +198,11 @@ class RequestLedger:
         self.state = RequestState.ENDED
         self.error = error
         return Effects(aborts=self._close_legs())
+
+    @property
+    def end_if_left(self) -> GenerationEnd:
+        """How it ends for a client that has all it wants now."""
+        return self.end or self._end_as(FinishReason.STOP, None)
 
     @property
     def legs(self) -> Sequence[Leg]:
@@ -222,19 +235,22 @@ class RequestLedger:
             Failure(ErrorCode.WORKER_LOST, f"Output token {missing} never arrived.", source)
         )
 
-    def _note_cached(self, leg: Leg, end: LegEnd) -> None:
+    def _note_cached(self, leg: Leg, cached_tokens: int) -> None:
         if leg.phase is not Phase.IMPORT or self._cached_tokens is None:
-            self._cached_tokens = min(end.cached_tokens, self._prompt_len)
+            self._cached_tokens = min(cached_tokens, self._prompt_len)
 
     def _end_well(self, reason: FinishReason, matched_stop: int | None) -> Effects:
         self.state = RequestState.ENDED
-        self.end = GenerationEnd(
+        self.end = self._end_as(reason, matched_stop)
+        return Effects(aborts=self._close_legs())
+
+    def _end_as(self, reason: FinishReason, matched_stop: int | None) -> GenerationEnd:
+        return GenerationEnd(
             finish_reason=reason,
             matched_stop=matched_stop,
             cached_tokens=self._cached_tokens or 0,
             mode=self._mode,
         )
-        return Effects(aborts=self._close_legs())
 
     def _fail_attempt(self, failure: Failure) -> Effects:
         self.failure = failure

@@ -57,12 +57,13 @@ class Run:
         num_tokens = len(self.request.prompt_ids) + len(self.ledger.emitted)
         if len(hashes) < num_tokens // block_size:
             token_ids = [*self.request.prompt_ids, *self.ledger.emitted]
-            parent = (
-                hashes[-1] if hashes else root_hash(info.model_digest, salt=self.request.cache_salt)
-            )
+            parent = hashes[-1] if hashes else self._root_for(info)
             start = len(hashes) * block_size
             hashes += hash_blocks(token_ids, block_size, parent, start=start)
         return hashes
+
+    def _root_for(self, info: WorkerInfo) -> bytes:
+        return root_hash(info.model_digest, salt=self.request.cache_salt)
 
     def messages(
         self, placement: Placement, info: WorkerInfo, peer: WorkerInfo | None, now: float
@@ -82,6 +83,7 @@ class Run:
             prompt_ids=self.request.prompt_ids,
             output_ids=self.ledger.emitted,
             block_hashes=self.hashes_for(info),
+            root_hash=self._root_for(info),
             sampling=self.request.sampling,
             remaining_s=self.request.deadline - now,
         )
@@ -135,9 +137,8 @@ class Run:
 
     @property
     def end(self) -> GenerationEnd:
-        """How it ended; only after iteration has finished."""
-        assert self.ledger.end is not None
-        return self.ledger.end
+        """How it ended, or ends if it is left now; see Generation."""
+        return self.ledger.end_if_left
 
     def set_timer(self, name: str, delay_s: float, callback: Callable[["Run"], None]) -> None:
         """Have `callback` called with this run, unless the timer is set anew or cancelled."""

@@ -60,7 +60,7 @@ def request_from_proto(
     except ValueError as error:
         raise InvalidRequestError(f"block_hashes: {error}.", param="block_hashes") from error
     expected = (len(prompt_ids) + len(output_ids)) // block_size
-    if hashes and len(hashes) != expected:
+    if len(hashes) != expected:
         raise InvalidRequestError(
             f"{len(hashes)} block hashes came with {expected} full blocks of {block_size} tokens.",
             param="block_hashes",
@@ -70,7 +70,8 @@ def request_from_proto(
         prompt_ids=prompt_ids,
         output_ids=output_ids,
         sampling=sampling_from_proto(message.sampling),
-        block_hashes=hashes or None,
+        block_hashes=hashes,
+        root_hash=message.root_hash or None,
         prefill_only=message.WhichOneof("phase") == "export",
     )
 

@@ -77,7 +77,8 @@ def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) ->
     registry = CollectorRegistry()
     dtype = executor.pool.layout.dtype
     digest = _kv_digest(executor.model_digest, dtype)
-    engine = Engine(config, executor, model_digest=digest)
+    metrics = EngineMetrics(registry)
+    engine = Engine(config, executor, model_digest=digest, metrics=metrics)
     description = describe(settings, engine, executor, digest)
 
     def role(outbox: Outbox) -> Role:
@@ -98,7 +99,7 @@ def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) ->
         description=description,
         heartbeat_interval_s=settings.heartbeat_interval_s,
         clock=monotonic,
-        metrics=EngineMetrics(registry),
+        metrics=metrics,
         registry=registry,
     )
 

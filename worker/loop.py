@@ -78,7 +78,6 @@ class EngineLoop:
         self._role.turn(self._clock())
         if self._engine.has_work:
             outputs = self._engine.step()
-            self._metrics.observe_step(outputs)
             self._role.after_step(outputs)
             self._submissions.publish(outputs)
         self._publish_cache_changes()

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from core.clock import monotonic
 from engine.threads import available_cores, compute_thread_env
+from kvtransfer.nixl import ucx_environment
 from rpc.auth import Credentials
 from rpc.server import build_server
 from rpc.v1 import ipc_pb2, worker_pb2, worker_pb2_grpc
@@ -165,7 +166,11 @@ class _EngineProcess:
     @classmethod
     async def start(cls, settings: WorkerSettings, module: str) -> "_EngineProcess":
         ours, theirs = open_pipe()
-        env = os.environ | compute_thread_env(settings.num_threads or available_cores())
+        env = {
+            **os.environ,
+            **compute_thread_env(settings.num_threads or available_cores()),
+            **ucx_environment(os.environ, loopback=settings.loopback),
+        }
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

@@ -44,6 +44,8 @@ class Submission:
     """Decode: when prefill said that the prompt is complete."""
     received_at: float | None = None
     """Decode: when the last block was read."""
+    tokens_told: int = 0
+    """How many tokens its router was sent from here."""
     cached_tokens: int = 0
     kv_bytes: int = 0
     times: worker_pb2.StageTimes = field(default_factory=worker_pb2.StageTimes)

@@ -1,5 +1,6 @@
 """What a user can set on a worker, whichever its role."""
 
+from ipaddress import ip_address
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
@@ -97,6 +98,15 @@ class WorkerSettings(BaseModel):
         "info", description="Least severe messages to log."
     )
     log_format: Literal["console", "json"] = Field("console", description="Form of log lines.")
+
+    @property
+    def loopback(self) -> bool:
+        """True if no peer can be on another machine."""
+        host = self.advertise_host or self.host
+        try:
+            return ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
 
 
 def engine_config(settings: WorkerSettings) -> EngineConfig:

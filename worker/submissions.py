@@ -71,12 +71,14 @@ class Submissions:
         self, submission: Submission, token_id: int, logprobs: TokenLogprobs | None
     ) -> None:
         """Tell the router of a token that prefill sampled; it drops the copy it knows already."""
+        submission.tokens_told += 1
         delta = worker_pb2.TokenDelta(
             request_id=submission.key.request_id,
             attempt=submission.key.attempt,
             first_index=len(submission.request.output_ids),
             token_ids=[token_id],
             logprobs=[logprobs_to_proto(logprobs)] if logprobs else [],
+            cached_tokens=submission.cached_tokens,
         )
         self.tell(
             submission.channel,
@@ -94,7 +96,9 @@ class Submissions:
                 continue
             _mark(submission, output, began_at=ended_at - outputs.duration_s, ended_at=ended_at)
             if output.token_ids:
-                batches.setdefault(submission.channel, []).append(_delta(submission, output))
+                delta = _delta(submission, output, first=submission.tokens_told == 0)
+                submission.tokens_told += len(output.token_ids)
+                batches.setdefault(submission.channel, []).append(delta)
             if output.finish_reason is not None:
                 finished.append((submission, output))
         for channel, deltas in batches.items():
@@ -157,13 +161,14 @@ class Submissions:
         return DeadlineError(f"The request did not finish within its {waited:.1f} s on the worker.")
 
 
-def _delta(submission: Submission, output: SequenceOutput) -> worker_pb2.TokenDelta:
+def _delta(submission: Submission, output: SequenceOutput, *, first: bool) -> worker_pb2.TokenDelta:
     return worker_pb2.TokenDelta(
         request_id=submission.key.request_id,
         attempt=submission.key.attempt,
         first_index=output.first_index,
         token_ids=output.token_ids,
         logprobs=[logprobs_to_proto(entry) for entry in output.logprobs],
+        cached_tokens=submission.cached_tokens if first else None,
     )
 
 

@@ -21,7 +21,6 @@ from router.api.output import Piece
 from router.api.parsing import parse_json
 from router.api.parts import ApiParts
 from router.api.sse import EventStream
-from router.generation import GenerationEnd
 
 Deliver = Callable[[Piece], Awaitable[None]]
 
@@ -158,7 +157,6 @@ class TextEndpoint:
     async def _run(self, choice: Choice, deliver: Deliver, exchange: Exchange) -> None:
         output, clock = choice.output, self._parts.clock
         timer = TokenTimer(self._metrics, exchange.received_at)
-        end: GenerationEnd | None = None
         try:
             async with self._parts.generator.generate(choice.request) as generation:
                 async for tokens in generation:
@@ -166,12 +164,10 @@ class TextEndpoint:
                     timer.arrived(clock())
                     if output.stopped:
                         break
-                else:
-                    end = generation.end
+                end = generation.end
         finally:
             self._parts.metrics.generation_tokens.inc(output.num_tokens)
-        if end is not None:
-            await deliver(output.close(end))
+        await deliver(output.close(end))
 
     def _timeout_s(self, exchange: Exchange) -> float:
         header = exchange.headers.get(TIMEOUT_HEADER)

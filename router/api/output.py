@@ -81,7 +81,7 @@ class Output:
         self.stop_reason: str | int | None = None
         """The stop string, or the stop id other than an end-of-sequence id, that ended it."""
         self.end: GenerationEnd | None = None
-        """None while running, and for an output that a stop string ended."""
+        """None while running."""
 
     @property
     def stopped(self) -> bool:
@@ -105,8 +105,10 @@ class Output:
         return piece
 
     def close(self, end: GenerationEnd) -> Piece:
-        """Take how the generation ended, after its last token. Not for a stopped output."""
+        """Take how the generation ended, after its last token or the one with the stop string."""
         self.end = end
+        if self.stopped:
+            return Piece()
         text = self._detokeniser.finish()
         if self._rules.stops:
             text = (self._pass(text) if text else "") + self._stops.flush()

@@ -115,6 +115,7 @@ def token_run_from_proto(delta: worker_pb2.TokenDelta) -> TokenRun:
         delta.first_index,
         list(delta.token_ids),
         [_logprobs_from_proto(entry) for entry in delta.logprobs],
+        delta.cached_tokens if delta.HasField("cached_tokens") else None,
     )
 
 
@@ -169,6 +170,7 @@ def submit_to_proto(
     prompt_ids: Sequence[int],
     output_ids: Sequence[int],
     block_hashes: Sequence[bytes],
+    root_hash: bytes,
     sampling: SamplingParams,
     remaining_s: float,
 ) -> worker_pb2.Submit:
@@ -180,6 +182,7 @@ def submit_to_proto(
         prompt_ids=prompt_ids,
         output_ids=output_ids,
         block_hashes=b"".join(block_hashes),
+        root_hash=root_hash,
         sampling=sampling_to_proto(sampling),
         deadline_ms=min(max(1, int(remaining_s * 1e3)), _MAX_UINT32),
     )

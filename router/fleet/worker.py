@@ -103,6 +103,8 @@ class TokenRun:
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprobs]
     """One per token, or none."""
+    cached_tokens: int | None = None
+    """Prompt tokens that a cache spared, where the worker says so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

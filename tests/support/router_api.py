@@ -150,7 +150,6 @@ class ScriptedGeneration:
     def __init__(self, script: Script, request: GenerationRequest) -> None:
         self._script = script
         self._logprobs = request.sampling.logprobs
-        self._ended = False
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Token]]:
         index = 0
@@ -166,11 +165,9 @@ class ScriptedGeneration:
             ]
             index += len(turn)
             yield tokens
-        self._ended = True
 
     @property
     def end(self) -> GenerationEnd:
-        assert self._ended
         return GenerationEnd(
             finish_reason=self._script.reason,
             matched_stop=self._script.matched_stop,

@@ -54,6 +54,7 @@ def test_every_sampling_value_is_sent() -> None:
 
 def submit(remaining_s: float = 1.5) -> worker_pb2.Submit:
     return submit_to_proto(
+        root_hash=b"r" * 16,
         request_id="r",
         attempt=2,
         prompt_ids=[1, 2, 3],
