@@ -92,6 +92,7 @@ class Importer:
                 "A decode worker leases no KV out; submit with phase import or local.",
                 param="phase",
             )
+        self._engine.check(submission.request)
         # `import` is a word of Python, so the field can't be named as an attribute.
         source: worker_pb2.Import = getattr(submission.phase, "import")
         request = submission.request
@@ -131,9 +132,9 @@ class Importer:
 
     def turn(self, now: float) -> None:
         """Take in READs that ended, find room for prompts, let time pass."""
-        self._poll_reads(now)
+        self._poll_reads()
         self._reserve_waiting(now)
-        self._do(self._machine.tick(now))
+        self._do(self._machine.tick(self._clock()))
 
     def wait_s(self, now: float) -> float:
         """Short while KV is on its way."""
@@ -149,9 +150,12 @@ class Importer:
         """Drop all peers."""
         self._transport.close()
 
-    def _poll_reads(self, now: float) -> None:
-        ended = [(pending, pending.read.poll()) for pending in self._reads]
-        ended = [(pending, state) for pending, state in ended if state is not ReadState.PENDING]
+    def _poll_reads(self) -> None:
+        polled = [(pending, pending.read.poll()) for pending in self._reads]
+        ended = [(pending, state) for pending, state in polled if state is not ReadState.PENDING]
+        # NOTE: read after the polls. Were this process frozen in between, an older time would judge
+        # leases by a moment at which they still held, and what was read since may be overwritten.
+        now = self._clock()
         for pending, state in ended:
             if pending not in self._reads:
                 continue  # An earlier one's failure dropped the peer, and this READ with it.

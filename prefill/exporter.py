@@ -115,6 +115,8 @@ class Exporter:
         try:
             message = wire.decode_from_proto(command.decode.message)
         except DiptychError as error:
+            self._links.discard(link)
+            self._do(self._machine.link_closed(link, self._clock()))
             self._do([CloseLink(link, error.message)])
             return
         self._do(self._machine.received(link, message, self._clock()))
