@@ -1,0 +1,135 @@
+"""Exporter and importer joined: KV moves, and whatever is cut short leaves nothing behind."""
+
+import pytest
+
+from rpc.v1 import worker_pb2
+from tests.support.engine import undisturbed
+from tests.support.loops import LEASE_TTL_S, Pair
+
+PROMPT = list(range(1, 31))
+TURNS_OF_A_HANDOVER = 24
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 16, 64])
+def test_decode_goes_on_where_prefill_ended(chunk: int) -> None:
+    pair = Pair(max_step_tokens=max(16, chunk), max_chunk_tokens=chunk)
+    params = pair.submit(PROMPT, seed=3)
+    pair.run()
+    pair.settle()
+    expected = undisturbed(PROMPT, params)
+    assert pair.decode.tokens() == expected
+    assert pair.prefill.tokens() == expected[:1]
+    (handed_over,) = pair.prefill.finished()
+    assert handed_over.reason == worker_pb2.FINISH_REASON_HANDED_OVER
+    (end,) = pair.decode.finished()
+    assert end.reason == worker_pb2.FINISH_REASON_LENGTH
+    assert end.kv_bytes == 8 * 8
+    assert pair.prefill.balanced
+    assert pair.decode.balanced
+
+
+def test_decode_computes_no_prompt_token_itself() -> None:
+    pair = Pair()
+    pair.submit(PROMPT)
+    pair.run()
+    lengths = {len(c.token_ids) for plan in pair.decode.executor.plans for c in plan.chunks}
+    assert lengths == {1}
+
+
+def test_blocks_move_while_prefill_still_computes() -> None:
+    pair = Pair(max_chunk_tokens=4)
+    pair.submit(PROMPT)
+    for _ in range(TURNS_OF_A_HANDOVER):
+        pair.turn()
+        if any(block[0] != -1 for block in pair.decode.executor.pool.blocks):
+            break
+    assert not pair.prefill.finished()
+
+
+def test_what_decode_has_cached_is_not_moved_again() -> None:
+    pair = Pair()
+    pair.submit(PROMPT)
+    pair.run()
+    pair.settle()
+    params = pair.submit(PROMPT, request_id="r2")
+    pair.settle(60)
+    assert pair.decode.tokens("r2") == undisturbed(PROMPT, params)
+    (end,) = pair.decode.finished("r2")
+    assert end.kv_bytes == 8  # the last, partial block is never cached
+    assert end.cached_tokens == 28
+
+
+@pytest.mark.parametrize("turn", range(TURNS_OF_A_HANDOVER))
+def test_aborted_at_any_turn_both_pools_balance(turn: int) -> None:
+    pair = Pair(max_chunk_tokens=4)
+    pair.submit(PROMPT)
+    for _ in range(turn):
+        pair.turn()
+    pair.abort()
+    pair.settle()
+    assert pair.prefill.balanced
+    assert pair.decode.balanced
+
+
+@pytest.mark.parametrize("turn", range(TURNS_OF_A_HANDOVER))
+def test_link_cut_at_any_turn_never_gives_a_wrong_token(turn: int) -> None:
+    pair = Pair(max_chunk_tokens=4)
+    params = pair.submit(PROMPT, seed=5)
+    for _ in range(turn):
+        pair.turn()
+    pair.cut()
+    pair.settle(40)
+    (end,) = pair.decode.finished()
+    expected = undisturbed(PROMPT, params)
+    if end.reason == worker_pb2.FINISH_REASON_FAILED:
+        assert end.error_code in ("worker_lost", "kv_transfer_failed")
+    assert pair.decode.tokens() == expected[: len(pair.decode.tokens())]
+    assert pair.decode.balanced
+    pair.clock.now += LEASE_TTL_S + 1
+    pair.settle(3)
+    assert pair.prefill.balanced
+
+
+def test_a_first_token_that_ends_the_request_ends_it_on_both_sides() -> None:
+    pair = Pair()
+    params = pair.submit(PROMPT, max_tokens=1)
+    pair.settle(40)
+    assert pair.prefill.tokens() == undisturbed(PROMPT, params)
+    (end,) = pair.prefill.finished()
+    assert end.reason == worker_pb2.FINISH_REASON_LENGTH
+    pair.abort()
+    pair.settle()
+    assert pair.prefill.balanced
+    assert pair.decode.balanced
+
+
+def test_many_prompts_through_pools_that_hold_few() -> None:
+    pair = Pair(num_blocks=24)
+    wanted = {}
+    for i in range(12):
+        prompt = list(range(1 + i, 8 + 3 * i))
+        name = f"r{i}"
+        wanted[name] = undisturbed(prompt, pair.submit(prompt, request_id=name, seed=i))
+    pair.settle(400)
+    assert {name: pair.decode.tokens(name) for name in wanted} == wanted
+    assert pair.prefill.balanced
+    assert pair.decode.balanced
+
+
+def test_frozen_prefill_is_given_up_and_its_blocks_are_not_used() -> None:
+    pair = Pair(max_chunk_tokens=4)
+    pair.submit(PROMPT)
+    for _ in range(6):
+        pair.turn()
+    for _ in range(40):  # prefill does not turn any more
+        pair.decode.loop.turn()
+        pair.relay()
+        pair.clock.now += 0.5
+    (end,) = pair.decode.finished()
+    assert end.reason == worker_pb2.FINISH_REASON_FAILED
+    assert end.error_code == "worker_lost"
+    assert pair.decode.balanced
+    pair.settle()
+    pair.clock.now += LEASE_TTL_S + 1
+    pair.settle(3)
+    assert pair.prefill.balanced
