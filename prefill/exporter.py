@@ -139,7 +139,7 @@ class Exporter:
         del self._prompts[output.request_id]
         if ended is FinishReason.HANDED_OVER:
             logprobs = output.logprobs[0] if output.logprobs else None
-            cached = prompt.submission.cached_tokens
+            cached = output.num_cached_tokens
             token = output.token_ids[0]
             self._metrics.committed()
             self._do(self._machine.committed(key, token, logprobs, cached, now))
