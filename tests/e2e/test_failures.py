@@ -14,11 +14,11 @@ import pytest
 
 from tests.support.cluster import Cluster, Worker, cluster, stream_events
 from tests.support.oracle import Oracle
-from tests.support.process import alive, wait_until
+from tests.support.process import alive, frozen, http_status, wait_until
 
 PROMPT = "The keeper of the lighthouse wrote in her log: " * 20
 MAX_TOKENS = 40
-WORKER = {"max_step_tokens": 64}
+WORKER = {"max_step_tokens": 64, "stall_after_s": "3s"}
 ROUTER = {"worker_silence_s": "2s", "no_worker_grace_s": "2s", "request_timeout_s": "60s"}
 
 
@@ -177,6 +177,48 @@ def test_decode_frozen_mid_decode(system: Cluster, expected: list[int]) -> None:
         stream.wait()
     assert (stream.ids, stream.finish, stream.error) == (expected, "length", None)
     system.wait_balanced(45)
+
+
+def test_seeded_answer_is_the_same_after_decode_was_killed(system: Cluster) -> None:
+    sampling = {"temperature": 1.0, "top_p": 0.9, "seed": 11, "frequency_penalty": 0.5}
+    calm = Stream(system, **sampling)
+    calm.wait()
+    assert len(calm.ids) == MAX_TOKENS
+    stream = Stream(system, **sampling)
+    wait_until(lambda: len(stream.ids) >= 5, 30, "five tokens")
+    busy(system.decode, lambda load: load.running > 0).kill()
+    assert len(stream.ids) < MAX_TOKENS
+    stream.wait()
+    assert (stream.ids, stream.finish, stream.error) == (calm.ids, "length", None)
+    system.wait_balanced()
+
+
+def test_engine_frozen_behind_a_live_service(system: Cluster, expected: list[int]) -> None:
+    """The service still answers; the age of the engine's heartbeat tells the truth."""
+    stream = Stream(system)
+    wait_until(lambda: len(stream.ids) >= 5, 30, "five tokens")
+    victim = busy(system.decode, lambda load: load.running > 0)
+    with frozen(victim.pids[1]):
+        wait_until(
+            lambda: http_status(f"http://127.0.0.1:{victim.metrics_port}/healthz") == 503,
+            15,
+            "the worker to say that its engine hangs",
+        )
+        stream.wait()
+    assert (stream.ids, stream.finish, stream.error) == (expected, "length", None)
+    system.wait_balanced(45)
+
+
+def test_worker_told_to_end_finishes_what_it_runs(system: Cluster, expected: list[int]) -> None:
+    stream = Stream(system)
+    wait_until(lambda: len(stream.ids) >= 3, 30, "three tokens")
+    victim = busy(system.decode, lambda load: load.running > 0)
+    assert victim.process is not None
+    victim.process.signal(signal.SIGTERM)
+    stream.wait()
+    assert (stream.ids, stream.finish, stream.error) == (expected, "length", None)
+    assert victim.process.wait(20) == 0
+    victim.kill()
 
 
 def test_only_prefill_killed_decode_serves_alone(slow_llama: Path, expected: list[int]) -> None:
