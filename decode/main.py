@@ -3,11 +3,10 @@
 import asyncio
 from collections.abc import Sequence
 
-from telemetry.logs import setup
-
 from core.settings import load_or_exit
 from decode.links import DecodeExtension
 from decode.settings import DecodeSettings
+from telemetry.logs import setup
 from worker.process import serve_worker
 
 
