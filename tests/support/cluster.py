@@ -135,15 +135,23 @@ class Cluster:
             worker.describe()
         except grpc.RpcError:
             return False
-        ready = sum(
-            float(line.rsplit(" ", 1)[1])
-            for line in self.get("/metrics").text.splitlines()
+        peers = self.prefill if worker.role == "prefill" else self.decode
+        running = [peer for peer in peers if peer.process is not None]
+        return self.num_attached(worker.role) >= len(running)
+
+    def num_attached(self, role: str) -> int:
+        """Workers of a role that the router would send work to; 0 while it does not answer."""
+        try:
+            text = self.get("/metrics").text
+        except httpx.TransportError:
+            return 0
+        return sum(
+            int(float(line.rsplit(" ", 1)[1]))
+            for line in text.splitlines()
             if line.startswith("diptych_router_workers{")
-            and f'role="{worker.role}"' in line
+            and f'role="{role}"' in line
             and 'state="ready"' in line
         )
-        peers = self.prefill if worker.role == "prefill" else self.decode
-        return ready >= len([peer for peer in peers if peer.process is not None])
 
     def pools_balanced(self) -> bool:
         """True if no block is held on any worker that runs, and none is lost."""
