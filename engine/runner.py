@@ -16,6 +16,7 @@ from core.tokens import TokenLogprobs
 from engine.attention.interface import AttentionBackend, AttentionSpan
 from engine.attention.registry import make_attention_backend
 from engine.config import EngineConfig
+from engine.kernels.decode import CompiledDecode, make_compiled_decode
 from engine.kv.pool import KVPool, kv_layout, num_pool_blocks
 from engine.layers.context import ForwardContext
 from engine.layers.decoder import DecoderModel
@@ -66,6 +67,7 @@ class InProcessExecutor:
         pool: KVPool,
         attention: AttentionBackend,
         rope: RotaryEmbedding,
+        compiled: CompiledDecode | None = None,
     ) -> None:
         """Put the parts together; `build_executor` makes them."""
         self._model: DecoderModel | None = model
@@ -74,6 +76,7 @@ class InProcessExecutor:
         self._pool = pool
         self._attention = attention
         self._rope = rope
+        self._compiled = compiled
         self._device = pool.tensor.device
 
     @property
@@ -98,10 +101,14 @@ class InProcessExecutor:
 
     def close(self) -> None:
         """See Executor. The pool's memory stays until nobody refers to it."""
-        self._model = None
+        self._model = self._compiled = None
 
     def _execute(self, chunks: Sequence[Chunk]) -> StepResult:
         assert self._model is not None, "execute after close"
+        if self._compiled is not None and self._compiled.takes(chunks):
+            rows = [i for i, chunk in enumerate(chunks) if chunk.sample is not None]
+            logits = self._compiled.logits(chunks)
+            return _sample(chunks, rows, logits if len(rows) == len(chunks) else logits[rows])
         # Decodes first and by length: attention batches neighbours of similar length.
         order = sorted(
             range(len(chunks)),
@@ -124,19 +131,23 @@ class InProcessExecutor:
         cos, sin = self._rope.rows(self._tensor(positions))
         context = ForwardContext(cos=cos, sin=sin, attention=self._attention.plan(spans))
         hidden = self._model.forward(self._tensor(token_ids), context)
-        ids: list[int | None] = [None] * len(chunks)
-        logprobs: list[TokenLogprobs | None] = [None] * len(chunks)
-        if sampled:
-            if len(sampled) < len(token_ids):
-                hidden = hidden.index_select(0, self._tensor(last_rows))
-            specs = [spec for i in sampled if (spec := chunks[i].sample) is not None]
-            results = sample(self._model.logits(hidden), specs)
-            for index, result in zip(sampled, results, strict=True):
-                ids[index], logprobs[index] = result.token_id, result.logprobs
-        return StepResult(ids, logprobs)
+        if sampled and len(sampled) < len(token_ids):
+            hidden = hidden.index_select(0, self._tensor(last_rows))
+        return _sample(chunks, sampled, self._model.logits(hidden) if sampled else hidden)
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, device=self._device)
+
+
+def _sample(chunks: Sequence[Chunk], sampled: Sequence[int], logits: torch.Tensor) -> StepResult:
+    """Sample for the chunks whose indices are given, from one row of logits each."""
+    ids: list[int | None] = [None] * len(chunks)
+    logprobs: list[TokenLogprobs | None] = [None] * len(chunks)
+    if sampled:
+        specs = [spec for i in sampled if (spec := chunks[i].sample) is not None]
+        for index, result in zip(sampled, sample(logits, specs), strict=True):
+            ids[index], logprobs[index] = result.token_id, result.logprobs
+    return StepResult(ids, logprobs)
 
 
 def build_executor(
@@ -151,7 +162,7 @@ def build_executor(
     Raises:
         ConfigError: the model can't be found, is not supported or does not fit the settings.
     """
-    apply_num_threads(config.num_threads)
+    num_threads = apply_num_threads(config.num_threads)
     path = resolve_model(config.model, progress)
     model_config = read_model_config(path)
     max_len = config.max_model_len or model_config.max_position
@@ -173,6 +184,11 @@ def build_executor(
     layout = kv_layout(model_config, config.block_size, dtype)
     pool = KVPool(layout, num_pool_blocks(config, layout), device)
     attention = make_attention_backend(config.attention_backend, pool, model_config.num_heads)
+    compiled = None
+    if config.attention_backend == "auto":
+        compiled = make_compiled_decode(
+            model, model_config, pool, rope, num_threads=num_threads, progress=progress
+        )
     return InProcessExecutor(
         model=model,
         model_config=model_config,
@@ -180,6 +196,7 @@ def build_executor(
         pool=pool,
         attention=attention,
         rope=rope,
+        compiled=compiled,
     )
 
 

@@ -23,7 +23,7 @@ class SelfAttention:
         self._num_rotated = config.num_heads + config.num_kv_heads
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
-        self._qkv = load_linear(
+        self.qkv = load_linear(
             source,
             [f"{prefix}.q_proj", f"{prefix}.k_proj", f"{prefix}.v_proj"],
             [query_size, kv_size, kv_size],
@@ -31,7 +31,7 @@ class SelfAttention:
             bias=config.qkv_bias,
             pack=pack,
         )
-        self._output = load_linear(
+        self.output = load_linear(
             source,
             [f"{prefix}.o_proj"],
             [config.hidden_size],
@@ -39,23 +39,23 @@ class SelfAttention:
             bias=config.output_bias,
             pack=pack,
         )
-        self._norms: tuple[RMSNorm, RMSNorm] | None = None
+        self.norms: tuple[RMSNorm, RMSNorm] | None = None
         if config.qk_norm:
             eps = config.rms_norm_eps
-            self._norms = (
+            self.norms = (
                 RMSNorm(source, f"{prefix}.q_norm", config.head_dim, eps),
                 RMSNorm(source, f"{prefix}.k_norm", config.head_dim, eps),
             )
 
     def __call__(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """[T, hidden_size] -> [T, hidden_size]; writes this step's K and V into the pool."""
-        qkv = self._qkv(x).view(len(x), -1, self._head_dim)  # [T, Hq + 2 Hkv, D]
+        qkv = self.qkv(x).view(len(x), -1, self._head_dim)  # [T, Hq + 2 Hkv, D]
         rotated = qkv[:, : self._num_rotated]
         query = qkv[:, : self._num_heads]
         key = qkv[:, self._num_heads : self._num_rotated]
-        if self._norms:
-            query.copy_(self._norms[0](query))
-            key.copy_(self._norms[1](key))
+        if self.norms:
+            query.copy_(self.norms[0](query))
+            key.copy_(self.norms[1](key))
         rotate_(rotated, context.cos, context.sin)
         value = qkv[:, self._num_rotated :]
-        return self._output(context.attention.forward(query, key, value, self._layer))
+        return self.output(context.attention.forward(query, key, value, self._layer))

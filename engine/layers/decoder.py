@@ -18,15 +18,15 @@ class DecoderLayer:
         """Load `model.layers.{layer}`."""
         prefix = f"model.layers.{layer}"
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self._input_norm = RMSNorm(source, f"{prefix}.input_layernorm", hidden, eps)
-        self._attention = SelfAttention(source, f"{prefix}.self_attn", config, layer, pack)
-        self._mlp_norm = RMSNorm(source, f"{prefix}.post_attention_layernorm", hidden, eps)
-        self._mlp = GatedMLP(source, f"{prefix}.mlp", config, pack)
+        self.input_norm = RMSNorm(source, f"{prefix}.input_layernorm", hidden, eps)
+        self.attention = SelfAttention(source, f"{prefix}.self_attn", config, layer, pack)
+        self.mlp_norm = RMSNorm(source, f"{prefix}.post_attention_layernorm", hidden, eps)
+        self.mlp = GatedMLP(source, f"{prefix}.mlp", config, pack)
 
     def __call__(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """Add this layer's contributions to `hidden` [T, hidden_size] in place; returns it."""
-        hidden.add_(self._attention(self._input_norm(hidden), context))
-        return hidden.add_(self._mlp(self._mlp_norm(hidden)))
+        hidden.add_(self.attention(self.input_norm(hidden), context))
+        return hidden.add_(self.mlp(self.mlp_norm(hidden)))
 
 
 class DecoderModel:
@@ -44,14 +44,14 @@ class DecoderModel:
             ConfigError: weights are missing, misshapen or left over.
         """
         shape = (config.vocab_size, config.hidden_size)
-        self._embedding = source.get("model.embed_tokens.weight", *shape)
-        self._layers = [
+        self.embedding = source.get("model.embed_tokens.weight", *shape)
+        self.layers = [
             DecoderLayer(source, config, layer, pack) for layer in range(config.num_layers)
         ]
-        self._norm = RMSNorm(source, "model.norm", config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(source, "model.norm", config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
-        head = self._embedding if tied else source.get("lm_head.weight", *shape)
-        self._lm_head = Linear(head, pack=pack)
+        head = self.embedding if tied else source.get("lm_head.weight", *shape)
+        self.lm_head = Linear(head, pack=pack)
         # Some tied checkpoints store the shared matrix a second time.
         source.finish(ignored=("lm_head.weight",) if tied else ())
 
@@ -65,11 +65,11 @@ class DecoderModel:
         Returns:
             [T, hidden_size], before the final norm.
         """
-        hidden = self._embedding.index_select(0, token_ids)
-        for layer in self._layers:
+        hidden = self.embedding.index_select(0, token_ids)
+        for layer in self.layers:
             hidden = layer(hidden, context)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden_size] -> [N, vocab_size]."""
-        return self._lm_head(self._norm(hidden))
+        return self.lm_head(self.norm(hidden))

@@ -31,8 +31,8 @@ class Linear:
             bias: [out_features] or None.
             pack: also keep a blocked copy for many rows; ignored where there is no kernel for it.
         """
-        self._weight = weight
-        self._bias = bias
+        self.weight = weight
+        self.bias = bias
         self._packed: torch.Tensor | None = None
         if pack and can_pack(weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS_HINT)
@@ -41,8 +41,8 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply to each row."""
         if self._packed is None or x.shape[0] < _MIN_PACKED_ROWS:
-            return functional.linear(x, self._weight, self._bias)
-        y: torch.Tensor = self._packed_linear(x, self._packed, self._bias, "none", [], "")
+            return functional.linear(x, self.weight, self.bias)
+        y: torch.Tensor = self._packed_linear(x, self._packed, self.bias, "none", [], "")
         return y
 
 

@@ -14,7 +14,7 @@ class GatedMLP:
     def __init__(self, source: WeightSource, prefix: str, config: ModelConfig, pack: bool) -> None:
         """Load `prefix`.{gate,up,down}_proj."""
         self._intermediate_size = inner = config.intermediate_size
-        self._gate_up = load_linear(
+        self.gate_up = load_linear(
             source,
             [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
             [inner, inner],
@@ -22,7 +22,7 @@ class GatedMLP:
             bias=config.mlp_bias,
             pack=pack,
         )
-        self._down = load_linear(
+        self.down = load_linear(
             source,
             [f"{prefix}.down_proj"],
             [config.hidden_size],
@@ -33,6 +33,6 @@ class GatedMLP:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> [T, hidden_size]."""
-        gate_up = self._gate_up(x)
+        gate_up = self.gate_up(x)
         gate = functional.silu(gate_up[:, : self._intermediate_size])
-        return self._down(gate.mul_(gate_up[:, self._intermediate_size :]))
+        return self.down(gate.mul_(gate_up[:, self._intermediate_size :]))

@@ -18,10 +18,10 @@ class RMSNorm:
     def __init__(self, source: WeightSource, name: str, size: int, eps: float) -> None:
         """Load `name`.weight, [size]."""
         weight = source.get(f"{name}.weight", size)
-        self._scaled_weight = weight * math.sqrt(size)
+        self.scaled_weight = weight * math.sqrt(size)
         self._floor = torch.tensor(math.sqrt(size * eps), dtype=weight.dtype, device=weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise; same shape."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._floor)
-        return torch.mul(x, self._scaled_weight).div_(norm)
+        return torch.mul(x, self.scaled_weight).div_(norm)

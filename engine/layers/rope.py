@@ -28,12 +28,12 @@ class RotaryEmbedding:
         angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inv_freq)
         cos, sin = angles.cos() * scale, angles.sin() * scale
         # The sign of the rotated first half lies in the table, so applying needs no negation.
-        self._cos = torch.cat((cos, cos), -1)[:, None].to(device=device, dtype=dtype)
-        self._sin = torch.cat((-sin, sin), -1)[:, None].to(device=device, dtype=dtype)
+        self.cos = torch.cat((cos, cos), -1)[:, None].to(device=device, dtype=dtype)
+        self.sin = torch.cat((-sin, sin), -1)[:, None].to(device=device, dtype=dtype)
 
     def rows(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cos and signed sin of positions [T], each [T, 1, head_dim]."""
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
