@@ -26,9 +26,11 @@ class Oracle:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        # Not AutoTokenizer: for model type qwen2 it takes that family's own splitting of text,
+        # whatever tokenizer.json says, and the tiny checkpoints' tokenizer is not of that family.
+        from transformers import PreTrainedTokenizerFast
 
-        return AutoTokenizer.from_pretrained(self.folder)
+        return PreTrainedTokenizerFast.from_pretrained(self.folder)
 
     def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The prompt of a conversation."""
