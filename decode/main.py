@@ -7,7 +7,7 @@ from core.settings import load_or_exit
 from decode.links import DecodeExtension
 from decode.settings import DecodeSettings
 from telemetry.logs import setup
-from worker.process import serve_worker
+from worker.process import RoleProcesses, serve_worker
 
 
 def main(argv: Sequence[str]) -> int:
@@ -16,11 +16,9 @@ def main(argv: Sequence[str]) -> int:
         DecodeSettings, argv, prog="diptych decode", env_prefix="DIPTYCH_DECODE_"
     )
     setup(settings.log_level, settings.log_format, "decode")
-    return asyncio.run(
-        serve_worker(
-            settings,
-            role="decode",
-            engine_module="decode.engine_process",
-            build_extension=DecodeExtension,
-        )
+    role = RoleProcesses(
+        name="decode",
+        engine_module="decode.engine_process",
+        build_extension=DecodeExtension,
     )
+    return asyncio.run(serve_worker(settings, role))

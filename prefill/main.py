@@ -7,7 +7,7 @@ from core.settings import load_or_exit
 from prefill.service import PrefillExtension
 from prefill.settings import PrefillSettings
 from telemetry.logs import setup
-from worker.process import serve_worker
+from worker.process import RoleProcesses, serve_worker
 
 
 def main(argv: Sequence[str]) -> int:
@@ -16,12 +16,10 @@ def main(argv: Sequence[str]) -> int:
         PrefillSettings, argv, prog="diptych prefill", env_prefix="DIPTYCH_PREFILL_"
     )
     setup(settings.log_level, settings.log_format, "prefill")
-    return asyncio.run(
-        serve_worker(
-            settings,
-            role="prefill",
-            engine_module="prefill.engine_process",
-            build_extension=PrefillExtension,
-            role_services=["diptych.v1.KvExport"],
-        )
+    role = RoleProcesses(
+        name="prefill",
+        engine_module="prefill.engine_process",
+        build_extension=PrefillExtension,
+        services=["diptych.v1.KvExport"],
     )
+    return asyncio.run(serve_worker(settings, role))

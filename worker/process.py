@@ -5,26 +5,23 @@ this one with a non-zero status: whoever supervises the worker starts both afres
 """
 
 import asyncio
-import json
 import logging
-import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 
 from core.clock import monotonic
-from engine.threads import available_cores, compute_thread_env
-from kvtransfer.nixl import ucx_environment
 from rpc.auth import Credentials
-from rpc.server import build_server
+from rpc.server import RpcServer, build_server
 from rpc.v1 import ipc_pb2, worker_pb2, worker_pb2_grpc
 from telemetry.metrics import serve_metrics
-from worker.ipc import ServicePipe, open_pipe
+from worker.engine_child import EngineChild
+from worker.ipc import ServicePipe
 from worker.service import EngineView, WorkerService
 from worker.settings import WorkerSettings
 from worker.switchboard import Switchboard
@@ -32,7 +29,6 @@ from worker.switchboard import Switchboard
 log = logging.getLogger(__name__)
 
 WORKER_SERVICE = "diptych.v1.Worker"
-_ENGINE_EXIT_S = 10.0
 _SERVER_GRACE_S = 1.0
 
 
@@ -70,38 +66,44 @@ def credentials_of(settings: WorkerSettings) -> Credentials:
     )
 
 
-async def serve_worker(
-    settings: WorkerSettings,
-    *,
-    role: str,
-    engine_module: str,
-    build_extension: BuildExtension,
-    role_services: Sequence[str] = (),
-) -> int:
-    """Run a worker until SIGTERM or SIGINT; returns the process's exit status."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleProcesses:
+    """What makes a worker a prefill or a decode worker."""
+
+    name: str
+    engine_module: str
+    """Run with `python -m` as the engine process."""
+    build_extension: BuildExtension
+    services: Sequence[str] = ()
+    """Full names of the gRPC services that the extension registers."""
+
+
+async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
+    """Run a worker until SIGTERM or SIGINT; returns the process's exit status.
+
+    The first signal drains, a second one ends at once.
+    """
     credentials = credentials_of(settings)
-    services = [WORKER_SERVICE, *role_services]
-    server = build_server(credentials, services=services)
+    server = build_server(credentials, services=[WORKER_SERVICE, *role.services])
     port = server.bind(settings.host, settings.port, insecure=settings.insecure)
-    settings = _settle(settings, role, port)
-    stop = asyncio.Event()
+    settings = _settle(settings, role.name, port)
+    signals: asyncio.Queue[int] = asyncio.Queue()
     for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+        asyncio.get_running_loop().add_signal_handler(signum, signals.put_nowait, signum)
     async with AsyncExitStack() as stack:
-        engine = await _EngineProcess.start(settings, engine_module)
-        stack.push_async_callback(engine.end)
-        pipe = engine.pipe
+        child = await EngineChild.start(settings, role.engine_module)
+        stack.push_async_callback(child.end)
         view = EngineView(stall_after_s=settings.stall_after_s, clock=monotonic)
-        switchboard = Switchboard(pipe)
-        service = WorkerService(pipe, switchboard, view)
-        extension = build_extension(switchboard, credentials)
+        switchboard = Switchboard(child.pipe)
+        service = WorkerService(child.pipe, switchboard, view)
+        extension = role.build_extension(switchboard, credentials)
         stack.push_async_callback(extension.close)
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server.grpc_server)
         extension.register(server.grpc_server)
         await server.start()
         stack.push_async_callback(server.stop, _SERVER_GRACE_S)
         metrics = await serve_metrics(
-            CollectorRegistry(),
+            process_registry(view, switchboard),
             settings.host,
             settings.metrics_port,
             extra=lambda: [view.metrics],
@@ -111,29 +113,64 @@ async def serve_worker(
         stack.callback(metrics.close)
         metrics_port = metrics.sockets[0].getsockname()[1]
         log.info("listening on %s:%d, metrics on port %d", settings.host, port, metrics_port)
-        events = asyncio.create_task(_read_events(pipe, view, switchboard, service, extension))
-        reports = asyncio.create_task(_report(view, switchboard, settings.report_interval_s))
-        stopping = asyncio.create_task(stop.wait())
-        starting = asyncio.create_task(_watch_start(view, settings.start_timeout_s))
+        events = _read_events(child.pipe, view, switchboard, service, extension)
+        tasks = [
+            asyncio.create_task(events),
+            asyncio.create_task(_report(view, switchboard, settings.report_interval_s)),
+            asyncio.create_task(_serve_until_told(settings, view, server, service, signals)),
+        ]
+        stack.callback(lambda: [task.cancel() for task in tasks])
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         try:
-            await asyncio.wait({events, stopping, starting}, return_when=asyncio.FIRST_COMPLETED)
-            if not (events.done() or stopping.done()):
-                starting.result()
-                await server.set_serving(True)
-                log.info("%s is ready", settings.worker_id)
-                await asyncio.wait({events, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if events.done():
-                events.result()
-                raise EngineFailedError("the engine process ended unasked")
-            if view.ready:
-                await _drain(service, settings.drain_timeout_s)
+            for task in done:
+                task.result()
         except EngineFailedError as error:
             log.error("%s", error)
             return 1
-        finally:
-            for task in (events, reports, stopping, starting):
-                task.cancel()
     return 0
+
+
+async def _serve_until_told(
+    settings: WorkerSettings,
+    view: EngineView,
+    server: RpcServer,
+    service: WorkerService,
+    signals: "asyncio.Queue[int]",
+) -> None:
+    """Wait for the engine, serve, and drain at the first signal."""
+    stop = asyncio.create_task(signals.get())
+    start = asyncio.create_task(_watch_start(view, settings.start_timeout_s))
+    try:
+        await asyncio.wait({stop, start}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.done():
+            return
+        start.result()
+        await server.set_serving(True)
+        log.info("%s is ready", settings.worker_id)
+        await stop
+        await server.set_serving(False)
+        drain = asyncio.create_task(_drain(service, settings.drain_timeout_s))
+        hurry = asyncio.create_task(signals.get())
+        await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        drain.cancel()
+        hurry.cancel()
+    finally:
+        stop.cancel()
+        start.cancel()
+
+
+def process_registry(view: EngineView, switchboard: Switchboard) -> CollectorRegistry:
+    """Metrics of the service process itself."""
+    registry = CollectorRegistry()
+    Gauge(
+        "diptych_engine_heartbeat_age_seconds",
+        "Time since the engine loop last turned.",
+        registry=registry,
+    ).set_function(lambda: view.heartbeat_age_s)
+    Gauge(
+        "diptych_attached_streams", "Streams of routers and peers that are open.", registry=registry
+    ).set_function(lambda: float(len(switchboard)))
+    return registry
 
 
 def _settle(settings: WorkerSettings, role: str, port: int) -> WorkerSettings:
@@ -148,59 +185,6 @@ def _settle(settings: WorkerSettings, role: str, port: int) -> WorkerSettings:
     )
 
 
-def settings_json(settings: WorkerSettings) -> bytes:
-    """Everything, secrets included: for the engine process's pipe and nowhere else."""
-    values = settings.model_dump(mode="json")
-    if settings.auth_token is not None:
-        values["auth_token"] = settings.auth_token.get_secret_value()
-    return json.dumps(values).encode()
-
-
-class _EngineProcess:
-    """The child and the pipe to it."""
-
-    def __init__(self, process: asyncio.subprocess.Process, pipe: ServicePipe) -> None:
-        self._process = process
-        self.pipe = pipe
-
-    @classmethod
-    async def start(cls, settings: WorkerSettings, module: str) -> "_EngineProcess":
-        ours, theirs = open_pipe()
-        env = {
-            **os.environ,
-            **compute_thread_env(settings.num_threads or available_cores()),
-            **ucx_environment(os.environ, loopback=settings.loopback),
-        }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            module,
-            str(theirs.fileno()),
-            pass_fds=(theirs.fileno(),),
-            stdin=asyncio.subprocess.DEVNULL,
-            env=env,
-        )
-        theirs.close()
-        pipe = await ServicePipe.open(ours)
-        start = ipc_pb2.Start(settings_json=settings_json(settings))
-        pipe.send(ipc_pb2.EngineCommand(start=start))
-        return cls(process, pipe)
-
-    async def end(self) -> None:
-        """Ask, wait, then kill."""
-        with suppress(ConnectionError):
-            self.pipe.send(ipc_pb2.EngineCommand(stop=ipc_pb2.Stop()))
-        self.pipe.close()
-        try:
-            async with asyncio.timeout(_ENGINE_EXIT_S):
-                await self._process.wait()
-        except TimeoutError:
-            log.warning("the engine did not end within %.0f s: killing it", _ENGINE_EXIT_S)
-            with suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
-
-
 async def _read_events(
     pipe: ServicePipe,
     view: EngineView,
@@ -208,7 +192,7 @@ async def _read_events(
     service: WorkerService,
     extension: Extension,
 ) -> None:
-    """Carry out what the engine says until its pipe ends."""
+    """Carry out what the engine says; raises EngineFailedError when its pipe ends."""
     async for event in pipe.events():
         match event.WhichOneof("body"):
             case "worker":
@@ -236,6 +220,7 @@ async def _read_events(
                 )
             case other:
                 log.warning("ignored an engine event of unknown kind %s", other)
+    raise EngineFailedError("the engine process ended unasked")
 
 
 async def _watch_start(view: EngineView, timeout_s: float) -> None:
