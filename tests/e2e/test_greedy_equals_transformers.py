@@ -81,9 +81,9 @@ async def compare(system: Cluster, cases: Sequence[Case], at_once: int) -> None:
 
 
 def check_system(system: Cluster, cases: Sequence[Case]) -> None:
-    """Alone without a prefix hit, alone with one, and 16 at once without one; KV really moves."""
+    """Alone without a prefix hit, 16 at once with one and without; KV really moves."""
     asyncio.run(compare(system, cases, at_once=1))
-    asyncio.run(compare(system, cases, at_once=1))
+    asyncio.run(compare(system, cases, at_once=16))
     system.wait_balanced()
     for worker in system.workers:
         worker.flush_cache()
