@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from engine.kernels.decode_layer import Buffers, LayerWeights
 
 MAX_ROWS = 32
-"""Up to here faster than torch's layers in every measurement; beyond, nobody measured."""
+"""Steps of SmolLM2-135M on 2 cores, against torch's layers: 19.8 to 28.2 ms with one row, 27.7
+to 45.2 with 8, 43 to 54 with 16, 71 to 70 with 32; with contexts of 1000, 168 to 201 with 32."""
 
 _UNIT = 16
 
