@@ -6,7 +6,13 @@ import pytest
 from core.errors import ConfigError
 from core.settings import load
 from decode.settings import DecodeSettings
-from diptych.cluster.plan import ClusterPlan, free_ports, plan_cluster, settle_port
+from diptych.cluster.plan import (
+    ClusterPlan,
+    free_ports,
+    plan_cluster,
+    settle_port,
+    threads_per_worker,
+)
 from diptych.cluster.settings import (
     CHOSEN_PER_PROCESS,
     PASSED_ON,
@@ -131,3 +137,10 @@ def test_taken_port_is_refused_by_its_number_and_zero_takes_a_free_one() -> None
 def test_address_of_another_machine_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):
         settle_port("192.0.2.1", 8000)
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "threads"), [(2, 2, 2), (2, 4, 1), (2, 1, 2), (16, 4, 8), (1, 8, 1)]
+)
+def test_workers_share_the_cores(cores: int, workers: int, threads: int) -> None:
+    assert threads_per_worker(cores, workers) == threads
