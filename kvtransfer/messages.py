@@ -7,8 +7,8 @@ and reliable until it closes: the rules in `export.py` and `handover.py` depend 
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from core.kv_layout import KvLayout
 from core.tokens import TokenLogprobs
-from kvtransfer.transport import KvLayout
 
 
 class Key(NamedTuple):

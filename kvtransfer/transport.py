@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Protocol
 
-from core.kv_layout import KvLayout as KvLayout
+from core.kv_layout import KvLayout
 
 
 class BlockPool(Protocol):

@@ -5,6 +5,7 @@ machines only ever see values of a sane size; whether a value makes sense is the
 """
 
 from core.errors import TransferError
+from core.kv_layout import KvLayout
 from core.tokens import TokenLogprobs
 from kvtransfer.messages import (
     Claim,
@@ -21,7 +22,6 @@ from kvtransfer.messages import (
     Renewed,
     Revoke,
 )
-from kvtransfer.transport import KvLayout
 from rpc.v1 import kv_export_pb2 as pb
 from rpc.v1 import worker_pb2
 

@@ -3,10 +3,10 @@
 from core.block_hash import unpack_hashes
 from core.errors import DiptychError, ErrorCode, InvalidRequestError
 from core.finish import FinishReason
+from core.kv_layout import KvLayout
 from core.sampling import SamplingParams
 from core.tokens import TokenLogprobs
 from engine.request import EngineRequest, EngineStats
-from kvtransfer.transport import KvLayout
 from rpc.v1 import worker_pb2
 
 _FINISH = {

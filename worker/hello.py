@@ -1,7 +1,8 @@
 """What a worker says of itself at the start of a KvExport link."""
 
+from core.kv_layout import KvLayout
 from kvtransfer.messages import Hello
-from kvtransfer.transport import KvLayout, Transport
+from kvtransfer.transport import Transport
 from rpc.v1 import worker_pb2
 
 

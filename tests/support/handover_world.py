@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from core.errors import ErrorCode
+from core.kv_layout import KvLayout
 from kvtransfer import actions as act
 from kvtransfer.export import ExportMachine
 from kvtransfer.handover import HandoverConfig, HandoverMachine
 from kvtransfer.messages import Claim, DecodeMessage, Hello, Key, PrefillMessage, Release
-from kvtransfer.transport import KvLayout
 
 TTL = 6
 GARBAGE = (Key("nobody", 0), 0)

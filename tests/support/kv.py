@@ -14,9 +14,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from core.kv_layout import KvLayout
 from kvtransfer.nixl import NixlTransport
 from kvtransfer.select import open_transport
-from kvtransfer.transport import KvLayout, Read, ReadState, Transport
+from kvtransfer.transport import Read, ReadState, Transport
 from tests.support.process import Process, running
 
 TOKEN = "open sesame"

@@ -1,8 +1,8 @@
 """Builders for unit tests of the hand-over machines."""
 
 from core.errors import ErrorCode
+from core.kv_layout import KvLayout
 from kvtransfer.messages import Commit, Hello, Key
-from kvtransfer.transport import KvLayout
 
 BLOCK_SIZE = 4
 LAYOUT = KvLayout(
