@@ -60,7 +60,7 @@ def plan_cluster(
     common = (f"--model={model_path}", f"--served-model-name={model_name}", "--log-format=json")
     level = f"--log-level={settings.log_level}"
     passed_on = list(worker_options(settings))
-    if settings.num_threads is None:
+    if not any(option.startswith("--num-threads=") for option in passed_on):
         threads = threads_per_worker(available_cores(), settings.prefill + settings.decode)
         passed_on.append(f"--num-threads={threads}")
     unused = iter(ports)

@@ -144,3 +144,8 @@ def test_address_of_another_machine_is_refused() -> None:
 )
 def test_workers_share_the_cores(cores: int, workers: int, threads: int) -> None:
     assert threads_per_worker(cores, workers) == threads
+
+
+def test_threads_that_the_user_chose_are_left_alone() -> None:
+    chosen = [c for c in plan("--num-threads=3").children[0].command if "num-threads" in c]
+    assert chosen == ["--num-threads=3"]
