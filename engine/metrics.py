@@ -3,7 +3,7 @@
 `Engine` reports each step; whoever renders the registry first passes it a snapshot of the load.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from engine.request import EngineStats, StepOutputs
 from telemetry.metrics import STEP_BUCKETS_S
@@ -52,6 +52,9 @@ class EngineMetrics:
             "Prompt tokens served from the prefix cache.",
             registry=registry,
         )
+        self._cache_config = Info(
+            "diptych_cache_config", "Tokens per KV block and blocks in the pool.", registry=registry
+        )
         self._step_duration = Histogram(
             "diptych_step_duration_seconds",
             "Wall time of one engine step.",
@@ -67,6 +70,10 @@ class EngineMetrics:
         )
         self._prefill_tokens = self._step_tokens.labels("prefill")
         self._decode_tokens = self._step_tokens.labels("decode")
+
+    def describe_cache(self, *, block_size: int, num_blocks: int) -> None:
+        """Say once how large the KV pool is; gateways turn block counts into tokens by it."""
+        self._cache_config.info({"block_size": str(block_size), "num_blocks": str(num_blocks)})
 
     def observe_step(self, outputs: StepOutputs) -> None:
         """Take one step into account."""

@@ -79,6 +79,8 @@ def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) ->
     digest = _kv_digest(executor.model_digest, dtype)
     metrics = EngineMetrics(registry)
     engine = Engine(config, executor, model_digest=digest, metrics=metrics)
+    pool = executor.pool
+    metrics.describe_cache(block_size=pool.layout.block_size, num_blocks=pool.num_blocks)
     description = describe(settings, engine, executor, digest)
 
     def role(outbox: Outbox) -> Role:

@@ -269,6 +269,8 @@ def test_metrics_follow_the_work(client: openai.OpenAI, model: str, system: Clus
     for one, past in zip(watched, before, strict=True):
         wait_until(lambda one=one, past=past: value(*one) > past, 5, f"{one} to grow")
     for worker in system.workers:
+        assert value(worker.metrics_port, "diptych_cache_config_info") == 1
+        assert value(worker.metrics_port, "diptych_engine_heartbeat_age_seconds") < 5
         assert httpx.get(f"http://127.0.0.1:{worker.metrics_port}/healthz").status_code == 200
         assert httpx.get(f"http://127.0.0.1:{worker.metrics_port}/readyz").status_code == 200
 
