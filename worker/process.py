@@ -146,7 +146,7 @@ async def _serve_until_told(
             return
         start.result()
         await server.set_serving(True)
-        log.info("%s is ready", settings.worker_id)
+        log.info("%s is ready", settings.worker_id, extra={"stage": "ready"})
         await stop
         await server.set_serving(False)
         drain = asyncio.create_task(_drain(service, settings.drain_timeout_s))
@@ -210,7 +210,8 @@ async def _read_events(
             case "reply":
                 service.on_reply(event.reply)
             case "progress":
-                log.info("engine: %s", event.progress.stage)
+                stage = event.progress.stage
+                log.info("starting: %s", stage, extra={"stage": stage})
             case "ready":
                 view.description = event.ready.worker
             case "failed":

@@ -51,6 +51,8 @@ class Screen:
         """A line of a child: shown if grave enough, else at most a hint of progress."""
         if line.level >= self._level:
             self.line(f"[{name}] {line.text}")
+        elif line.stage:
+            self.step(f"  {name}: {line.stage}")
         elif self._status is not None and line.level:
             self.step(f"starting: {name}: {line.text.split(maxsplit=2)[-1]}")
 

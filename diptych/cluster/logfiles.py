@@ -29,6 +29,8 @@ class LogLine(NamedTuple):
     level: int
     """As in `logging`; 0 for what is no log line."""
     text: str
+    stage: str = ""
+    """What a process that starts is about to do; empty on any other line."""
 
 
 def parse_line(raw: str) -> LogLine:
@@ -41,9 +43,10 @@ def parse_line(raw: str) -> LogLine:
     except (ValueError, KeyError, AttributeError, TypeError):
         return LogLine(0, raw)
     exception = entry.pop("exception", None)
+    stage = str(entry.pop("stage", ""))
     fields = "".join(f" {k}={v}" for k, v in entry.items() if k not in ("process", "logger"))
     text = f"{at} {logging.getLevelName(level):<7} {message}{fields}"
-    return LogLine(level, f"{text}\n{exception}" if exception else text)
+    return LogLine(level, f"{text}\n{exception}" if exception else text, stage)
 
 
 class ChildLog:

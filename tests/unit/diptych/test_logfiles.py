@@ -1,10 +1,13 @@
+import io
 import json
 import logging
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from core.errors import ConfigError
+from diptych.cluster.console import Screen
 from diptych.cluster.logfiles import ChildLog, LogLine, make_log_folder, parse_line
 from telemetry.logs import JsonFormatter
 
@@ -17,7 +20,7 @@ def json_line(level: int, message: str, **extra: object) -> str:
 
 
 def test_line_of_a_child_is_read_as_the_formatter_writes_it() -> None:
-    level, text = parse_line(json_line(logging.WARNING, "lost 100%s", worker="prefill-0"))
+    level, text, _ = parse_line(json_line(logging.WARNING, "lost 100%s", worker="prefill-0"))
     assert level == logging.WARNING
     assert text.endswith("WARNING lost 100%s worker=prefill-0")
 
@@ -63,3 +66,19 @@ def test_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--log-dir"):
         make_log_folder(str(tmp_path / "file" / "logs"))
+
+
+def test_a_stage_of_a_start_is_told_from_other_lines() -> None:
+    entry = {"ts": "2026-11-22T10:00:00+00:00", "level": "info", "message": "engine start"}
+    assert parse_line(json.dumps(entry)).stage == ""
+    assert parse_line(json.dumps({**entry, "stage": "loading the weights"})).stage == (
+        "loading the weights"
+    )
+
+
+def test_stages_are_shown_where_other_lines_of_their_level_are_not() -> None:
+    output = io.StringIO()
+    screen = Screen(Console(file=output), console_level=logging.WARNING)
+    screen.child_line("decode-0", LogLine(logging.INFO, "chatter"))
+    screen.child_line("decode-0", LogLine(logging.INFO, "x", stage="loading the weights"))
+    assert output.getvalue() == "  decode-0: loading the weights\n"
