@@ -19,10 +19,9 @@ from kvtransfer import actions as act
 from kvtransfer import wire
 from kvtransfer.handover import HandoverConfig, HandoverMachine
 from kvtransfer.messages import Hello, Key
-from kvtransfer.select import open_transport
 from kvtransfer.transport import Read, ReadState, Transport
 from rpc.v1 import ipc_pb2, worker_pb2
-from worker.hello import own_hello
+from worker.hello import own_hello, own_transport
 from worker.role import BuildRole, Outbox, Role, RoleContext, Submission
 from worker.switchboard import FIRST_ENGINE_CHANNEL
 
@@ -265,12 +264,7 @@ def build_importer(settings: DecodeSettings) -> BuildRole:
     """How a decode worker's engine process makes its role."""
 
     def build(context: RoleContext) -> Role:
-        transport = open_transport(
-            settings.kv_transport,
-            context.pool,
-            host=settings.advertise_host or settings.host,
-            token=settings.auth_token.get_secret_value() if settings.auth_token else "",
-        )
+        transport = own_transport(settings, context.pool)
         hello = own_hello(context.description, transport)
         block_bytes = hello.layout.block_bytes
         config = HandoverConfig(

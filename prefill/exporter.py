@@ -16,12 +16,11 @@ from kvtransfer import wire
 from kvtransfer.actions import CancelPrefill, CloseLink, ExportAction, FreeBlocks, Send
 from kvtransfer.export import ExportMachine
 from kvtransfer.messages import Hello
-from kvtransfer.select import open_transport
 from kvtransfer.transport import Transport
 from prefill.metrics import ExportMetrics
 from prefill.settings import PrefillSettings
 from rpc.v1 import ipc_pb2, worker_pb2
-from worker.hello import own_hello
+from worker.hello import own_hello, own_transport
 from worker.role import BuildRole, Outbox, Role, RoleContext, Submission, engine_id
 
 _TURN_S = 0.1
@@ -201,12 +200,7 @@ def build_exporter(settings: PrefillSettings) -> BuildRole:
     """How a prefill worker's engine process makes its role."""
 
     def build(context: RoleContext) -> Role:
-        transport = open_transport(
-            settings.kv_transport,
-            context.pool,
-            host=settings.advertise_host or settings.host,
-            token=settings.auth_token.get_secret_value() if settings.auth_token else "",
-        )
+        transport = own_transport(settings, context.pool)
         hello = own_hello(context.description, transport, lease_ttl_s=settings.lease_ttl_s)
         return Exporter(
             engine=context.engine,

@@ -1,9 +1,25 @@
-"""What a worker says of itself at the start of a KvExport link."""
+"""How a worker meets its peers: the transport it offers and the hello that says so."""
 
 from core.kv_layout import KvLayout
 from kvtransfer.messages import Hello
-from kvtransfer.transport import Transport
+from kvtransfer.select import open_transport
+from kvtransfer.transport import BlockPool, Transport
 from rpc.v1 import worker_pb2
+from worker.settings import WorkerSettings
+
+
+def own_transport(settings: WorkerSettings, pool: BlockPool) -> Transport:
+    """Make this worker's pool readable by peers as the settings say, and peers' pools from here.
+
+    Raises:
+        TransferError: the transport can't be opened.
+    """
+    return open_transport(
+        settings.kv_transport,
+        pool,
+        host=settings.advertise_host or settings.host,
+        token=settings.auth_token.get_secret_value() if settings.auth_token else "",
+    )
 
 
 def own_hello(
