@@ -86,14 +86,14 @@ class Importer:
         Raises:
             InvalidRequestError: the phase is not `import`, or the request never fits this worker.
         """
-        if submission.phase.WhichOneof("phase") != "import":
+        if submission.submit.WhichOneof("phase") != "import":
             raise InvalidRequestError(
                 "A decode worker leases no KV out; submit with phase import or local.",
                 param="phase",
             )
         self._engine.check(submission.request)
         # `import` is a word of Python, so the field can't be named as an attribute.
-        source: worker_pb2.Import = getattr(submission.phase, "import")
+        source: worker_pb2.Import = getattr(submission.submit, "import")
         request = submission.request
         self._do(
             self._machine.submitted(

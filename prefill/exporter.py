@@ -77,7 +77,7 @@ class Exporter:
             InvalidRequestError: the phase is not `export`.
             DiptychError: the engine can't take it.
         """
-        if submission.phase.WhichOneof("phase") != "export":
+        if submission.submit.WhichOneof("phase") != "export":
             raise InvalidRequestError(
                 "A prefill worker fetches no KV; submit with phase export or local.", param="phase"
             )
@@ -90,7 +90,7 @@ class Exporter:
             raise
         self._prompts[request.request_id] = _Prompt(submission)
         num_tokens = len(request.prompt_ids) + len(request.output_ids)
-        decode_worker_id = submission.phase.export.decode_worker_id
+        decode_worker_id = submission.submit.export.decode_worker_id
         self._do(self._machine.submitted(key, decode_worker_id, num_tokens, now))
 
     def abort(self, submission: Submission) -> None:

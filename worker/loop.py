@@ -142,7 +142,7 @@ class EngineLoop:
                 ),
                 deadline=now + submit.deadline_ms / 1000,
                 submitted_at=now,
-                phase=submit,
+                submit=submit,
             )
             self._accept(submission)
         except DiptychError as error:
@@ -151,7 +151,7 @@ class EngineLoop:
     def _accept(self, submission: Submission) -> None:
         self._submissions.insert(submission)
         try:
-            match submission.phase.WhichOneof("phase"):
+            match submission.submit.WhichOneof("phase"):
                 case "local":
                     self._engine.add(submission.request)
                 case None:
@@ -168,7 +168,7 @@ class EngineLoop:
 
     def _release(self, submission: Submission) -> None:
         self._engine.abort(engine_id(submission.key))
-        if submission.phase.WhichOneof("phase") != "local":
+        if submission.submit.WhichOneof("phase") != "local":
             self._role.abort(submission)
 
     def _close(self, channel: int, reason: str) -> None:

@@ -35,13 +35,11 @@ class Submission:
     deadline: float
     """On this host's monotonic clock, in seconds."""
     submitted_at: float
-    phase: worker_pb2.Submit
+    submit: worker_pb2.Submit
     """The message it came in; its oneof says where KV goes to or comes from."""
     scheduled_at: float | None = None
     """When the step began that first worked on it."""
     first_token_at: float | None = None
-    committed_at: float | None = None
-    """Decode: when prefill said that the prompt is complete."""
     received_at: float | None = None
     """Decode: when the last block was read."""
     tokens_told: int = 0

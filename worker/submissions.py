@@ -89,7 +89,7 @@ class Submissions:
         """Send what a step produced: one TokenBatch per router, then the ends."""
         ended_at = self._clock()
         batches: dict[int, list[worker_pb2.TokenDelta]] = {}
-        finished: list[tuple[Submission, SequenceOutput]] = []
+        ends: list[tuple[Submission, FinishReason, SequenceOutput]] = []
         for output in outputs.outputs:
             submission = self._by_engine_id.get(output.request_id)
             if submission is None:
@@ -100,18 +100,12 @@ class Submissions:
                 submission.tokens_told += len(output.token_ids)
                 batches.setdefault(submission.channel, []).append(delta)
             if output.finish_reason is not None:
-                finished.append((submission, output))
+                ends.append((submission, output.finish_reason, output))
         for channel, deltas in batches.items():
             batch = worker_pb2.TokenBatch(deltas=deltas)
             self.tell(channel, worker_pb2.WorkerMessage(tokens=batch))
-        for submission, output in finished:
-            if output.finish_reason is not None:
-                self.finish(
-                    submission,
-                    output.finish_reason,
-                    matched_stop=output.matched_stop,
-                    error=output.error,
-                )
+        for submission, reason, output in ends:
+            self.finish(submission, reason, matched_stop=output.matched_stop, error=output.error)
 
     def finish(
         self,

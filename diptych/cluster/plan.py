@@ -109,10 +109,9 @@ def plan_cluster(
 def threads_per_worker(cores: int, num_workers: int) -> int:
     """Compute threads that suit workers which share the machine.
 
-    One prefill and one decode worker mostly take turns, so each gets every core: a decode step of
-    SmolLM2 on 2 cores took 23 ms with 2 threads and 34 with 1. More of them are busy at once and
-    only get in each other's way: two such steps at a time took 71 ms with 2 threads each, 43 with 1
-    (benchmarks/cpu_kernels.py).
+    One prefill and one decode worker mostly take turns, so each gets every core. More of them are
+    busy at once, and then threads that outnumber the cores only get in each other's way
+    (`benchmarks/cpu_kernels.py spin` with --threads 1 and 2, its column for two processes).
     """
     return max(1, min(cores, 2 * cores // max(1, num_workers)))
 
