@@ -27,6 +27,7 @@ from core.errors import DiptychError, InvalidRequestError, OverloadedError
 from core.tokens import TokenLogprobs
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
+from engine.executor import Executor
 from engine.intake import Intake
 from engine.kv.allocator import BlockAllocator
 from engine.metrics import EngineMetrics
@@ -43,7 +44,6 @@ from engine.sequence import SequenceState, SequenceStatus
 
 if TYPE_CHECKING:  # scheduling needs no torch; only who builds an executor does
     from engine.kv.pool import KVPool
-    from engine.runner import Executor
 
 WATERMARK_RATIO = 0.01
 """Share of the pool that admission leaves for running sequences to grow into.
@@ -72,7 +72,7 @@ class Engine:
     def __init__(
         self,
         config: EngineConfig,
-        executor: "Executor",
+        executor: Executor,
         *,
         model_digest: bytes,
         clock: Clock = monotonic,
@@ -189,7 +189,7 @@ class Engine:
         if step is None:
             return StepOutputs()
         try:
-            result = self._executor.execute(step.plan)
+            result = self._executor.submit(step.plan).wait()
         except Exception as error:
             self._log.exception("A step of %d sequences failed.", len(step.sequences))
             outputs = self._scheduler.fail(step, _typed(error))

@@ -10,10 +10,11 @@ from core.errors import DiptychError, InvalidRequestError
 from core.finish import FinishReason
 from core.sampling import SamplingParams
 from core.tokens import TokenLogprobs
+from engine.build import build_executor
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.executor import Executor
 from engine.request import EngineRequest, SequenceOutput
-from engine.runner import Executor, build_executor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

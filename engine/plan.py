@@ -6,6 +6,13 @@ from dataclasses import dataclass
 from core.sampling import SamplingParams
 from core.tokens import TokenLogprobs
 
+PENDING = -1
+"""In `Chunk.token_ids`: the token that the step before samples for this sequence.
+
+That step is still under way, so only the executor's device will know it. It is always the only
+token of its chunk.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
@@ -17,7 +24,8 @@ class SampleSpec:
     prompt_ids: Sequence[int]
     """Read only when penalties are on. The request's original prompt."""
     output_ids: Sequence[int]
-    """Every token sampled so far, earlier attempts included."""
+    """Every token sampled so far, earlier attempts included. Read only when penalties are on; a
+    sequence with penalties is never planned while a token of it is pending."""
     banned_ids: Sequence[int] = ()
     """Ids that may not be sampled now (end of sequence before min_tokens)."""
 
@@ -28,11 +36,12 @@ class Chunk:
 
     request_id: str
     token_ids: Sequence[int]
-    """Tokens to compute, [num_new], num_new >= 1."""
+    """Tokens to compute, [num_new], num_new >= 1; or PENDING alone."""
     start: int
     """Position of token_ids[0]; everything before it is in the KV pool already."""
     block_table: Sequence[int]
-    """Ids of the blocks that hold positions [0, start + num_new), in order."""
+    """Ids of the blocks that hold positions [0, start + num_new), in order. The same list object
+    from step to step, which only grows; a sequence that lost its blocks comes with another."""
     sample: SampleSpec | None
     """None while the prompt goes on after this chunk."""
 

@@ -1,7 +1,14 @@
 """What holds for every test run."""
 
+import os
 import signal
 from types import FrameType
+
+import torch
+
+if not torch.cuda.is_available():
+    # Read when kernels are defined, so it must be set before any test imports them.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure() -> None:

@@ -16,9 +16,10 @@ import xxhash
 from prometheus_client import CollectorRegistry
 
 from core.clock import monotonic
+from engine.build import build_executor
 from engine.engine import Engine
+from engine.executor import Executor
 from engine.metrics import EngineMetrics
-from engine.runner import Executor, build_executor
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.logs import setup
 from worker.convert import error_of, layout_to_proto

@@ -5,7 +5,6 @@ import torch
 from engine.layers.context import ForwardContext
 from engine.layers.linear import load_linear
 from engine.layers.norm import RMSNorm
-from engine.layers.rope import rotate_
 from engine.loader.source import WeightSource
 from engine.models.config import ModelConfig
 
@@ -19,8 +18,6 @@ class SelfAttention:
         """Load `prefix`.{q,k,v,o}_proj and, for models that have them, the norms."""
         self._layer = layer
         self._head_dim = config.head_dim
-        self._num_heads = config.num_heads
-        self._num_rotated = config.num_heads + config.num_kv_heads
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         self.qkv = load_linear(
@@ -47,15 +44,19 @@ class SelfAttention:
                 RMSNorm(source, f"{prefix}.k_norm", config.head_dim, eps),
             )
 
-    def __call__(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size]; writes this step's K and V into the pool."""
-        qkv = self.qkv(x).view(len(x), -1, self._head_dim)  # [T, Hq + 2 Hkv, D]
-        rotated = qkv[:, : self._num_rotated]
-        query = qkv[:, : self._num_heads]
-        key = qkv[:, self._num_heads : self._num_rotated]
-        if self.norms:
-            query.copy_(self.norms[0](query))
-            key.copy_(self.norms[1](key))
-        rotate_(rotated, context.cos, context.sin)
-        value = qkv[:, self._num_rotated :]
-        return self.output(context.attention.forward(query, key, value, self._layer))
+    def __call__(
+        self, x: torch.Tensor, context: ForwardContext, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend, and write this step's K and V into the pool.
+
+        Args:
+            x: [T, hidden_size].
+            context: of this step.
+            rows: [N], whose output is wanted; None: all.
+
+        Returns:
+            [T or N, hidden_size].
+        """
+        qkv = self.qkv(x).view(len(x), -1, self._head_dim)
+        attended = context.attend(qkv, self.norms, self._layer)
+        return self.output(attended if rows is None else attended.index_select(0, rows))

@@ -23,10 +23,30 @@ class DecoderLayer:
         self.mlp_norm = RMSNorm(source, f"{prefix}.post_attention_layernorm", hidden, eps)
         self.mlp = GatedMLP(source, f"{prefix}.mlp", config, pack)
 
-    def __call__(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """Add this layer's contributions to `hidden` [T, hidden_size] in place; returns it."""
-        hidden.add_(self.attention(self.input_norm(hidden), context))
-        return hidden.add_(self.mlp(self.mlp_norm(hidden)))
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        context: ForwardContext,
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the layer.
+
+        Args:
+            hidden: [T, hidden_size], the residual stream; written.
+            delta: [T, hidden_size], still to be added to it; None before the first layer.
+            context: of this step.
+            rows: [N], the only rows wanted of the last layer; None: all.
+
+        Returns:
+            The residual stream and what is to be added to it, [T or N, hidden_size] each: adding
+            and the next norm are one operation.
+        """
+        normed = self.input_norm(hidden) if delta is None else self.input_norm.add_(hidden, delta)
+        attended = self.attention(normed, context, rows)
+        if rows is not None:
+            hidden = hidden.index_select(0, rows)
+        return hidden, self.mlp(self.mlp_norm.add_(hidden, attended))
 
 
 class DecoderModel:
@@ -56,20 +76,25 @@ class DecoderModel:
         source.finish(ignored=("lm_head.weight",) if tied else ())
 
     def forward(self, token_ids: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """Run the layers.
+        """Run the layers and the final norm.
+
+        K and V of all tokens are written; the rest of the last layer is computed only for the rows
+        that are wanted, which spares 2 % of a long prompt's arithmetic.
 
         Args:
             token_ids: [T] int64.
             context: of this step.
 
         Returns:
-            [T, hidden_size], before the final norm.
+            [N, hidden_size] of the context's output rows, normed.
         """
         hidden = self.embedding.index_select(0, token_ids)
-        for layer in self.layers:
-            hidden = layer(hidden, context)
-        return hidden
+        delta = None
+        for layer in self.layers[:-1]:
+            hidden, delta = layer(hidden, delta, context)
+        hidden, delta = self.layers[-1](hidden, delta, context, context.output_rows)
+        return self.norm.add_(hidden, delta)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, hidden_size] -> [N, vocab_size]."""
-        return self.lm_head(self.norm(hidden))
+        """[N, hidden_size], normed -> [N, vocab_size]."""
+        return self.lm_head(hidden)

@@ -3,7 +3,7 @@
 NOTE: on a CPU, decode is bound by reading weights, and the best format depends on the number of
 rows. oneDNN's blocked format wins from three rows on; plain row-major wins below. A layer keeps
 both when asked to pack: twice the memory for up to 1.8 times the speed (benchmarks/cpu_kernels.py
-prints the table).
+prints the table). On a GPU a few rows go through a kernel of our own, the rest through cuBLAS.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from engine.cuda.support import has_triton
 from engine.loader.source import WeightSource
 
 _MIN_PACKED_ROWS = 3
@@ -33,6 +34,11 @@ class Linear:
         """
         self.weight = weight
         self.bias = bias
+        self._max_gemv_rows = 0
+        if has_triton(weight.device) and weight.dtype.itemsize == 2 and weight.is_contiguous():
+            from engine.cuda.kernels.gemv import MAX_ROWS, gemv
+
+            self._gemv, self._max_gemv_rows = gemv, MAX_ROWS
         self._packed: torch.Tensor | None = None
         if pack and can_pack(weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS_HINT)
@@ -40,6 +46,8 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply to each row."""
+        if x.shape[0] <= self._max_gemv_rows:
+            return self._gemv(x, self.weight, self.bias)
         if self._packed is None or x.shape[0] < _MIN_PACKED_ROWS:
             return functional.linear(x, self.weight, self.bias)
         y: torch.Tensor = self._packed_linear(x, self._packed, self.bias, "none", [], "")

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional
 
+from engine.cuda.support import has_triton
 from engine.layers.linear import load_linear
 from engine.loader.source import WeightSource
 from engine.models.config import ModelConfig
@@ -14,6 +15,7 @@ class GatedMLP:
     def __init__(self, source: WeightSource, prefix: str, config: ModelConfig, pack: bool) -> None:
         """Load `prefix`.{gate,up,down}_proj."""
         self._intermediate_size = inner = config.intermediate_size
+        self._fused = has_triton(source.device)
         self.gate_up = load_linear(
             source,
             [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
@@ -34,5 +36,9 @@ class GatedMLP:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> [T, hidden_size]."""
         gate_up = self.gate_up(x)
+        if self._fused:
+            from engine.cuda.kernels.activation import silu_mul
+
+            return self.down(silu_mul(gate_up))
         gate = functional.silu(gate_up[:, : self._intermediate_size])
         return self.down(gate.mul_(gate_up[:, self._intermediate_size :]))

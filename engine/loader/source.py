@@ -43,6 +43,11 @@ class WeightSource:
         self._device = device
         self._taken: set[str] = set()
 
+    @property
+    def device(self) -> torch.device:
+        """Of what `get` returns."""
+        return self._device
+
     def get(self, name: str, *shape: int) -> torch.Tensor:
         """Take one weight.
 

@@ -14,6 +14,7 @@ from core.sampling import SamplingParams
 from core.tokens import TokenLogprobs
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.executor import DoneStep, PendingStep
 from engine.plan import Chunk, SampleSpec, StepPlan, StepResult
 from engine.request import EngineRequest, SequenceOutput
 
@@ -87,7 +88,9 @@ class FakePool:
 
 
 class FakeExecutor:
-    """Implements `engine.runner.Executor`."""
+    """Implements `engine.executor.Executor`."""
+
+    overlaps = False
 
     def __init__(
         self,
@@ -107,7 +110,10 @@ class FakeExecutor:
         self.fail_with: Exception | None = None
         self.closed = False
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> PendingStep:
+        return DoneStep(self._execute(plan))
+
+    def _execute(self, plan: StepPlan) -> StepResult:
         assert plan.chunks, "an empty plan was executed"
         self.plans.append(
             StepPlan([_copied(chunk.token_ids, chunk) for chunk in plan.chunks])  # tables are live

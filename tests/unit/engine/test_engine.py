@@ -360,13 +360,13 @@ def test_step_says_how_long_it_took_and_what_it_computed() -> None:
     engine, executor = make_engine()
     clock = engine._clock
     assert isinstance(clock, FakeClock)
-    execute = executor.execute
+    submit = executor.submit
 
     def slow(plan: object) -> object:
         clock.now += 0.5
-        return execute(plan)  # type: ignore[arg-type]
+        return submit(plan)  # type: ignore[arg-type]
 
-    executor.execute = slow  # type: ignore[method-assign,assignment]
+    executor.submit = slow  # type: ignore[method-assign,assignment]
     engine.add(make_request("a", 16, max_tokens=3))
     first, second = engine.step(), engine.step()
     assert (first.num_prefill_tokens, first.num_decode_tokens) == (16, 0)

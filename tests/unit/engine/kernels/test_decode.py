@@ -13,7 +13,7 @@ from engine.attention.torch_native import TorchNativeBackend
 from engine.config import EngineConfig
 from engine.kernels.decode import MAX_ROWS, CompiledDecode, make_compiled_decode
 from engine.kv.pool import KVPool, kv_layout
-from engine.layers.context import ForwardContext
+from engine.layers.context import TorchContext
 from engine.layers.decoder import DecoderModel
 from engine.layers.rope import RotaryEmbedding
 from engine.loader.load import load_model
@@ -57,7 +57,14 @@ class World:
         step = TorchNativeBackend(self.pool, self.config.num_heads).plan(spans)
         ids = torch.tensor([chunk.token_ids[0] for chunk in chunks])
         with torch.inference_mode():
-            hidden = self.model.forward(ids, ForwardContext(cos=cos, sin=sin, attention=step))
+            context = TorchContext(
+                cos=cos,
+                sin=sin,
+                attention=step,
+                num_heads=self.config.num_heads,
+                num_kv_heads=self.config.num_kv_heads,
+            )
+            hidden = self.model.forward(ids, context)
             return self.model.logits(hidden)
 
 

@@ -10,22 +10,23 @@ from safetensors.torch import load_file, save_file
 
 from core.errors import ConfigError
 from core.sampling import SamplingParams
+from engine.build import build_executor
 from engine.config import EngineConfig
+from engine.executor import Executor
 from engine.models.config import parse_model_config, read_model_config
 from engine.plan import Chunk, SampleSpec, StepPlan
-from engine.runner import InProcessExecutor, build_executor
 from tests.support.models import make_checkpoint, make_gguf
 
 PROMPT = list(range(10, 30))
 
 
-def build(path: Path, **settings: Any) -> InProcessExecutor:
+def build(path: Path, **settings: Any) -> Executor:
     return build_executor(EngineConfig(model=str(path), num_blocks=8, num_threads=1, **settings))
 
 
-def output(executor: InProcessExecutor) -> tuple[int | None, Any]:
+def output(executor: Executor) -> tuple[int | None, Any]:
     spec = SampleSpec(SamplingParams(temperature=0, logprobs=20), 0, (), ())
-    result = executor.execute(StepPlan([Chunk("a", PROMPT, 0, [3, 1], spec)]))
+    result = executor.submit(StepPlan([Chunk("a", PROMPT, 0, [3, 1], spec)])).wait()
     return result.token_ids[0], result.logprobs[0]
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from core.sampling import SamplingParams
+from engine.build import build_executor
 from engine.config import EngineConfig
+from engine.executor import Executor
 from engine.plan import Chunk, SampleSpec, StepPlan
-from engine.runner import InProcessExecutor, build_executor
 from tests.support.models import make_checkpoint
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,14 +73,14 @@ class Sequence:
         )
 
 
-def run(executor: InProcessExecutor, sequences: list[Sequence], chunk: int, steps: int) -> None:
+def run(executor: Executor, sequences: list[Sequence], chunk: int, steps: int) -> None:
     """Prefill in chunks while others decode, until each has `steps` tokens."""
     while True:
         active = [s for s in sequences if len(s.tokens) - s.num_prompt < steps]
         if not active:
             return
         chunks = [s.chunk(chunk) for s in active]
-        result = executor.execute(StepPlan(chunks))
+        result = executor.submit(StepPlan(chunks)).wait()
         for sequence, done, token, logprobs in zip(
             active, chunks, result.token_ids, result.logprobs, strict=True
         ):

@@ -1,0 +1,76 @@
+"""Builds the executor that a configuration asks for: model, KV pool and what joins them."""
+
+from collections.abc import Callable
+
+import torch
+
+from core.errors import ConfigError
+from core.modelfile.digest import model_digest
+from core.modelfile.resolve import resolve_model, silent
+from engine.attention.registry import make_attention_backend
+from engine.config import EngineConfig
+from engine.executor import Executor
+from engine.kernels.decode import make_compiled_decode
+from engine.kv.pool import KVPool, kv_layout, num_pool_blocks
+from engine.layers.rope import RotaryEmbedding
+from engine.loader.load import load_model
+from engine.models.config import ModelConfig, read_model_config
+from engine.runner import TorchRunner
+from engine.threads import apply_num_threads
+
+
+def build_executor(config: EngineConfig, progress: Callable[[str], None] = silent) -> Executor:
+    """Load the model, reserve the KV pool and join them.
+
+    Args:
+        config: of the engine.
+        progress: told before each slow stage.
+
+    Raises:
+        ConfigError: the model can't be found, is not supported or does not fit the settings.
+    """
+    num_threads = apply_num_threads(config.num_threads)
+    path = resolve_model(config.model, progress)
+    model_config = read_model_config(path)
+    max_len = config.max_model_len or model_config.max_position
+    if max_len > model_config.max_position:
+        raise ConfigError(
+            f"max_model_len is {max_len}, but the model knows positions up to "
+            f"{model_config.max_position}; give at most that."
+        )
+    device = torch.device(config.device)
+    dtype = _dtype(config, model_config, device)
+    progress("loading the weights")
+    dummy = config.load_format == "dummy"
+    with torch.inference_mode():
+        model = load_model(path, model_config, config, dtype=dtype, device=device)
+        rope = RotaryEmbedding(
+            model_config.rope, model_config.head_dim, max_len, dtype=dtype, device=device
+        )
+    # Not in inference mode: whoever fills blocks from outside must be allowed to write the tensor.
+    layout = kv_layout(model_config, config.block_size, dtype)
+    pool = KVPool(layout, num_pool_blocks(config, layout), device)
+    attention = make_attention_backend(config.attention_backend, pool, model_config.num_heads)
+    compiled = None
+    if config.attention_backend == "auto":
+        compiled = make_compiled_decode(
+            model, model_config, pool, rope, num_threads=num_threads, progress=progress
+        )
+    return TorchRunner(
+        model=model,
+        model_config=model_config,
+        model_digest=model_digest(path, dummy_seed=config.seed if dummy else None),
+        pool=pool,
+        attention=attention,
+        rope=rope,
+        compiled=compiled,
+    )
+
+
+def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        name = "float32" if device.type == "cpu" else model.dtype
+    else:
+        name = config.dtype
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,1 @@
+"""The engine on an NVIDIA GPU: fused kernels, FlashInfer attention, CUDA graphs."""

@@ -1,0 +1,1 @@
+"""Triton kernels. Each function has the shapes of the torch operations that it replaces."""

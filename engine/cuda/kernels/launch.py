@@ -1,0 +1,31 @@
+"""How kernels here are launched: overlapping with the kernel before them where the GPU can.
+
+Programmatic dependent launch (CUDA C++ programming guide, 3.2.8.1): a kernel launched with
+`launch_pdl` may start while the one before it still runs; `gdc_wait` then waits for that one's end,
+and `gdc_launch_dependents` lets the next one start. So launch and prologue cost nothing. A kernel
+must not touch anything that an earlier kernel writes, nor write anything, before its `gdc_wait`.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda as cuda_language
+
+from engine.cuda.support import has_dependent_launch
+
+
+def overlap(tensor: torch.Tensor) -> dict[str, Any]:
+    """Keyword arguments of a launch on the tensor's device."""
+    if has_dependent_launch(tensor.device):
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
+
+
+@triton.jit
+def await_previous(OVERLAP: tl.constexpr):
+    """Call before the first access to what earlier kernels wrote; then let the next one start."""
+    if OVERLAP:
+        cuda_language.gdc_wait()
+        cuda_language.gdc_launch_dependents()
