@@ -266,13 +266,13 @@ def test_unknown_policy_is_a_config_error() -> None:
 def test_block_tables_are_shared_not_copied() -> None:
     engine, executor = make_engine()
     seen = []
-    execute = executor.execute
+    submit = executor.submit
 
     def look(plan: StepPlan) -> object:
         seen.append(plan.chunks[0].block_table)
-        return execute(plan)
+        return submit(plan)
 
-    executor.execute = look  # type: ignore[method-assign,assignment]
+    executor.submit = look  # type: ignore[method-assign,assignment]
     engine.add(make_request("r", 8))
     steps(engine, 3)
     assert seen[1] is seen[2]
