@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from engine.cuda.support import has_triton
+from engine.cuda.products import MAX_FEW_ROWS, few_rows_product
 from engine.loader.source import WeightSource
 
 _MIN_PACKED_ROWS = 3
@@ -34,11 +34,7 @@ class Linear:
         """
         self.weight = weight
         self.bias = bias
-        self._max_gemv_rows = 0
-        if has_triton(weight.device) and weight.dtype.itemsize == 2 and weight.is_contiguous():
-            from engine.cuda.kernels.gemv import MAX_ROWS, gemv
-
-            self._gemv, self._max_gemv_rows = gemv, MAX_ROWS
+        self._few_rows = few_rows_product(weight, bias)
         self._packed: torch.Tensor | None = None
         if pack and can_pack(weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS_HINT)
@@ -46,8 +42,8 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply to each row."""
-        if x.shape[0] <= self._max_gemv_rows:
-            return self._gemv(x, self.weight, self.bias)
+        if self._few_rows is not None and x.shape[0] <= MAX_FEW_ROWS:
+            return self._few_rows(x)
         if self._packed is None or x.shape[0] < _MIN_PACKED_ROWS:
             return functional.linear(x, self.weight, self.bias)
         y: torch.Tensor = self._packed_linear(x, self._packed, self.bias, "none", [], "")

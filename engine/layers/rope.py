@@ -24,9 +24,7 @@ class RotaryEmbedding:
         device: torch.device,
     ) -> None:
         """Compute the tables in float32 and keep them in `dtype`, [max_position, 1, head_dim]."""
-        inv_freq, scale = inverse_frequencies(config, head_dim)
-        angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inv_freq)
-        cos, sin = angles.cos() * scale, angles.sin() * scale
+        cos, sin = _cos_sin(config, head_dim, max_position)
         # The sign of the rotated first half lies in the table, so applying needs no negation.
         self.cos = torch.cat((cos, cos), -1)[:, None].to(device=device, dtype=dtype)
         self.sin = torch.cat((-sin, sin), -1)[:, None].to(device=device, dtype=dtype)
@@ -34,6 +32,21 @@ class RotaryEmbedding:
     def rows(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cos and signed sin of positions [T], each [T, 1, head_dim]."""
         return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+
+
+def cos_sin_table(
+    config: RopeConfig, head_dim: int, max_position: int, device: torch.device
+) -> torch.Tensor:
+    """[max_position, head_dim] float32: cos of each pair, then its sin."""
+    return torch.cat(_cos_sin(config, head_dim, max_position), -1).to(device)
+
+
+def _cos_sin(
+    config: RopeConfig, head_dim: int, max_position: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    inv_freq, scale = inverse_frequencies(config, head_dim)
+    angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inv_freq)
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
