@@ -15,12 +15,14 @@ from engine.kv.pool import KVPool, kv_layout, num_pool_blocks
 from engine.layers.rope import RotaryEmbedding
 from engine.loader.load import load_model
 from engine.models.config import ModelConfig, read_model_config
+from engine.parallel.group import Alone, RankGroup
+from engine.parallel.shares import rank_device, rank_share, rank_threads
 from engine.runner import TorchRunner
 from engine.threads import apply_num_threads
 
 
 def build_executor(config: EngineConfig, progress: Callable[[str], None] = silent) -> Executor:
-    """Load the model, reserve the KV pool and join them.
+    """Load the model, reserve the KV pool and join them, on every rank if there are several.
 
     Args:
         config: of the engine.
@@ -28,31 +30,55 @@ def build_executor(config: EngineConfig, progress: Callable[[str], None] = silen
 
     Raises:
         ConfigError: the model can't be found, is not supported or does not fit the settings.
+        WorkerLostError: another rank could not do its part.
     """
-    num_threads = apply_num_threads(config.num_threads)
+    if config.tensor_parallel_size == 1:
+        return build_rank(config, Alone(), progress)
+    from engine.parallel.start import start_ranks
+
+    return start_ranks(config, progress)
+
+
+def build_rank(
+    config: EngineConfig, group: RankGroup, progress: Callable[[str], None] = silent
+) -> Executor:
+    """Build the executor of one rank, in this process. Every rank of the group does so at once.
+
+    Args:
+        config: of the engine, the same on all ranks.
+        group: whose ranks share the model.
+        progress: told before each slow stage.
+
+    Raises:
+        ConfigError: see `build_executor`.
+        WorkerLostError: another rank could not do its part.
+    """
+    num_threads = apply_num_threads(rank_threads(config))
     path = resolve_model(config.model, progress)
     model_config = read_model_config(path)
+    share = rank_share(model_config, group.size)
     max_len = config.max_model_len or model_config.max_position
     if max_len > model_config.max_position:
         raise ConfigError(
             f"max_model_len is {max_len}, but the model knows positions up to "
             f"{model_config.max_position}; give at most that."
         )
-    device = torch.device(config.device)
+    device = rank_device(config, group.rank)
     dtype = _dtype(config, model_config, device)
     progress("loading the weights")
     dummy = config.load_format == "dummy"
     with torch.inference_mode():
-        model = load_model(path, model_config, config, dtype=dtype, device=device)
+        model = load_model(path, model_config, config, group=group, dtype=dtype, device=device)
         rope = RotaryEmbedding(
             model_config.rope, model_config.head_dim, max_len, dtype=dtype, device=device
         )
     # Not in inference mode: whoever fills blocks from outside must be allowed to write the tensor.
-    layout = kv_layout(model_config, config.block_size, dtype)
-    pool = KVPool(layout, num_pool_blocks(config, layout), device)
-    attention = make_attention_backend(config.attention_backend, pool, model_config.num_heads)
+    layout = kv_layout(share, config.block_size, dtype)
+    # Ranks meet here: from now on all of them have their weights, and a step's deadlines hold.
+    pool = KVPool(layout, group.smallest(num_pool_blocks(config, layout)), device)
+    attention = make_attention_backend(config.attention_backend, pool, share.num_heads)
     compiled = None
-    if config.attention_backend == "auto":
+    if config.attention_backend == "auto" and group.size == 1:
         compiled = make_compiled_decode(
             model, model_config, pool, rope, num_threads=num_threads, progress=progress
         )
@@ -63,6 +89,7 @@ def build_executor(config: EngineConfig, progress: Callable[[str], None] = silen
         pool=pool,
         attention=attention,
         rope=rope,
+        num_heads=share.num_heads,
         compiled=compiled,
     )
 

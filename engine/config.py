@@ -16,11 +16,19 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on a CPU, the checkpoint's own on a GPU."""
     device: str = "cpu"
+    """Of rank 0; further ranks on GPUs take the ones after it."""
+    tensor_parallel_size: int = 1
+    """Ranks that share every layer, a process each on this host."""
+    rank_timeout_s: float = 60.0
+    """Longest that ranks wait for one another within a step before the engine gives up."""
+    start_timeout_s: float = 600.0
+    """Longest that ranks wait for one another while they load."""
     block_size: int = 16
     """Tokens per KV block."""
     num_blocks: int | None = None
     """Blocks in the KV pool; None: as many as fit kv_cache_bytes."""
     kv_cache_bytes: int = 1 << 30
+    """Of each rank."""
     max_model_len: int | None = None
     """Longest prompt + output in tokens; None: the model's own limit."""
     max_num_seqs: int = 64
@@ -36,6 +44,6 @@ class EngineConfig:
     prefix_caching: bool = True
     attention_backend: Literal["auto", "torch_native"] = "auto"
     num_threads: int | None = None
-    """Compute threads; None: every core this process may use."""
+    """Compute threads, shared by the ranks; None: every core this process may use."""
     seed: int = 0
     """Of dummy weights."""

@@ -33,9 +33,10 @@ class TorchRunner:
         pool: KVPool,
         attention: AttentionBackend,
         rope: RotaryEmbedding,
+        num_heads: int,
         compiled: CompiledDecode | None = None,
     ) -> None:
-        """Put the parts together; `build_executor` makes them."""
+        """Put the parts together; `build_rank` makes them. `num_heads` are those of this rank."""
         self._model: DecoderModel | None = model
         self._model_config = model_config
         self._model_digest = model_digest
@@ -43,7 +44,7 @@ class TorchRunner:
         self._attention = attention
         self._rope = rope
         self._compiled = compiled
-        self._num_heads = model_config.num_heads
+        self._num_heads = num_heads
         self._device = pool.tensor.device
 
     @property

@@ -27,6 +27,11 @@ class WorkerSettings(BaseModel):
         "auto", description="Weights and KV; auto: float32 on a CPU, the checkpoint's on a GPU."
     )
     device: str = Field("cpu", description="torch device, as in `cpu` or `cuda:0`.")
+    tensor_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="Devices of this host that share every layer, from `device` on.",
+    )
 
     host: str = Field("127.0.0.1", description="Address that the gRPC and metrics ports bind to.")
     port: int = Field(9001, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
@@ -116,6 +121,8 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         load_format=settings.load_format,
         dtype=settings.dtype,
         device=settings.device,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        start_timeout_s=settings.start_timeout_s,
         block_size=settings.block_size,
         num_blocks=settings.num_blocks,
         kv_cache_bytes=settings.kv_cache_memory,

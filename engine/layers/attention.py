@@ -7,21 +7,39 @@ from engine.layers.linear import load_linear
 from engine.layers.norm import RMSNorm
 from engine.loader.source import WeightSource
 from engine.models.config import ModelConfig
+from engine.parallel.group import RankGroup
 
 
 class SelfAttention:
     """Projections, norms of q and k if there are, RoPE, attention over the pool, projection."""
 
     def __init__(
-        self, source: WeightSource, prefix: str, config: ModelConfig, layer: int, pack: bool
+        self,
+        source: WeightSource,
+        prefix: str,
+        config: ModelConfig,
+        group: RankGroup,
+        *,
+        layer: int,
+        pack: bool,
     ) -> None:
-        """Load `prefix`.{q,k,v,o}_proj and, for models that have them, the norms."""
+        """Load this rank's heads of `prefix`.{q,k,v,o}_proj and, for models with them, the norms.
+
+        Args:
+            source: of the checkpoint.
+            prefix: of the names in it.
+            config: of the whole model.
+            group: whose ranks share the heads.
+            layer: index of the layer.
+            pack: see `Linear`.
+        """
         self._layer = layer
+        self._group = group
         self._head_dim = config.head_dim
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         self.qkv = load_linear(
-            source,
+            source.split(0),
             [f"{prefix}.q_proj", f"{prefix}.k_proj", f"{prefix}.v_proj"],
             [query_size, kv_size, kv_size],
             config.hidden_size,
@@ -29,7 +47,7 @@ class SelfAttention:
             pack=pack,
         )
         self.output = load_linear(
-            source,
+            source.split(1),
             [f"{prefix}.o_proj"],
             [config.hidden_size],
             query_size,
@@ -59,4 +77,5 @@ class SelfAttention:
         """
         qkv = self.qkv(x).view(len(x), -1, self._head_dim)
         attended = context.attend(qkv, self.norms, self._layer)
-        return self.output(attended if rows is None else attended.index_select(0, rows))
+        part = self.output(attended if rows is None else attended.index_select(0, rows))
+        return self._group.all_reduce_(part)

@@ -9,19 +9,30 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.loader.source import WeightSource
 from engine.models.config import ModelConfig
+from engine.parallel.group import RankGroup
 
 
 class DecoderLayer:
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, source: WeightSource, config: ModelConfig, layer: int, pack: bool) -> None:
-        """Load `model.layers.{layer}`."""
+    def __init__(
+        self,
+        source: WeightSource,
+        config: ModelConfig,
+        group: RankGroup,
+        *,
+        layer: int,
+        pack: bool,
+    ) -> None:
+        """Load this rank's share of `model.layers.{layer}`."""
         prefix = f"model.layers.{layer}"
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_norm = RMSNorm(source, f"{prefix}.input_layernorm", hidden, eps)
-        self.attention = SelfAttention(source, f"{prefix}.self_attn", config, layer, pack)
+        self.attention = SelfAttention(
+            source, f"{prefix}.self_attn", config, group, layer=layer, pack=pack
+        )
         self.mlp_norm = RMSNorm(source, f"{prefix}.post_attention_layernorm", hidden, eps)
-        self.mlp = GatedMLP(source, f"{prefix}.mlp", config, pack)
+        self.mlp = GatedMLP(source, f"{prefix}.mlp", config, group, pack=pack)
 
     def __call__(
         self,
@@ -50,27 +61,37 @@ class DecoderLayer:
 
 
 class DecoderModel:
-    """Token ids in, hidden states out; logits only for the rows that are to be sampled."""
+    """Token ids in, hidden states out; logits only for the rows that are to be sampled.
 
-    def __init__(self, source: WeightSource, config: ModelConfig, *, pack: bool) -> None:
-        """Load all weights.
+    Shared among ranks as in arXiv:1909.08053: heads, feed-forward and vocabulary are divided, and
+    the residual stream is the same on every rank.
+    """
+
+    def __init__(
+        self, source: WeightSource, config: ModelConfig, group: RankGroup, *, pack: bool
+    ) -> None:
+        """Load all weights of this rank.
 
         Args:
             source: of the checkpoint.
-            config: of the model.
+            config: of the whole model.
+            group: whose ranks share it.
             pack: keep blocked copies of the matrices, see `Linear`.
 
         Raises:
             ConfigError: weights are missing, misshapen or left over.
         """
+        self._group = group
+        self._vocab_size = config.vocab_size
         shape = (config.vocab_size, config.hidden_size)
-        self.embedding = source.get("model.embed_tokens.weight", *shape)
+        self.embedding = source.split(0).get("model.embed_tokens.weight", *shape)
         self.layers = [
-            DecoderLayer(source, config, layer, pack) for layer in range(config.num_layers)
+            DecoderLayer(source, config, group, layer=layer, pack=pack)
+            for layer in range(config.num_layers)
         ]
         self.norm = RMSNorm(source, "model.norm", config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
-        head = self.embedding if tied else source.get("lm_head.weight", *shape)
+        head = self.embedding if tied else source.split(0).get("lm_head.weight", *shape)
         self.lm_head = Linear(head, pack=pack)
         # Some tied checkpoints store the shared matrix a second time.
         source.finish(ignored=("lm_head.weight",) if tied else ())
@@ -88,7 +109,7 @@ class DecoderModel:
         Returns:
             [N, hidden_size] of the context's output rows, normed.
         """
-        hidden = self.embedding.index_select(0, token_ids)
+        hidden = self._embed(token_ids)
         delta = None
         for layer in self.layers[:-1]:
             hidden, delta = layer(hidden, delta, context)
@@ -96,5 +117,15 @@ class DecoderModel:
         return self.norm.add_(hidden, delta)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, hidden_size], normed -> [N, vocab_size]."""
-        return self.lm_head(hidden)
+        """[N, hidden_size], normed -> [N, vocab_size], contiguous."""
+        part = self.lm_head(hidden)
+        return self._group.all_gather(part)[:, : self._vocab_size].contiguous()
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if self._group.size == 1:
+            return self.embedding.index_select(0, token_ids)
+        num_rows = len(self.embedding)
+        row = token_ids - self._group.rank * num_rows
+        elsewhere = (row < 0) | (row >= num_rows)
+        found = self.embedding.index_select(0, row.clamp(0, num_rows - 1))
+        return self._group.all_reduce_(found.masked_fill_(elsewhere[:, None], 0))

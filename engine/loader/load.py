@@ -9,6 +9,7 @@ from engine.layers.decoder import DecoderModel
 from engine.loader.source import open_weights
 from engine.models.config import ModelConfig
 from engine.models.registry import model_class
+from engine.parallel.group import RankGroup
 
 _PACK_LIMIT_BYTES = 4 << 30
 """Models with more bytes of matrices are not packed: the second copy would cost too much."""
@@ -19,17 +20,20 @@ def load_model(
     model_config: ModelConfig,
     config: EngineConfig,
     *,
+    group: RankGroup,
     dtype: torch.dtype,
     device: torch.device,
 ) -> DecoderModel:
-    """Load a checkpoint.
+    """Load this rank's share of a checkpoint.
 
     Raises:
         ConfigError: weights are missing, misshapen, left over or unreadable.
     """
-    source = open_weights(path, config.load_format, dtype=dtype, device=device, seed=config.seed)
+    source = open_weights(
+        path, config.load_format, group, dtype=dtype, device=device, seed=config.seed
+    )
     pack = weight_bytes(model_config, dtype) <= _PACK_LIMIT_BYTES
-    return model_class(model_config)(source, model_config, pack=pack)
+    return model_class(model_config)(source, model_config, group, pack=pack)
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -1,9 +1,11 @@
 """Where layers get their weights from: by name and shape, each exactly once.
 
 A model pulls what it needs while it is built, so there is no second list of names to keep. What is
-missing or misshapen raises at once; what nobody asked for raises at `finish`.
+missing or misshapen raises at once; what nobody asked for raises at `finish`. Where a model is
+shared among ranks, each takes its part here, of weights that it names by their whole shape.
 """
 
+import copy
 import math
 import zlib
 from collections.abc import Callable, Collection
@@ -14,6 +16,7 @@ import torch
 
 from core.errors import ConfigError
 from engine.config import LoadFormat
+from engine.parallel.group import RankGroup
 
 _DUMMY_STD = 0.02
 
@@ -25,6 +28,7 @@ class WeightSource:
         self,
         names: Collection[str] | None,
         read: Callable[[str, tuple[int, ...]], torch.Tensor],
+        group: RankGroup,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -33,12 +37,16 @@ class WeightSource:
 
         Args:
             names: every name that can be read; None: any (dummy weights).
-            read: name and expected shape -> tensor, any dtype.
+            read: name and expected shape -> tensor, any dtype. What it returns may be mapped from
+                a file, so that only the part that is used is read.
+            group: whose ranks share the model.
             dtype: of what `get` returns.
             device: of what `get` returns.
         """
         self._names = names
         self._read = read
+        self._group = group
+        self._split: int | None = None
         self._dtype = dtype
         self._device = device
         self._taken: set[str] = set()
@@ -48,8 +56,27 @@ class WeightSource:
         """Of what `get` returns."""
         return self._device
 
+    def split(self, dim: int) -> "WeightSource":
+        """The same weights, of which `get` returns this rank's part.
+
+        Args:
+            dim: of matrices. 0: rows of the output, with their biases. 1: columns of the input;
+                ranks' outputs are to be summed, so rank 0 alone has the bias and the others zeros.
+        """
+        view = copy.copy(self)
+        view._split = dim
+        return view
+
     def get(self, name: str, *shape: int) -> torch.Tensor:
         """Take one weight.
+
+        Args:
+            name: in the checkpoint.
+            shape: of the whole weight.
+
+        Returns:
+            The weight, or this rank's part: equally long on every rank, with zeros at the end
+            where the size of the group does not divide the dimension.
 
         Raises:
             ConfigError: it is missing or has another shape.
@@ -62,7 +89,24 @@ class WeightSource:
                 f"Weight {name} has shape {list(tensor.shape)}; config.json asks for {list(shape)}."
             )
         self._taken.add(name)
+        if self._split is not None and self._group.size > 1:
+            tensor = self._part(tensor, self._split)
         return tensor.to(device=self._device, dtype=self._dtype)
+
+    def _part(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        rank = self._group.rank
+        if tensor.dim() == 1 and dim == 1:
+            return tensor if rank == 0 else torch.zeros_like(tensor)
+        length = tensor.shape[dim]
+        size = -(-length // self._group.size)
+        start = min(rank * size, length)
+        part = tensor.narrow(dim, start, min(size, length - start))
+        missing = size - part.shape[dim]
+        if missing:
+            shape = list(part.shape)
+            shape[dim] = missing
+            part = torch.cat((part, part.new_zeros(shape)), dim)
+        return part.contiguous()
 
     def finish(self, ignored: Collection[str] = ()) -> None:
         """Check that nothing is left over.
@@ -87,13 +131,20 @@ class WeightSource:
 
 
 def open_weights(
-    path: Path, load_format: LoadFormat, *, dtype: torch.dtype, device: torch.device, seed: int
+    path: Path,
+    load_format: LoadFormat,
+    group: RankGroup,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
 ) -> WeightSource:
     """Open a checkpoint.
 
     Args:
         path: what `resolve_model` returned.
         load_format: `auto` goes by what `path` is.
+        group: whose ranks share the model.
         dtype: weights are converted to it.
         device: weights are moved to it.
         seed: of dummy weights.
@@ -111,7 +162,7 @@ def open_weights(
             names, read = _gguf_reader(path)
         case "safetensors":
             names, read = _safetensors_reader(path)
-    return WeightSource(names, read, dtype=dtype, device=device)
+    return WeightSource(names, read, group, dtype=dtype, device=device)
 
 
 _Reader = Callable[[str, tuple[int, ...]], torch.Tensor]

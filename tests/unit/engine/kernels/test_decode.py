@@ -18,6 +18,7 @@ from engine.layers.decoder import DecoderModel
 from engine.layers.rope import RotaryEmbedding
 from engine.loader.load import load_model
 from engine.models.config import read_model_config
+from engine.parallel.group import Alone
 from engine.plan import Chunk
 from tests.support.models import make_checkpoint
 
@@ -33,7 +34,12 @@ class World:
         cpu, dtype = torch.device("cpu"), torch.float32
         with torch.inference_mode():
             self.model: DecoderModel = load_model(
-                path, self.config, EngineConfig(model=str(path)), dtype=dtype, device=cpu
+                path,
+                self.config,
+                EngineConfig(model=str(path)),
+                group=Alone(),
+                dtype=dtype,
+                device=cpu,
             )
             self.rope = RotaryEmbedding(
                 self.config.rope, self.config.head_dim, 256, dtype=dtype, device=cpu

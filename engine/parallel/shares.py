@@ -1,0 +1,74 @@
+"""One rank's share of the model, the threads and the devices; refuses what can't be shared."""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from core.errors import ConfigError
+from engine.config import EngineConfig
+from engine.models.config import ModelConfig
+from engine.threads import available_cores
+
+_MAX_SIZE = 64
+"""Largest size that an error message proposes."""
+
+
+def rank_share(config: ModelConfig, size: int) -> ModelConfig:
+    """The model as one of `size` ranks computes it: its heads and its part of the feed-forward.
+
+    The vocabulary stays whole: logits are gathered before anyone looks at them.
+
+    Raises:
+        ConfigError: heads or feed-forward can't be divided by so many.
+    """
+    if size == 1:
+        return config
+    counts = {
+        "attention heads": config.num_heads,
+        "KV heads": config.num_kv_heads,
+        "feed-forward rows": config.intermediate_size,
+    }
+    uneven = [f"{count} {name}" for name, count in counts.items() if count % size]
+    if uneven:
+        common = math.gcd(*counts.values())
+        good = [n for n in range(1, _MAX_SIZE + 1) if common % n == 0]
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, which does not divide the model's "
+            f"{' and '.join(uneven)}; it can be {', '.join(map(str, good))}."
+        )
+    return replace(
+        config,
+        num_heads=config.num_heads // size,
+        num_kv_heads=config.num_kv_heads // size,
+        intermediate_size=config.intermediate_size // size,
+    )
+
+
+def rank_threads(config: EngineConfig) -> int | None:
+    """Compute threads of each rank; None: all cores, for there is only one rank."""
+    size = config.tensor_parallel_size
+    if size == 1:
+        return config.num_threads
+    return max(1, (config.num_threads or available_cores()) // size)
+
+
+def rank_device(config: EngineConfig, rank: int) -> torch.device:
+    """The device of a rank: the configured one for rank 0, then those after it.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    device = torch.device(config.device)
+    size = config.tensor_parallel_size
+    if size == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ConfigError(f"tensor_parallel_size above 1 needs device cpu or cuda, not {device}.")
+    first, found = device.index or 0, torch.cuda.device_count()
+    if first + size > found:
+        raise ConfigError(
+            f"tensor_parallel_size {size} from cuda:{first} on needs {first + size} GPUs and "
+            f"{found} are visible; lower it or show the process more of them."
+        )
+    return torch.device("cuda", first + rank)
