@@ -16,9 +16,8 @@ import torch
 
 from core.errors import ConfigError
 from engine.config import LoadFormat
+from engine.loader.dummy import dummy_values
 from engine.parallel.group import RankGroup
-
-_DUMMY_STD = 0.02
 
 
 class WeightSource:
@@ -157,7 +156,7 @@ def open_weights(
     names: Collection[str] | None
     match load_format:
         case "dummy":
-            names, read = None, _dummy_reader(seed)
+            names, read = None, _dummy_reader(seed, device)
         case "gguf":
             names, read = _gguf_reader(path)
         case "safetensors":
@@ -207,13 +206,11 @@ def _gguf_reader(path: Path) -> tuple[Collection[str], _Reader]:
     return set(gguf.weight_names()), read
 
 
-def _dummy_reader(seed: int) -> _Reader:
+def _dummy_reader(seed: int, device: torch.device) -> _Reader:
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if len(shape) == 1 and name.endswith("norm.weight"):
             return torch.ones(shape)
-        # torch's CPU generator looks at the low 32 bits only, so both must be mixed into them.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        values = torch.empty(math.prod(shape)).normal_(0, _DUMMY_STD, generator=generator)
-        return values.view(shape)
+        own_seed = zlib.crc32(f"{seed} {name}".encode())
+        return dummy_values(own_seed, math.prod(shape), device).view(shape)
 
     return read
