@@ -5,8 +5,9 @@ import math
 import torch
 
 _STD = 0.02
-_CHUNK = 1 << 24
-"""Values made at once, which bounds the scratch memory to a few hundred MB."""
+_CHUNK = {"cpu": 1 << 16}
+"""Values made at once: a CPU's cache holds them; on a GPU the default bounds scratch memory."""
+_DEFAULT_CHUNK = 1 << 24
 _GOLDEN = -7046029254386353131
 _MIX = -4658895280553007687
 """The odd constants of splitmix64 (G. Steele et al., OOPSLA 2014) as signed integers."""
@@ -28,8 +29,9 @@ def dummy_values(seed: int, count: int, device: torch.device) -> torch.Tensor:
     """
     out = torch.empty(count, dtype=torch.float32, device=device)
     scale = _STD * math.sqrt(12) / (1 << _BITS)
-    for first in range(0, count, _CHUNK):
-        last = min(first + _CHUNK, count)
+    chunk = _CHUNK.get(device.type, _DEFAULT_CHUNK)
+    for first in range(0, count, chunk):
+        last = min(first + chunk, count)
         state = torch.arange(first, last, dtype=torch.int64, device=device)
         state = state.add_(seed << 31).mul_(_GOLDEN)
         for _ in range(2):
