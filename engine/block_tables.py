@@ -1,8 +1,8 @@
 """Blocks of sequences: matched in the prefix cache, grown, registered when complete, given back.
 
 Between the scheduler, which decides who gets blocks, and the allocator, which only counts. Owns
-block_table, num_registered and the prefix accounting of every sequence. Invariant: a block table
-covers num_computed tokens, and what a step computes, with no block to spare.
+block_table, num_slots, num_registered and the prefix accounting of every sequence. Invariant: a
+block table covers num_scheduled tokens, with no block to spare.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,6 +20,11 @@ class BlockTables:
         self._caching = caching
         self.cached_tokens = 0
         self.lookup_tokens = 0
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be had now."""
+        return self._blocks.num_available
 
     def match(self, sequence: SequenceState, *, whole: bool = False) -> list[int]:
         """Cached blocks of a sequence's prefix. Mutates nothing.
@@ -41,12 +46,14 @@ class BlockTables:
     ) -> int:
         """Blocks left over after giving a sequence all it needs, and `others` what they lack.
 
-        Negative if there are not enough. Only tokens that exist already are counted.
+        Negative if there are not enough. Only tokens that exist already, or are pending, count.
         """
         spare = self._blocks.num_available - self._blocks.count_idle(matched)
         spare -= self._count(len(sequence.token_ids)) - len(matched)
         for other in others:
-            spare -= max(0, self._count(len(other.token_ids)) - len(other.block_table))
+            length = len(other.token_ids) + other.num_pending
+            if length > other.num_slots:
+                spare -= self._count(length - other.num_slots)
         return spare
 
     def take(self, sequence: SequenceState, matched: list[int]) -> None:
@@ -54,43 +61,44 @@ class BlockTables:
         self._blocks.hold(matched)
         sequence.block_table = matched
         sequence.num_registered = len(matched)
-        sequence.num_computed = len(matched) * self._block_size
+        sequence.num_slots = len(matched) * self._block_size
+        sequence.num_computed = sequence.num_scheduled = sequence.num_slots
         if sequence.age < 0:
             sequence.num_cached_tokens = sequence.num_computed
             self.lookup_tokens += len(sequence.token_ids)
             self.cached_tokens += sequence.num_computed
 
-    def lacks(self, sequence: SequenceState, num_tokens: int) -> int:
-        """Blocks that are missing, and can't be had, for `num_tokens` more tokens."""
-        missing = self._count(sequence.num_computed + num_tokens) - len(sequence.block_table)
-        return max(0, missing - self._blocks.num_available) if missing > 0 else 0
+    def missing(self, sequence: SequenceState, num_tokens: int) -> int:
+        """Blocks to allocate before `num_tokens` more tokens have room."""
+        lacking = sequence.num_scheduled + num_tokens - sequence.num_slots
+        return self._count(lacking) if lacking > 0 else 0
 
-    def grow(self, sequence: SequenceState, num_tokens: int) -> int:
-        """Allocate for up to `num_tokens` more tokens. Returns how many have room."""
-        table = sequence.block_table
-        missing = self._count(sequence.num_computed + num_tokens) - len(table)
-        if missing <= 0:
-            return num_tokens
-        table += self._blocks.allocate(min(missing, self._blocks.num_available))
-        return min(num_tokens, len(table) * self._block_size - sequence.num_computed)
+    def grow(self, sequence: SequenceState, num_tokens: int) -> None:
+        """Allocate for `num_tokens` more tokens."""
+        blocks = self._blocks.allocate(self.missing(sequence, num_tokens))
+        sequence.block_table += blocks
+        sequence.num_slots += len(blocks) * self._block_size
 
-    def register(self, sequence: SequenceState) -> None:
+    def room(self, sequence: SequenceState, num_blocks: int) -> int:
+        """How many more tokens it could have computed with so many more blocks."""
+        return sequence.num_slots + num_blocks * self._block_size - sequence.num_scheduled
+
+    def register(self, sequences: Iterable[SequenceState]) -> None:
         """Tell the prefix cache of the blocks that are complete now."""
-        full = sequence.num_computed // self._block_size
-        if full <= sequence.num_registered or not self._caching:
+        if not self._caching:
             return
-        sequence.extend_hashes(full, self._block_size)
-        known = min(full, len(sequence.block_hashes))
-        for index in range(sequence.num_registered, known):
-            self._blocks.insert(sequence.block_table[index], sequence.block_hashes[index])
-        sequence.num_registered = max(known, sequence.num_registered)
+        for sequence in sequences:
+            full = sequence.num_computed // self._block_size
+            if full > sequence.num_registered:
+                self._register(sequence, full)
 
     def release(self, sequence: SequenceState) -> None:
         """Take a sequence's blocks away. Those registered stay cached until they are evicted."""
+        assert not sequence.steps_in_flight, "a step in flight writes to these blocks"
         self._blocks.release(sequence.block_table)
         sequence.block_table = []  # a plan may still show the old list
         sequence.num_registered = 0
-        sequence.num_computed = 0
+        sequence.num_slots = sequence.num_computed = sequence.num_scheduled = 0
 
     def will_compute(
         self, others: Iterable[SequenceState], sequence: SequenceState, index: int
@@ -106,6 +114,13 @@ class BlockTables:
             and other.block_hashes[index] == hashes[index]
             for other in others
         )
+
+    def _register(self, sequence: SequenceState, full: int) -> None:
+        sequence.extend_hashes(full, self._block_size)
+        known = min(full, len(sequence.block_hashes))
+        for index in range(sequence.num_registered, known):
+            self._blocks.insert(sequence.block_table[index], sequence.block_hashes[index])
+        sequence.num_registered = max(known, sequence.num_registered)
 
     def _count(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

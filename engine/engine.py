@@ -4,10 +4,15 @@ Called by a worker's engine loop, or by `engine.llm` in a plain loop; one thread
 network. Blocks can leave and enter: a prefill role holds the blocks of a request beyond its end, a
 decode role reserves blocks, brings KV in and has the sequence adopted.
 
+With an executor that overlaps, one step is in flight between two calls of `step`: each call first
+starts the step after it, then waits for it. A step that was planned too early for a sequence, since
+that ended meanwhile, leaves no trace but the time it took.
+
 What a holder may rely on:
-- The content of a block that is complete, or whose sequence has ended, never changes while held.
+- What num_computed tokens fill of a sequence's blocks never changes while held.
 - An ended sequence keeps its blocks until `reap`, which the next `step` calls first. So whoever
   wants to hold them has from the return of one `step` to the next.
+- A block that a step in flight writes is free for others only when the step is over.
 - A preempted sequence loses its block table and is computed again. Blocks that were reported and
   held before stay right; the table may name other blocks of equal content for the same tokens.
 
@@ -28,9 +33,11 @@ from core.tokens import TokenLogprobs
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
 from engine.executor import Executor
+from engine.in_flight import StepsInFlight
 from engine.intake import Intake
 from engine.kv.allocator import BlockAllocator
 from engine.metrics import EngineMetrics
+from engine.plan import StepResult
 from engine.rates import StepRates
 from engine.request import (
     CacheChange,
@@ -84,6 +91,7 @@ class Engine:
         if config.max_model_len is not None:
             model_len = min(model_len, config.max_model_len)
         self._executor = executor
+        self._in_flight = StepsInFlight(executor)
         self._clock = clock
         self._metrics = metrics
         self._log = logging.getLogger(__name__)
@@ -104,9 +112,11 @@ class Engine:
         self._rates = StepRates()
         self._live: dict[str, SequenceState] = {}
         self._ended: dict[str, SequenceState] = {}
+        self._leaving: list[SequenceState] = []
         self._reserved: dict[str, tuple[Reservation, SequenceState]] = {}
         self._holds: Counter[int] = Counter()
         self._stuck = False
+        self._last_end = clock()
 
     @property
     def pool(self) -> "KVPool":
@@ -130,12 +140,19 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True if a step would do something: compute, admit, or free what has ended.
+        """True if a step would do something: compute, admit, wait, or free what has ended.
 
         False too while sequences wait but held or reserved blocks leave them no room; it turns true
         again when one of those ends.
         """
-        return bool(self._ended) or (bool(self._live) and not self._stuck)
+        if self._ended or self._in_flight:
+            return True
+        return bool(self._live) and not self._stuck
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for admission."""
+        return self._scheduler.num_waiting
 
     def check(self, request: EngineRequest) -> None:
         """See whether a request could be served, without taking it.
@@ -165,6 +182,7 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """End a request now, without an output, and free its blocks.
 
+        If a step in flight computes it, the blocks are free when that is over, and not before.
         A reservation is not touched: a transport may be writing to it, so only `cancel` ends it.
 
         Returns:
@@ -174,42 +192,37 @@ class Engine:
         if sequence is None:
             return False
         self._scheduler.abort(sequence)
-        self._stuck = False
+        self._leaving.append(sequence)
+        self._free_left()
         return True
 
     def step(self) -> StepOutputs:
         """Free what ended in the last step, then compute one step.
 
+        If the executor overlaps, the step after it is started before this one is waited for.
         A failing executor fails the sequences of this step only; the error is in their outputs.
         """
         self.reap()
-        started = self._clock()
-        step = self._scheduler.schedule()
-        self._stuck = step is None
-        if step is None:
-            return StepOutputs()
-        try:
-            result = self._executor.submit(step.plan).wait()
-        except Exception as error:
-            self._log.exception("A step of %d sequences failed.", len(step.sequences))
-            outputs = self._scheduler.fail(step, _typed(error))
-        else:
-            outputs = self._scheduler.update(step, result)
-        for sequence in step.sequences:
-            if sequence.status is SequenceStatus.ENDED:
-                self._ended[sequence.request_id] = self._live.pop(sequence.request_id)
-        duration_s = self._clock() - started
-        self._rates.observe(step.num_prefill_tokens, step.num_decode_tokens, duration_s)
-        done = StepOutputs(outputs, step.num_prefill_tokens, step.num_decode_tokens, duration_s)
-        if self._metrics is not None:
-            self._metrics.observe_step(done)
-        return done
+        while self._in_flight.has_room and self._launch():
+            pass
+        return self._land() if self._in_flight else StepOutputs()
+
+    def settle(self) -> list[StepOutputs]:
+        """Wait for what is in flight without starting a step. Returns what it did, in order.
+
+        For whoever aborts and then needs blocks, or the device, at rest.
+        """
+        return [self._land() for _ in range(len(self._in_flight))]
 
     def reap(self) -> None:
-        """Free the blocks of sequences that have ended. `step` begins with it."""
-        for sequence in self._ended.values():
-            self._tables.release(sequence)
-        self._ended.clear()
+        """Free the blocks of sequences that have ended. `step` begins with it.
+
+        Those that a step in flight writes to are free when it is over.
+        """
+        if self._ended:
+            self._leaving += self._ended.values()
+            self._ended.clear()
+            self._free_left()
 
     def block_table(self, request_id: str) -> Sequence[int]:
         """Blocks of a live, or ended and not yet reaped, request; a view, so copy what you keep.
@@ -333,11 +346,61 @@ class Engine:
         self._blocks.check_integrity()
         owners = Counter(self._holds)
         reserved = [sequence for _, sequence in self._reserved.values()]
-        for sequence in (*self._live.values(), *self._ended.values(), *reserved):
+        ended = (*self._ended.values(), *self._leaving)
+        for sequence in (*self._live.values(), *ended, *reserved):
             owners.update(sequence.block_table)
         for block_id in range(self._blocks.num_blocks):
             counted, owned = self._blocks.references(block_id), owners[block_id]
             assert counted == owned, f"block {block_id}: {counted} references, {owned} owners"
+        in_flight = Counter(sequence for step in self._in_flight for sequence in step.sequences)
+        for sequence in (*self._live.values(), *ended, *reserved):
+            counted, expected = sequence.steps_in_flight, in_flight.pop(sequence, 0)
+            assert counted == expected, f"{sequence.request_id}: {expected} steps in flight"
+        assert not in_flight, "a step in flight computes a sequence that nobody owns"
+
+    def _launch(self) -> bool:
+        """Plan a step and start it, if there is anything to do."""
+        started_at = self._clock()
+        ahead = bool(self._in_flight)
+        step = self._scheduler.schedule(ahead=ahead)
+        if step is None:
+            self._stuck = not ahead
+            return False
+        self._in_flight.submit(step, started_at)
+        return True
+
+    def _land(self) -> StepOutputs:
+        """Wait for the oldest step in flight and take in what it did."""
+        finished = self._in_flight.wait()
+        step, outcome = finished.step, finished.outcome
+        if isinstance(outcome, StepResult):
+            outputs, ended = self._scheduler.update(step, outcome)
+        else:
+            count = len(step.sequences)
+            self._log.error("A step of %d sequences failed.", count, exc_info=outcome)
+            outputs, ended = self._scheduler.fail(step, _typed(outcome))
+        for sequence in ended:
+            self._ended[sequence.request_id] = self._live.pop(sequence.request_id)
+        if self._leaving:
+            self._free_left()
+        # A step that was started while another one ran began when that one ended.
+        began_at, self._last_end = max(finished.started_at, self._last_end), self._clock()
+        duration_s = self._last_end - began_at
+        self._rates.observe(step.num_prefill_tokens, step.num_decode_tokens, duration_s)
+        done = StepOutputs(outputs, step.num_prefill_tokens, step.num_decode_tokens, duration_s)
+        if self._metrics is not None:
+            self._metrics.observe_step(done)
+        return done
+
+    def _free_left(self) -> None:
+        """Free what ended sequences hold, except where a step in flight still writes."""
+        leaving, self._leaving = self._leaving, []
+        for sequence in leaving:
+            if sequence.steps_in_flight:
+                self._leaving.append(sequence)
+            else:
+                self._tables.release(sequence)
+                self._stuck = False
 
     def _sequence_of(self, request: EngineRequest) -> SequenceState:
         request_id = request.request_id

@@ -70,6 +70,7 @@ class Intake:
             end_ids=tuple(dict.fromkeys((*eos_ids, *sampling.stop_token_ids))),
             max_len=min(len(request.prompt_ids) + sampling.max_tokens, self.max_len),
             prefill_only=request.prefill_only,
+            needs_history=sampling.penalised,
             arrived_at=now,
         )
 

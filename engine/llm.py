@@ -76,6 +76,7 @@ class LLM:
         except BaseException:
             for request in requests:
                 self.engine.abort(request.request_id)
+            self.engine.settle()
             self.engine.reap()
             raise
 
@@ -88,7 +89,7 @@ class LLM:
         queue = iter(requests)
         left = len(requests)
         while left or self.engine.has_work:
-            while left and self.engine.stats().waiting < self._max_waiting:
+            while left and self.engine.num_waiting < self._max_waiting:
                 request = next(queue, None)
                 if request is None:
                     break

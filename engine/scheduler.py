@@ -4,28 +4,35 @@ Owns the waiting queue, the running set and every block that a sequence holds. C
 alone: schedule() -> execute -> update() or fail(). States: waiting -> running -> ended, running ->
 preempted -> running, reserved -> running.
 
-Invariant: sequences are ordered by age (first admission), and only an older one may preempt a
+A step may be planned ahead, while the step before it is in flight: where a token of that step is
+needed, the plan says PENDING. What such a step computes for a sequence that has ended meanwhile is
+dropped.
+
+Invariants: sequences are ordered by age (first admission), and only an older one may preempt a
 younger one. So the oldest always moves on, unless blocks held outside the running set stand in its
-way; those end by themselves (a lease expires, a reservation is adopted or cancelled).
+way; those end by themselves (a lease expires, a reservation is adopted or cancelled). A sequence is
+never preempted while a step in flight computes it.
 """
 
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import NamedTuple
 
 from core.clock import Clock
 from core.errors import DiptychError, OverloadedError
 from core.finish import FinishReason
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
-from engine.plan import Chunk, StepPlan, StepResult
+from engine.plan import PENDING, Chunk, StepPlan, StepResult
 from engine.policy import policy_named
 from engine.request import SequenceOutput
 from engine.sequence import SequenceState, SequenceStatus
 
 MAX_DEFERRED = 16
 """Candidates passed over in one step because a running sequence computes their prefix."""
+_PENDING = (PENDING,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,14 @@ class ScheduledStep:
     sequences: Sequence[SequenceState]
     num_prefill_tokens: int
     num_decode_tokens: int
+
+
+class StepEffect(NamedTuple):
+    """What a step did, and to which sequences it was the last one."""
+
+    outputs: list[SequenceOutput]
+    ended: list[SequenceState]
+    """They still have their blocks."""
 
 
 class Scheduler:
@@ -97,56 +112,81 @@ class Scheduler:
         sequence.expected_cached = self._tables.cached_prefix(sequence)
         self._waiting[sequence.request_id] = sequence
 
-    def schedule(self) -> ScheduledStep | None:
+    def schedule(self, *, ahead: bool = False) -> ScheduledStep | None:
         """Choose the next step: decodes first, then prompt chunks, then new sequences.
 
-        Allocates blocks and may preempt. Returns None when nothing can be computed now.
+        Allocates blocks and may preempt.
+
+        Args:
+            ahead: a step is in flight.
+
+        Returns:
+            None when nothing can be computed now. If planned ahead, also when the step in flight
+            has to be waited for first: a token of it shapes the next one beyond being its input, or
+            blocks run out. Nothing has changed then.
         """
         draft = _Draft(self._max_step_tokens)
-        self._blocked = None
         decodes: list[SequenceState] = []
         prefills: list[SequenceState] = []
         for sequence in self._running:
-            (prefills if sequence.num_to_compute > 1 else decodes).append(sequence)
+            if sequence.num_pending:
+                if sequence.ends_when_known:
+                    continue
+                if sequence.needs_history:
+                    return None
+            (prefills if sequence.num_unscheduled > 1 else decodes).append(sequence)
         for sequence in chain(decodes, prefills):
             if draft.budget <= 0:
                 break
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # an older one preempted it in this very step
-            wanted = min(sequence.num_to_compute, draft.budget, self._max_chunk_tokens)
-            draft.take(sequence, self._make_room(sequence, wanted, draft))
+            wanted = min(sequence.num_unscheduled, draft.budget, self._max_chunk_tokens)
+            if sequence.num_scheduled + wanted > sequence.num_slots:
+                if ahead and self._tables.missing(sequence, wanted) > self._spare_blocks(draft):
+                    return None
+                wanted = self._make_room(sequence, wanted, draft)
+            draft.take(sequence, wanted)
         self._admit(draft)
         return self._plan(draft) if draft.tokens else None
 
-    def update(self, step: ScheduledStep, result: StepResult) -> list[SequenceOutput]:
-        """Take what the executor sampled. Ended sequences still have their blocks."""
-        outputs = []
-        ended = False
-        for index, sequence in enumerate(step.sequences):
-            sequence.num_computed += len(step.plan.chunks[index].token_ids)
-            self._tables.register(sequence)
-            token_id = result.token_ids[index]
-            if token_id is None:
-                outputs.append(sequence.report())
-                continue
-            if sequence.append(token_id) is not None:
-                sequence.status = SequenceStatus.ENDED
-                ended = True
-            outputs.append(sequence.report(token_id, result.logprobs[index]))
+    def update(self, step: ScheduledStep, result: StepResult) -> StepEffect:
+        """Take what the executor sampled."""
+        outputs: list[SequenceOutput] = []
+        moved: list[SequenceState] = []
+        ended: list[SequenceState] = []
+        for sequence, chunk, token_id, logprobs in zip(
+            step.sequences, step.plan.chunks, result.token_ids, result.logprobs, strict=True
+        ):
+            sequence.steps_in_flight -= 1
+            if sequence.status is SequenceStatus.ENDED:
+                continue  # while the step was in flight
+            moved.append(sequence)
+            sequence.num_computed = chunk.start + len(chunk.token_ids)
+            if token_id is not None:
+                sequence.num_pending -= 1
+                if sequence.append(token_id) is not None:
+                    sequence.status = SequenceStatus.ENDED
+                    ended.append(sequence)
+            outputs.append(sequence.report(token_id, logprobs))
+        self._tables.register(moved)
         if ended:
             self._drop_ended()
-        return outputs
+        return StepEffect(outputs, ended)
 
-    def fail(self, step: ScheduledStep, error: DiptychError) -> list[SequenceOutput]:
+    def fail(self, step: ScheduledStep, error: DiptychError) -> StepEffect:
         """End the sequences of a step that could not be executed; the others go on."""
+        ended = []
         for sequence in step.sequences:
-            sequence.finish_reason = FinishReason.FAILED
-            sequence.status = SequenceStatus.ENDED
+            sequence.steps_in_flight -= 1
+            if sequence.status is not SequenceStatus.ENDED:
+                sequence.finish_reason = FinishReason.FAILED
+                sequence.status = SequenceStatus.ENDED
+                ended.append(sequence)
         self._drop_ended()
-        return [sequence.report(error=error) for sequence in step.sequences]
+        return StepEffect([sequence.report(error=error) for sequence in ended], ended)
 
     def abort(self, sequence: SequenceState) -> None:
-        """End a waiting or running sequence now and free its blocks."""
+        """End a waiting or running sequence now. It still has its blocks."""
         match sequence.status:
             case SequenceStatus.WAITING:
                 del self._waiting[sequence.request_id]
@@ -158,7 +198,6 @@ class Scheduler:
             self._blocked = None
         sequence.finish_reason = FinishReason.ABORTED
         sequence.status = SequenceStatus.ENDED
-        self._tables.release(sequence)
 
     def reserve(self, sequence: SequenceState) -> bool:
         """Give a sequence blocks for all its tokens, so that their KV can be brought in.
@@ -193,8 +232,8 @@ class Scheduler:
         It may end at once; it still has its blocks then.
         """
         self._num_reserved -= 1
-        sequence.num_computed = len(sequence.token_ids)
-        self._tables.register(sequence)
+        sequence.num_computed = sequence.num_scheduled = len(sequence.token_ids)
+        self._tables.register((sequence,))
         if sequence.append(token_id) is None:
             self._join(sequence)
         else:
@@ -205,18 +244,25 @@ class Scheduler:
         return self._max_num_seqs - len(self._running) - self._num_reserved
 
     def _make_room(self, sequence: SequenceState, wanted: int, draft: "_Draft") -> int:
-        """Allocate for up to `wanted` more tokens, preempting younger sequences if need be.
+        """Claim blocks for up to `wanted` more tokens, preempting younger sequences if need be.
 
         Returns how many tokens have room; fewer than wanted only for the youngest.
         """
-        while self._tables.lacks(sequence, wanted) and self._running[-1] is not sequence:
+        missing = self._tables.missing(sequence, wanted)
+        while missing > self._spare_blocks(draft) and self._running[-1] is not sequence:
             self._preempt(self._running[-1], draft)
-        return self._tables.grow(sequence, wanted)
+        granted = min(missing, self._spare_blocks(draft))
+        draft.num_blocks += granted
+        return min(wanted, self._tables.room(sequence, granted))
+
+    def _spare_blocks(self, draft: "_Draft") -> int:
+        return self._tables.num_available - draft.num_blocks
 
     def _preempt(self, victim: SequenceState, draft: "_Draft") -> None:
         # The blocks go to the prefix cache, where the recompute finds what is not evicted by then.
         self._running.pop()
-        draft.drop(victim)
+        count = draft.drop(victim)
+        draft.num_blocks -= self._tables.missing(victim, count)
         self._tables.release(victim)
         victim.expected_cached = self._tables.cached_prefix(victim)
         victim.status = SequenceStatus.PREEMPTED
@@ -224,7 +270,8 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _admit(self, draft: "_Draft") -> None:
-        if not self._waiting and not self._preempted:
+        self._blocked = None
+        if self._num_seats == 0 or not (self._waiting or self._preempted):
             return
         deferred = 0
         for sequence in self._candidates():
@@ -274,14 +321,20 @@ class Scheduler:
         chunks = []
         num_decode_tokens = 0
         for sequence, count in draft.tokens.items():
-            start = sequence.num_computed
+            start = sequence.num_scheduled
             end = start + count
+            if end > sequence.num_slots:
+                self._tables.grow(sequence, count)
+            pending = sequence.num_pending
+            token_ids = _PENDING if pending else sequence.token_ids[start:end]
             sample = None
-            if end == len(sequence.token_ids):
+            if end == len(sequence.token_ids) + pending:
                 sample = sequence.sample_spec()
-                if count == 1 and sequence.output_ids:
+                sequence.num_pending = pending + 1
+                if count == 1 and (pending or sequence.output_ids):
                     num_decode_tokens += 1
-            token_ids = sequence.token_ids[start:end]
+            sequence.num_scheduled = end
+            sequence.steps_in_flight += 1
             chunks.append(
                 Chunk(sequence.request_id, token_ids, start, sequence.block_table, sample)
             )
@@ -294,10 +347,12 @@ class Scheduler:
 class _Draft:
     """Tokens of each sequence in the step that is being put together."""
 
-    __slots__ = ("budget", "tokens")
+    __slots__ = ("budget", "num_blocks", "tokens")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.num_blocks = 0
+        """Blocks that the step needs and that are not allocated yet."""
         self.tokens: dict[SequenceState, int] = {}
 
     def take(self, sequence: SequenceState, count: int) -> None:
@@ -305,8 +360,10 @@ class _Draft:
             self.tokens[sequence] = count
             self.budget -= count
 
-    def drop(self, sequence: SequenceState) -> None:
-        self.budget += self.tokens.pop(sequence, 0)
+    def drop(self, sequence: SequenceState) -> int:
+        count = self.tokens.pop(sequence, 0)
+        self.budget += count
+        return count
 
 
 def _age(sequence: SequenceState) -> int:

@@ -1,8 +1,10 @@
 """One sequence on its way through the engine: its tokens, its blocks and when it must end.
 
 The scheduler moves it between waiting, running and ended; nothing else writes to it. Invariant:
-token_ids is prompt + every output token; the KV of token_ids[:num_computed] lies in block_table;
-a waiting or running sequence has at least one token left to compute.
+token_ids is prompt + every output token that is known; the KV of token_ids[:num_computed] lies in
+block_table; a waiting or running sequence has at least one token left to compute. Steps in flight
+compute positions [num_computed, num_scheduled) and sample num_pending tokens, which follow
+token_ids but are not in it yet.
 """
 
 from collections.abc import Sequence
@@ -47,6 +49,8 @@ class SequenceState:
     max_len: int
     """Length of token_ids at which the sequence ends."""
     prefill_only: bool
+    needs_history: bool
+    """True if a token can't be sampled before the host knows all tokens that precede it."""
     arrived_at: float
     status: SequenceStatus = SequenceStatus.WAITING
     expected_cached: int = 0
@@ -54,7 +58,15 @@ class SequenceState:
     age: int = -1
     """Order of first admission; -1 before. An older sequence may preempt a younger one."""
     block_table: list[int] = field(default_factory=list)
+    num_slots: int = 0
+    """Tokens that the blocks of block_table have room for."""
     num_computed: int = 0
+    num_scheduled: int = 0
+    """num_computed, and what steps in flight compute."""
+    num_pending: int = 0
+    """Tokens that steps in flight sample."""
+    steps_in_flight: int = 0
+    """Steps in flight that write to its blocks, which must not be freed before those are over."""
     num_registered: int = 0
     """Leading blocks of block_table that the prefix cache has been told of."""
     num_cached_tokens: int = 0
@@ -64,12 +76,22 @@ class SequenceState:
 
     @property
     def num_to_compute(self) -> int:
-        """Tokens whose KV is missing; the last one is among them."""
+        """Known tokens whose KV is missing; the last one is among them."""
         return len(self.token_ids) - self.num_computed
 
+    @property
+    def num_unscheduled(self) -> int:
+        """Tokens, pending ones included, that no step computes yet."""
+        return len(self.token_ids) + self.num_pending - self.num_scheduled
+
+    @property
+    def ends_when_known(self) -> bool:
+        """True if the pending token is the last one, whatever it will be."""
+        return self.prefill_only or len(self.token_ids) + self.num_pending >= self.max_len
+
     def sample_spec(self) -> SampleSpec:
-        """How to sample the next token. Lists are shared, not copied."""
-        position = len(self.output_ids)
+        """How to sample the token after all pending ones. Lists are shared, not copied."""
+        position = len(self.output_ids) + self.num_pending
         banned = self.end_ids if position < self.sampling.min_tokens else ()
         return SampleSpec(self.sampling, position, self.prompt_ids, self.output_ids, banned)
 
