@@ -1,0 +1,99 @@
+"""The executor of several ranks on one host: this process is rank 0, its children are the others.
+
+Every rank gets every plan, computes its share and gathers the same logits, so each samples the same
+tokens and nothing is sent back but failures.
+"""
+
+import atexit
+
+from engine.executor import Executor, PendingStep
+from engine.kv.pool import KVPool
+from engine.models.config import ModelConfig
+from engine.parallel.children import RankProcesses
+from engine.parallel.group import RankGroup
+from engine.parallel.pipe import Frame
+from engine.parallel.plan_codec import PlanEncoder
+from engine.plan import StepPlan, StepResult
+
+
+class MultiProcessExecutor:
+    """Implements Executor. Any failed step is final: it then raises the same error for ever."""
+
+    def __init__(self, local: Executor, group: RankGroup, ranks: RankProcesses) -> None:
+        """Join the parts; `start_ranks` makes them.
+
+        Args:
+            local: executor of rank 0, in this process.
+            group: of rank 0.
+            ranks: the others, ready for steps.
+        """
+        self._local = local
+        self._group = group
+        self._ranks = ranks
+        self._encoder = PlanEncoder()
+        self._closed = False
+        # Children end with this process in any case; this lets both end in order.
+        atexit.register(self.close)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """See Executor."""
+        return self._local.model_config
+
+    @property
+    def model_digest(self) -> bytes:
+        """See Executor."""
+        return self._local.model_digest
+
+    @property
+    def pool(self) -> KVPool:
+        """See Executor. Rank 0's; the others hold the same blocks of the other heads."""
+        return self._local.pool
+
+    @property
+    def overlaps(self) -> bool:
+        """See Executor."""
+        return self._local.overlaps
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of ranks 1 and up."""
+        return self._ranks.pids
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        """See Executor.
+
+        Raises:
+            WorkerLostError: a rank is lost; it is raised for every further step too.
+        """
+        assert not self._closed, "submit after close"
+        with self._ranks.step():
+            self._ranks.send(Frame.PLAN, self._encoder.encode(plan))
+            return _RankedStep(self._local.submit(plan), self._ranks)
+
+    def close(self) -> None:
+        """See Executor. Ends the other ranks' processes."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        # Leaving the group may need all of its ranks.
+        self._ranks.begin_close()
+        self._local.close()
+        self._group.close()
+        self._ranks.close()
+
+
+class _RankedStep:
+    """A PendingStep that fails when a rank is lost."""
+
+    __slots__ = ("_ranks", "_step")
+
+    def __init__(self, step: PendingStep, ranks: RankProcesses) -> None:
+        self._step = step
+        self._ranks = ranks
+
+    def wait(self) -> StepResult:
+        """See PendingStep."""
+        with self._ranks.step():
+            return self._step.wait()

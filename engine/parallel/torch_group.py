@@ -1,0 +1,137 @@
+"""Ranks joined by torch.distributed's backends: gloo on CPUs, NCCL on GPUs, of one host.
+
+Backends are made directly, without torch's process-wide default group, so a process may hold
+several. Ranks find each other through a file in memory that children inherit: nothing listens
+beyond loopback and nothing is left on a disk.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from core.errors import WorkerLostError
+
+_TORCH: Any = distributed
+_C10D: Any = distributed.distributed_c10d
+"""Backends and their options; torch's annotations know only some of them."""
+_POLL_S = 0.01
+_BACKSTOP = 2
+"""Rank 0's watch ends a step that stands still; a backend's own deadline is this much later."""
+
+
+def make_store_fd() -> int:
+    """A descriptor of an empty rendezvous file, to be inherited by every rank; close it later."""
+    return os.memfd_create("ranks", os.MFD_CLOEXEC)
+
+
+class TorchGroup:
+    """Implements RankGroup."""
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        *,
+        store_fd: int,
+        start_timeout_s: float,
+        rank_timeout_s: float,
+        check: Callable[[], None],
+    ) -> None:
+        """Wait for the other ranks and connect.
+
+        Args:
+            rank: this one's number.
+            size: how many there are.
+            device: of this rank.
+            store_fd: from `make_store_fd`, in this process.
+            start_timeout_s: longest to wait for another rank while it starts or loads.
+            rank_timeout_s: longest to wait for another rank in a step.
+            check: called while waiting for other ranks to load; raises when one is lost.
+
+        Raises:
+            WorkerLostError: not every rank came.
+        """
+        self.rank = rank
+        self.size = size
+        self.calls = 0
+        self._timeout_s = start_timeout_s
+        self._check = check
+        self._rounds = 0
+        store = _TORCH.FileStore(f"/proc/self/fd/{store_fd}", size)
+        store.set_timeout(timedelta(seconds=start_timeout_s))
+        self._store: Any = store
+        self.smallest(0)  # everyone is here, so connecting is quick
+        timeout = timedelta(seconds=_BACKSTOP * rank_timeout_s)
+        self._backend: Any = (_nccl if device.type == "cuda" else _gloo)(
+            _C10D.PrefixStore("backend", store), rank, size, timeout, device
+        )
+        self._reduce_options = _C10D.AllreduceOptions()
+        self._gather_options = _C10D.AllgatherOptions()
+        # On the current stream, so that nothing waits for an event.
+        self._reduce_options.asyncOp = self._gather_options.asyncOp = False
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See RankGroup."""
+        self.calls += 1
+        self._backend.allreduce([tensor], self._reduce_options).wait()
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See RankGroup."""
+        self.calls += 1
+        rows, part = tensor.shape
+        parts = tensor.new_empty(self.size * rows, part)
+        self._backend._allgather_base(parts, tensor.contiguous(), self._gather_options).wait()
+        return parts.view(self.size, rows, part).transpose(0, 1).reshape(rows, -1)
+
+    def smallest(self, value: int) -> int:
+        """See RankGroup."""
+        names = [f"{self._rounds}/{rank}" for rank in range(self.size)]
+        self._rounds += 1
+        self._store.set(names[self.rank], str(value))
+        deadline = time.monotonic() + self._timeout_s
+        while not self._store.check(names):
+            self._check()
+            if time.monotonic() > deadline:
+                raise WorkerLostError(
+                    f"Not every rank was ready within {self._timeout_s:.0f} s; see the log for "
+                    "what the others did, or raise start_timeout_s."
+                )
+            time.sleep(_POLL_S)
+        return min(int(self._store.get(name)) for name in names)
+
+    def abort(self) -> None:
+        """Make collectives under way return, from any thread; gloo's end with their peers."""
+        backend = self._backend
+        if backend is not None and backend.name() == "nccl":
+            backend.abort()
+
+    def close(self) -> None:
+        """See RankGroup."""
+        backend, self._backend, self._store = self._backend, None, None
+        if backend is not None:
+            backend.shutdown()
+
+
+def _gloo(store: Any, rank: int, size: int, timeout: timedelta, device: torch.device) -> Any:
+    options = _C10D.ProcessGroupGloo._Options()
+    options._devices = [_C10D.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timeout
+    return _C10D.ProcessGroupGloo(store, rank, size, options)
+
+
+def _nccl(store: Any, rank: int, size: int, timeout: timedelta, device: torch.device) -> Any:
+    # Before the first communicator: ranks are on one host and meet on no other interface.
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    torch.cuda.set_device(device)
+    options = _C10D.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    backend = _C10D.ProcessGroupNCCL(store, rank, size, options)
+    backend.eager_connect_single_device(device)
+    return backend
