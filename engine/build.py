@@ -7,8 +7,10 @@ import torch
 from core.errors import ConfigError
 from core.modelfile.digest import model_digest
 from core.modelfile.resolve import resolve_model, silent
-from engine.attention.registry import make_attention_backend
+from engine.attention.registry import chosen_backend
+from engine.attention.torch_native import TorchNativeBackend
 from engine.config import EngineConfig
+from engine.cuda.memory import explained
 from engine.executor import Executor
 from engine.kernels.decode import make_compiled_decode
 from engine.kv.pool import KVPool, kv_layout, num_pool_blocks
@@ -67,16 +69,33 @@ def build_rank(
     dtype = _dtype(config, model_config, device)
     progress("loading the weights")
     dummy = config.load_format == "dummy"
-    with torch.inference_mode():
+    flashinfer = chosen_backend(config, share, dtype, device) == "flashinfer"
+    with torch.inference_mode(), explained("loading the weights", device):
         model = load_model(path, model_config, config, group=group, dtype=dtype, device=device)
-        rope = RotaryEmbedding(
-            model_config.rope, model_config.head_dim, max_len, dtype=dtype, device=device
-        )
-    # Not in inference mode: whoever fills blocks from outside must be allowed to write the tensor.
+    digest = model_digest(path, dummy_seed=config.seed if dummy else None)
     layout = kv_layout(share, config.block_size, dtype)
+    if flashinfer:
+        from engine.cuda.build import CudaParts, build_cuda_runner
+
+        parts = CudaParts(
+            config=config,
+            model=model,
+            model_config=model_config,
+            share=share,
+            model_digest=digest,
+            layout=layout,
+            device=device,
+            max_len=max_len,
+            smallest=group.smallest,
+        )
+        return build_cuda_runner(parts, progress)
+    rope = RotaryEmbedding(
+        model_config.rope, model_config.head_dim, max_len, dtype=dtype, device=device
+    )
+    # Not in inference mode: whoever fills blocks from outside must be allowed to write the tensor.
     # Ranks meet here: from now on all of them have their weights, and a step's deadlines hold.
     pool = KVPool(layout, group.smallest(num_pool_blocks(config, layout)), device)
-    attention = make_attention_backend(config.attention_backend, pool, share.num_heads)
+    attention = TorchNativeBackend(pool, share.num_heads)
     compiled = None
     if config.attention_backend == "auto" and group.size == 1:
         compiled = make_compiled_decode(
@@ -85,7 +104,7 @@ def build_rank(
     return TorchRunner(
         model=model,
         model_config=model_config,
-        model_digest=model_digest(path, dummy_seed=config.seed if dummy else None),
+        model_digest=digest,
         pool=pool,
         attention=attention,
         rope=rope,

@@ -27,8 +27,10 @@ class EngineConfig:
     """Tokens per KV block."""
     num_blocks: int | None = None
     """Blocks in the KV pool; None: as many as fit kv_cache_bytes."""
-    kv_cache_bytes: int = 1 << 30
-    """Of each rank."""
+    kv_cache_bytes: int | None = None
+    """Of each rank; None: 1 GiB on a CPU, on a GPU what gpu_memory_utilization leaves."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's whole memory that weights, KV pool and computing together may take."""
     max_model_len: int | None = None
     """Longest prompt + output in tokens; None: the model's own limit."""
     max_num_seqs: int = 64
@@ -42,7 +44,10 @@ class EngineConfig:
     policy: Literal["fcfs", "longest_prefix"] = "fcfs"
     """Who is admitted next: the oldest request, or the one with most tokens in the prefix cache."""
     prefix_caching: bool = True
-    attention_backend: Literal["auto", "torch_native"] = "auto"
+    attention_backend: Literal["auto", "torch_native", "flashinfer"] = "auto"
+    """auto: flashinfer on a GPU that can have it, else torch_native."""
+    cuda_graphs: bool = True
+    """Replay decode steps on a GPU as one launch; without, the same kernels one by one."""
     num_threads: int | None = None
     """Compute threads, shared by the ranks; None: every core this process may use."""
     seed: int = 0

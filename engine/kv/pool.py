@@ -13,6 +13,9 @@ from core.kv_layout import KvLayout
 from engine.config import EngineConfig
 from engine.models.config import ModelConfig
 
+_DEFAULT_BYTES = 1 << 30
+"""Of a pool in host memory when nothing else is said."""
+
 
 def kv_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KvLayout:
     """Layout of a model's blocks."""
@@ -37,10 +40,11 @@ def num_pool_blocks(config: EngineConfig, layout: KvLayout) -> int:
         if config.num_blocks < 1:
             raise ConfigError(f"num_blocks must be at least 1, got {config.num_blocks}.")
         return config.num_blocks
-    count = config.kv_cache_bytes // layout.block_bytes
+    size = _DEFAULT_BYTES if config.kv_cache_bytes is None else config.kv_cache_bytes
+    count = size // layout.block_bytes
     if count < 1:
         raise ConfigError(
-            f"kv_cache_bytes of {config.kv_cache_bytes} does not hold one KV block of "
+            f"kv_cache_bytes of {size} does not hold one KV block of "
             f"{layout.block_bytes} bytes; give at least that much."
         )
     return count
