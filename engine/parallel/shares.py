@@ -61,8 +61,10 @@ def rank_device(config: EngineConfig, rank: int) -> torch.device:
     """
     device = torch.device(config.device)
     size = config.tensor_parallel_size
-    if size == 1 or device.type == "cpu":
+    if device.type == "cpu":
         return device
+    if size == 1:
+        return torch.device(device.type, device.index or 0)
     if device.type != "cuda":
         raise ConfigError(f"tensor_parallel_size above 1 needs device cpu or cuda, not {device}.")
     first, found = device.index or 0, torch.cuda.device_count()
