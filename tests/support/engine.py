@@ -4,23 +4,31 @@ The KV of a token here is a number made from the KV of all tokens before it, *as
 through the block table*, and the next token is made from the KV of the whole context read the same
 way. So a wrong block table, a stale block, a missing or repeated chunk, a block written by two
 sequences or a wrong sampling position all change the tokens.
+
+It computes a step while it is submitted or, if it overlaps, at any time between that and the
+return of `wait`: as late as possible unless told to. What a step will write is spoilt when it is
+submitted.
 """
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Literal, Protocol
 
 from core.sampling import SamplingParams
 from core.tokens import TokenLogprobs
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.executor import DoneStep, PendingStep
-from engine.plan import Chunk, SampleSpec, StepPlan, StepResult
+from engine.executor import PendingStep
+from engine.plan import PENDING, Chunk, SampleSpec, StepPlan, StepResult
 from engine.request import EngineRequest, SequenceOutput
 
 VOCAB_SIZE = 97
 EOS = 0
 DIGEST = b"fake model"
+POISON = -7
+"""Content of slots that a step under way writes, and of those that a failed step would have."""
 _MASK = (1 << 61) - 1
 
 
@@ -87,10 +95,41 @@ class FakePool:
         return [self.blocks[table[i // size]][i % size] for i in range(length)]
 
 
+@dataclass
+class FakeStep:
+    """A PendingStep. `plan` is a copy: the engine's own lists, in `live`, change."""
+
+    executor: "FakeExecutor"
+    plan: StepPlan
+    live: StepPlan
+    before: "FakeStep | None"
+    error: Exception | None
+    result: StepResult | None = None
+
+    def wait(self) -> StepResult:
+        return self.executor.finish(self)
+
+    def before_chunk(self, chunk: Chunk) -> Chunk | None:
+        """What this step computes of the sequence that `chunk` of the next plan is of.
+
+        A request of the same name has another table.
+        """
+        pairs = zip(self.live.chunks, self.plan.chunks, strict=True)
+        return next((own for live, own in pairs if live.block_table is chunk.block_table), None)
+
+    def sampled(self, request_id: str) -> int:
+        """The token that this step sampled for a request; anything at all if it failed."""
+        if self.error is not None:
+            return 1
+        assert self.result is not None, "steps are computed in order"
+        names = [chunk.request_id for chunk in self.plan.chunks]
+        token_id = self.result.token_ids[names.index(request_id)]
+        assert token_id is not None
+        return token_id
+
+
 class FakeExecutor:
     """Implements `engine.executor.Executor`."""
-
-    overlaps = False
 
     def __init__(
         self,
@@ -98,8 +137,10 @@ class FakeExecutor:
         block_size: int = 4,
         *,
         max_position: int = 4096,
+        overlaps: bool = False,
     ) -> None:
         self.pool = FakePool(num_blocks, block_size)
+        self.overlaps = overlaps
         self.model_digest = DIGEST
         self.model_config = SimpleNamespace(
             eos_token_ids=(EOS,),
@@ -108,60 +149,165 @@ class FakeExecutor:
         )
         self.plans: list[StepPlan] = []
         self.fail_with: Exception | None = None
+        """Raised by the next step, once."""
+        self.fail_at: Literal["submit", "wait"] = "submit"
+        self.in_flight: deque[FakeStep] = deque()
+        """Submitted and not waited for."""
         self.closed = False
 
     def submit(self, plan: StepPlan) -> PendingStep:
-        return DoneStep(self._execute(plan))
-
-    def _execute(self, plan: StepPlan) -> StepResult:
         assert plan.chunks, "an empty plan was executed"
-        self.plans.append(
-            StepPlan([_copied(chunk.token_ids, chunk) for chunk in plan.chunks])  # tables are live
-        )
-        if self.fail_with is not None:
-            error, self.fail_with = self.fail_with, None
+        assert len(self.in_flight) <= self.overlaps, "too many steps at once"
+        live, plan = plan, _copied(plan)
+        self.plans.append(plan)
+        error, self.fail_with = self.fail_with, None
+        if error is not None and self.fail_at == "submit":
             raise error
-        written: set[tuple[int, int]] = set()
-        sampled: list[int | None] = []
+        before = self.in_flight[-1] if self.in_flight else None
+        for chunk in live.chunks:
+            _check_pending(chunk, before and before.before_chunk(chunk))
+        for block_id, offset in self._slots(plan):
+            self.pool.blocks[block_id][offset] = POISON
+        step = FakeStep(self, plan, live, before, error)
+        self.in_flight.append(step)
+        if not self.overlaps:
+            self.run_device()
+        return step
+
+    def run_device(self) -> None:
+        """Compute the oldest step that is not computed yet."""
+        for step in self.in_flight:
+            if step.result is None and step.error is None:
+                step.result = self._compute(step)
+                return
+
+    def finish(self, step: FakeStep) -> StepResult:
+        """What `step.wait` does."""
+        assert self.in_flight and self.in_flight[0] is step, "waited for out of order, or twice"
+        if step.result is None:
+            self.run_device()
+        self.in_flight.popleft()
+        if step.error is not None:
+            raise step.error
+        assert step.result is not None
+        return step.result
+
+    def _slots(self, plan: StepPlan) -> set[tuple[int, int]]:
+        """Block and offset of every token that a plan computes."""
+        size = self.pool.block_size
+        slots: set[tuple[int, int]] = set()
         for chunk in plan.chunks:
             end = chunk.start + len(chunk.token_ids)
-            size = self.pool.block_size
             assert len(chunk.block_table) == -(-end // size), "the table does not fit the chunk"
-            context = self.pool.read(chunk.block_table, chunk.start)
-            for offset, token_id in enumerate(chunk.token_ids):
-                position = chunk.start + offset
-                value = mix(*context[-1:], position, token_id)
-                context.append(value)
+            for position in range(chunk.start, end):
                 slot = (chunk.block_table[position // size], position % size)
-                assert slot not in written, "two sequences write to one slot in a step"
-                written.add(slot)
-                self.pool.blocks[slot[0]][slot[1]] = value
-        for chunk in plan.chunks:  # read after all writes: a step's chunks run together
-            end = chunk.start + len(chunk.token_ids)
-            context = self.pool.read(chunk.block_table, end)
+                assert slot not in slots, "two sequences write to one slot in a step"
+                slots.add(slot)
+        return slots
+
+    def _compute(self, step: FakeStep) -> StepResult:
+        size, chunks = self.pool.block_size, step.plan.chunks
+        for chunk in chunks:
+            context = self.pool.read(chunk.block_table, chunk.start)
+            for position, token_id in enumerate(_token_ids(chunk, step.before), chunk.start):
+                context.append(mix(*context[-1:], position, token_id))
+                self.pool.blocks[chunk.block_table[position // size]][position % size] = context[-1]
+        sampled: list[int | None] = []
+        for chunk in chunks:  # read after all writes: a step's chunks run together
+            context = self.pool.read(chunk.block_table, chunk.start + len(chunk.token_ids))
             sampled.append(None if chunk.sample is None else _sample(context, chunk.sample))
         logprobs = [
             TokenLogprobs(-1.0)
             if chunk.sample is not None and chunk.sample.params.logprobs is not None
             else None
-            for chunk in plan.chunks
+            for chunk in chunks
         ]
         return StepResult(sampled, logprobs)
 
     def close(self) -> None:
+        assert not self.in_flight, "closed with a step in flight"
         self.closed = True
 
 
+def _check_pending(chunk: Chunk, past: Chunk | None) -> None:
+    """The token that the step in flight samples is named PENDING, and no other one is."""
+    ends_at = None if past is None else past.start + len(past.token_ids)
+    unknown = past is not None and past.sample is not None and chunk.start == ends_at
+    assert (PENDING in chunk.token_ids) is unknown, "PENDING, and nobody samples it"
+    assert not unknown or len(chunk.token_ids) == 1, "PENDING is not alone"
+    assert past is None or chunk.start == ends_at, "tokens were left out or are computed twice"
+    if chunk.sample is not None:
+        spec = chunk.sample
+        assert spec.position == len(spec.output_ids) + unknown, "the sampling counter is off"
+        assert not (unknown and spec.params.penalised), "penalties without the whole history"
+
+
+def _token_ids(chunk: Chunk, before: FakeStep | None) -> Sequence[int]:
+    if PENDING not in chunk.token_ids:
+        return chunk.token_ids
+    assert before is not None
+    return [before.sampled(chunk.request_id)]
+
+
 def _sample(context: Sequence[int], spec: SampleSpec) -> int:
-    assert spec.position == len(spec.output_ids), "the sampling counter is off"
-    assert len(spec.prompt_ids) + len(spec.output_ids) == len(context)
+    assert len(spec.prompt_ids) + spec.position == len(context)
     return next_token(context, spec.params.seed, spec.position, spec.banned_ids)
 
 
-def _copied(token_ids: Sequence[int], chunk: Chunk) -> Chunk:
-    return Chunk(
-        chunk.request_id, list(token_ids), chunk.start, list(chunk.block_table), chunk.sample
+def _copied(plan: StepPlan) -> StepPlan:
+    return StepPlan(
+        [
+            Chunk(
+                chunk.request_id,
+                list(chunk.token_ids),
+                chunk.start,
+                list(chunk.block_table),
+                chunk.sample and replace(chunk.sample, output_ids=list(chunk.sample.output_ids)),
+            )
+            for chunk in plan.chunks
+        ]
     )
+
+
+class WatchedEngine(Engine):
+    """Looks after every call at the blocks of the steps in flight: nobody else may have them."""
+
+    _CALLS = (
+        *("add", "abort", "step", "settle", "reap", "hold", "release"),
+        *("reserve", "cancel", "adopt", "flush_cache"),
+    )
+
+    def __getattribute__(self, name: str) -> object:
+        value = super().__getattribute__(name)
+        if name not in WatchedEngine._CALLS:
+            return value
+
+        def watched(*arguments: object) -> object:
+            try:
+                return value(*arguments)
+            finally:
+                self._watch()
+
+        return watched
+
+    def _watch(self) -> None:
+        executor = self._executor
+        assert isinstance(executor, FakeExecutor)
+        sequences = (
+            *self._live.values(),
+            *self._ended.values(),
+            *self._leaving,
+            *(sequence for _, sequence in self._reserved.values()),
+        )
+        for step in executor.in_flight:
+            for chunk in step.plan.chunks:
+                table = chunk.block_table
+                assert all(self._blocks.references(block_id) for block_id in table), (
+                    "a step in flight uses a block that is free"
+                )
+                written = set(table[chunk.start // executor.pool.block_size :])
+                owners = [s.request_id for s in sequences if written & set(s.block_table)]
+                assert owners == [chunk.request_id], "another one has a block that is written"
 
 
 class FakeClock:
@@ -180,12 +326,26 @@ def make_config(**settings: object) -> EngineConfig:
 
 
 def make_engine(
-    *, num_blocks: int = 16, block_size: int = 4, max_len: int = 4096, **settings: object
+    *,
+    num_blocks: int = 16,
+    block_size: int = 4,
+    max_len: int = 4096,
+    overlaps: bool = False,
+    **settings: object,
 ) -> tuple[Engine, FakeExecutor]:
     """An engine on a fake executor."""
-    executor = FakeExecutor(num_blocks, block_size, max_position=max_len)
-    engine = Engine(make_config(**settings), executor, model_digest=DIGEST, clock=FakeClock())
+    executor = FakeExecutor(num_blocks, block_size, max_position=max_len, overlaps=overlaps)
+    config = make_config(**settings)
+    engine = WatchedEngine(config, executor, model_digest=DIGEST, clock=FakeClock())
     return engine, executor
+
+
+class MakeEngine(Protocol):
+    """`make_engine` with an executor that overlaps, or one that does not; a fixture."""
+
+    def __call__(
+        self, *, num_blocks: int = 16, block_size: int = 4, max_len: int = 4096, **settings: object
+    ) -> tuple[Engine, FakeExecutor]: ...
 
 
 def make_request(

@@ -1,6 +1,10 @@
-"""Random lives of an engine with a tiny pool: nothing leaks, and every token is the right one."""
+"""Random lives of an engine with a tiny pool: nothing leaks, and every token is the right one.
+
+With an executor that overlaps, the device gets on with what it was given whenever a rule says so.
+"""
 
 from dataclasses import replace
+from typing import Literal
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -18,13 +22,14 @@ from hypothesis.stateful import (
 from core.block_hash import hash_blocks, root_hash
 from core.errors import InvalidRequestError, OverloadedError
 from core.finish import FinishReason
-from engine.engine import Engine, Reservation
-from engine.request import EngineRequest
+from engine.engine import Reservation
+from engine.request import EngineRequest, StepOutputs
 from tests.support.engine import (
     DIGEST,
     FakeClock,
     FakeExecutor,
     Transcript,
+    WatchedEngine,
     kv_of,
     make_config,
     make_request,
@@ -55,12 +60,13 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 4),
         prefix_caching=st.sampled_from([True, True, False]),
         policy=st.sampled_from(["fcfs", "longest_prefix"]),
+        overlaps=st.sampled_from([False, True, True]),
     )
-    def start(self, num_blocks: int, **limits: object) -> None:
-        self.executor = FakeExecutor(num_blocks, BLOCK_SIZE)
+    def start(self, num_blocks: int, overlaps: bool, **limits: object) -> None:
+        self.executor = FakeExecutor(num_blocks, BLOCK_SIZE, overlaps=overlaps)
         self.clock = FakeClock()
         config = make_config(max_waiting=4, **limits)
-        self.engine = Engine(config, self.executor, model_digest=DIGEST, clock=self.clock)
+        self.engine = WatchedEngine(config, self.executor, model_digest=DIGEST, clock=self.clock)
         self.transcript = Transcript()
         self.prompts: dict[str, list[int]] = {}
         self.expected: dict[str, list[int]] = {}
@@ -82,6 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
             ignore_eos=seed % 2 == 0,
             stop_token_ids=tuple(range(5)) if seed == 1 else (),
             min_tokens=min(2, max_tokens),
+            presence_penalty=1.0 if seed == 3 else 0.0,
             **kind,
         )
         expected = undisturbed(prompt, request.sampling, max_len=self.engine.max_model_len)
@@ -153,7 +160,19 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.check_integrity()
 
     def step(self) -> None:
-        for output in self.engine.step().outputs:
+        self.take(self.engine.step())
+
+    @rule()
+    def settle(self) -> None:
+        for outputs in self.engine.settle():
+            self.take(outputs)
+
+    @rule()
+    def run_device(self) -> None:
+        self.executor.run_device()
+
+    def take(self, outputs: StepOutputs) -> None:
+        for output in outputs.outputs:
             self.transcript.take(output)
             if output.finish_reason is FinishReason.HANDED_OVER:
                 self.check_export(output.request_id, output.num_computed)
@@ -165,11 +184,14 @@ class EngineMachine(RuleBasedStateMachine):
         tokens = [*self.prompts[request_id], *self.transcript.tokens[request_id][:-1]]
         assert self.executor.pool.read(table, num_computed) == kv_of(tokens)
 
-    @rule(really=st.sampled_from([False, False, False, True]))
-    def fail_a_step(self, really: bool) -> None:
+    @rule(
+        really=st.sampled_from([False, False, False, True]),
+        fail_at=st.sampled_from(["submit", "wait"]),
+    )
+    def fail_a_step(self, really: bool, fail_at: Literal["submit", "wait"]) -> None:
         if not really:
             return
-        self.executor.fail_with = RuntimeError("out of luck")
+        self.executor.fail_with, self.executor.fail_at = RuntimeError("out of luck"), fail_at
         self.step()
         self.executor.fail_with = None
 

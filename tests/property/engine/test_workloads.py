@@ -35,6 +35,7 @@ arrivals = st.builds(
     max_chunk_tokens=st.sampled_from([None, 3]),
     policy=st.sampled_from(["fcfs", "longest_prefix"]),
     prefix_caching=st.sampled_from([True, True, False]),
+    overlaps=st.booleans(),
 )
 def test_engine_under_any_workload_gives_the_undisturbed_tokens(
     work: list[Arrival], num_blocks: int, **limits: object

@@ -12,12 +12,14 @@ from core.errors import (
     UnavailableError,
 )
 from core.finish import FinishReason
+from engine.plan import StepResult
 from tests.support.engine import (
     DIGEST,
     EOS,
     VOCAB_SIZE,
     FakeClock,
-    make_engine,
+    FakeStep,
+    MakeEngine,
     make_request,
     run,
     step_until_preempted,
@@ -36,7 +38,7 @@ def prompt_that_samples(token_id: int, at: int, **sampling: object) -> list[int]
     raise AssertionError("no such prompt")
 
 
-def test_tokens_are_the_undisturbed_ones_alone_and_in_a_batch() -> None:
+def test_tokens_are_the_undisturbed_ones_alone_and_in_a_batch(make_engine: MakeEngine) -> None:
     engine, _ = make_engine(num_blocks=64)
     requests = [make_request(f"r{i}", [i + 1] * (3 * i + 1), seed=i) for i in range(6)]
     for request in requests:
@@ -47,7 +49,7 @@ def test_tokens_are_the_undisturbed_ones_alone_and_in_a_batch() -> None:
         assert transcript.tokens[request.request_id] == expected
 
 
-def test_output_reports_progress_index_and_logprobs() -> None:
+def test_output_reports_progress_index_and_logprobs(make_engine: MakeEngine) -> None:
     engine, _ = make_engine(max_chunk_tokens=5)
     engine.add(make_request("r", 8, max_tokens=2, logprobs=0))
     first, second, third = (engine.step().outputs[0] for _ in range(3))
@@ -60,7 +62,7 @@ def test_output_reports_progress_index_and_logprobs() -> None:
     )
 
 
-def test_end_of_sequence_stops_unless_ignored() -> None:
+def test_end_of_sequence_stops_unless_ignored(make_engine: MakeEngine) -> None:
     prompt = prompt_that_samples(EOS, 2)
     engine, _ = make_engine()
     engine.add(make_request("stops", prompt, max_tokens=6, ignore_eos=False))
@@ -72,7 +74,7 @@ def test_end_of_sequence_stops_unless_ignored() -> None:
     assert len(transcript.tokens["goes-on"]) == 6
 
 
-def test_stop_id_stops_and_is_named() -> None:
+def test_stop_id_stops_and_is_named(make_engine: MakeEngine) -> None:
     prompt = prompt_that_samples(7, 1, stop_token_ids=(7,))
     engine, _ = make_engine()
     engine.add(make_request("r", prompt, stop_token_ids=(7, 9)))
@@ -82,14 +84,14 @@ def test_stop_id_stops_and_is_named() -> None:
     assert transcript.ends["r"].matched_stop == 7
 
 
-def test_stop_on_the_last_allowed_token_is_a_stop() -> None:
+def test_stop_on_the_last_allowed_token_is_a_stop(make_engine: MakeEngine) -> None:
     prompt = prompt_that_samples(7, 1, stop_token_ids=(7,))
     engine, _ = make_engine()
     engine.add(make_request("r", prompt, max_tokens=2, stop_token_ids=(7,)))
     assert run(engine).ends["r"].finish_reason is FinishReason.STOP
 
 
-def test_stop_ids_are_banned_before_min_tokens() -> None:
+def test_stop_ids_are_banned_before_min_tokens(make_engine: MakeEngine) -> None:
     prompt = prompt_that_samples(7, 1, stop_token_ids=(7,))
     engine, executor = make_engine()
     engine.add(make_request("r", prompt, stop_token_ids=(7,), min_tokens=3, ignore_eos=False))
@@ -99,7 +101,7 @@ def test_stop_ids_are_banned_before_min_tokens() -> None:
     assert [set(ids) for ids in banned[:4]] == [{EOS, 7}] * 3 + [set()]
 
 
-def test_context_length_ends_with_length() -> None:
+def test_context_length_ends_with_length(make_engine: MakeEngine) -> None:
     engine, _ = make_engine(max_len=12)
     engine.add(make_request("r", 8, max_tokens=100))
     transcript = run(engine)
@@ -107,14 +109,14 @@ def test_context_length_ends_with_length() -> None:
     assert transcript.ends["r"].finish_reason is FinishReason.LENGTH
 
 
-def test_pool_smaller_than_the_context_bounds_the_length() -> None:
+def test_pool_smaller_than_the_context_bounds_the_length(make_engine: MakeEngine) -> None:
     engine, _ = make_engine(num_blocks=3, block_size=4)
     assert engine.max_model_len == 12
     engine.add(make_request("r", 8, max_tokens=100))
     assert len(run(engine).tokens["r"]) == 4
 
 
-def test_resubmitted_request_goes_on_where_it_was() -> None:
+def test_resubmitted_request_goes_on_where_it_was(make_engine: MakeEngine) -> None:
     whole = make_request("whole", 6, max_tokens=8, seed=3)
     expected = undisturbed(whole.prompt_ids, whole.sampling)
     engine, executor = make_engine()
@@ -144,7 +146,7 @@ def test_resubmitted_request_goes_on_where_it_was() -> None:
     ],
 )
 def test_impossible_request_is_refused_with_a_reason(
-    request_: object, code: ErrorCode, words: str
+    make_engine: MakeEngine, request_: object, code: ErrorCode, words: str
 ) -> None:
     engine, _ = make_engine(max_len=40)
     for submit in (engine.add, engine.check, engine.reserve):
@@ -154,13 +156,13 @@ def test_impossible_request_is_refused_with_a_reason(
     assert not engine.has_work
 
 
-def test_prompt_beyond_the_pool_is_refused_with_both_numbers() -> None:
+def test_prompt_beyond_the_pool_is_refused_with_both_numbers(make_engine: MakeEngine) -> None:
     engine, _ = make_engine(num_blocks=3, block_size=4)
     with pytest.raises(InvalidRequestError, match=r"13 tokens .* holds 12 \(3 blocks of 4\)"):
         engine.add(make_request(prompt_ids=13))
 
 
-def test_id_in_use_is_refused_and_usable_again_after_the_end() -> None:
+def test_id_in_use_is_refused_and_usable_again_after_the_end(make_engine: MakeEngine) -> None:
     engine, _ = make_engine()
     engine.add(make_request("r", max_tokens=1))
     with pytest.raises(InvalidRequestError, match="in use"):
@@ -169,7 +171,7 @@ def test_id_in_use_is_refused_and_usable_again_after_the_end() -> None:
     engine.add(make_request("r"))
 
 
-def test_full_queue_is_overloaded_and_predicts_the_wait() -> None:
+def test_full_queue_is_overloaded_and_predicts_the_wait(make_engine: MakeEngine) -> None:
     engine, _ = make_engine(max_waiting=2)
     engine.add(make_request("a"))
     engine.add(make_request("b"))
@@ -181,7 +183,7 @@ def test_full_queue_is_overloaded_and_predicts_the_wait() -> None:
     engine.add(make_request("c"))
 
 
-def test_check_takes_nothing() -> None:
+def test_check_takes_nothing(make_engine: MakeEngine) -> None:
     engine, _ = make_engine()
     engine.check(make_request("r"))
     assert not engine.has_work
@@ -189,19 +191,24 @@ def test_check_takes_nothing() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
-def test_abort_frees_everything_at_once(steps: int) -> None:
+def test_abort_ends_a_request_and_frees_everything(
+    make_engine: MakeEngine, overlaps: bool, steps: int
+) -> None:
     engine, _ = make_engine(max_chunk_tokens=5)
     engine.add(make_request("r", 8, max_tokens=20))
     for _ in range(steps):
         engine.step()
     assert engine.abort("r")
+    assert not engine.abort("r")
+    in_flight = overlaps and steps > 0
+    assert engine.has_work == in_flight == bool(engine.stats().held_blocks)
+    assert [done.outputs for done in engine.settle()] == [[]] * in_flight
     stats = engine.stats()
     assert (stats.held_blocks, stats.running, stats.waiting) == (0, 0, 0)
     assert not engine.has_work
-    assert not engine.abort("r")
 
 
-def test_ended_request_keeps_its_blocks_until_reaped() -> None:
+def test_ended_request_keeps_its_blocks_until_reaped(make_engine: MakeEngine) -> None:
     engine, _ = make_engine()
     engine.add(make_request("r", 8, max_tokens=1))
     engine.step()
@@ -215,7 +222,9 @@ def test_ended_request_keeps_its_blocks_until_reaped() -> None:
         engine.block_table("r")
 
 
-def test_failing_step_fails_only_its_requests(caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_step_fails_only_its_requests(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
     engine, executor = make_engine(max_num_seqs=2)
     for index, name in enumerate("abc"):
         engine.add(make_request(name, [index + 1] * 5, max_tokens=3))
@@ -233,7 +242,7 @@ def test_failing_step_fails_only_its_requests(caplog: pytest.LogCaptureFixture) 
     assert engine.stats().held_blocks == 0
 
 
-def test_failed_step_caches_nothing_it_computed() -> None:
+def test_failed_step_caches_nothing_it_computed(make_engine: MakeEngine) -> None:
     engine, executor = make_engine()
     engine.add(make_request("r", 8))
     executor.fail_with = UnavailableError("device lost")
@@ -243,7 +252,7 @@ def test_failed_step_caches_nothing_it_computed() -> None:
     assert engine.cached_hashes() == []
 
 
-def test_second_request_computes_only_what_is_not_cached() -> None:
+def test_second_request_computes_only_what_is_not_cached(make_engine: MakeEngine) -> None:
     engine, executor = make_engine()
     engine.add(make_request("a", 10, max_tokens=1))
     first = run(engine)
@@ -256,7 +265,7 @@ def test_second_request_computes_only_what_is_not_cached() -> None:
     assert (stats.cached_tokens, stats.lookup_tokens) == (8, 20)
 
 
-def test_wholly_cached_prompt_leaves_a_token_to_compute() -> None:
+def test_wholly_cached_prompt_leaves_a_token_to_compute(make_engine: MakeEngine) -> None:
     engine, executor = make_engine()
     for name in "ab":
         engine.add(make_request(name, 8, max_tokens=1))
@@ -265,7 +274,7 @@ def test_wholly_cached_prompt_leaves_a_token_to_compute() -> None:
     assert transcript.ends["b"].num_cached_tokens == 4
 
 
-def test_generated_blocks_are_cached_for_the_next_turn() -> None:
+def test_generated_blocks_are_cached_for_the_next_turn(make_engine: MakeEngine) -> None:
     engine, executor = make_engine()
     request = make_request("first-turn", 6, max_tokens=7)
     engine.add(request)
@@ -275,7 +284,7 @@ def test_generated_blocks_are_cached_for_the_next_turn() -> None:
     assert executor.plans[-1].chunks[0].start == 12
 
 
-def test_prefix_caching_can_be_switched_off() -> None:
+def test_prefix_caching_can_be_switched_off(make_engine: MakeEngine) -> None:
     engine, executor = make_engine(prefix_caching=False)
     for name in "ab":
         engine.add(make_request(name, 9, max_tokens=1))
@@ -285,7 +294,7 @@ def test_prefix_caching_can_be_switched_off() -> None:
     assert engine.stats().free_blocks == engine.stats().total_blocks
 
 
-def test_given_hashes_are_used_and_extended() -> None:
+def test_given_hashes_are_used_and_extended(make_engine: MakeEngine) -> None:
     salted = root_hash(DIGEST, salt="tenant")
     engine, _ = make_engine()
     request = make_request("r", 6, max_tokens=7)
@@ -296,7 +305,7 @@ def test_given_hashes_are_used_and_extended() -> None:
     assert set(engine.cached_hashes()) == set(hash_blocks(tokens, 4, salted))
 
 
-def test_chain_without_a_known_start_is_never_cached() -> None:
+def test_chain_without_a_known_start_is_never_cached(make_engine: MakeEngine) -> None:
     """The router's hashes may be salted; guessing the start would share blocks between tenants."""
     engine, _ = make_engine()
     engine.add(make_request("r", 3, max_tokens=9, block_hashes=[]))
@@ -304,7 +313,7 @@ def test_chain_without_a_known_start_is_never_cached() -> None:
     assert engine.cached_hashes() == []
 
 
-def test_flush_forgets_what_nothing_holds() -> None:
+def test_flush_forgets_what_nothing_holds(make_engine: MakeEngine) -> None:
     engine, executor = make_engine()
     engine.add(make_request("done", 8, max_tokens=1))
     run(engine)
@@ -320,7 +329,7 @@ def test_flush_forgets_what_nothing_holds() -> None:
     assert any(chunk.start == 0 for chunk in executor.plans[1].chunks)
 
 
-def test_backlog_counts_what_is_left_to_compute() -> None:
+def test_backlog_counts_what_is_left_to_compute(make_engine: MakeEngine) -> None:
     engine, _ = make_engine(max_step_tokens=6, num_blocks=32)
     engine.add(make_request("a", 10))
     engine.add(make_request("b", [9] * 7))
@@ -332,7 +341,7 @@ def test_backlog_counts_what_is_left_to_compute() -> None:
     assert engine.stats().backlog_tokens == 0
 
 
-def test_backlog_leaves_out_what_is_cached() -> None:
+def test_backlog_leaves_out_what_is_cached(make_engine: MakeEngine) -> None:
     engine, _ = make_engine()
     engine.add(make_request("warm", 12, max_tokens=1))
     run(engine)
@@ -340,7 +349,7 @@ def test_backlog_leaves_out_what_is_cached() -> None:
     assert engine.stats().backlog_tokens == 2
 
 
-def test_backlog_counts_what_preemption_has_to_compute_again() -> None:
+def test_backlog_counts_what_preemption_has_to_compute_again(make_engine: MakeEngine) -> None:
     engine, _ = make_engine(num_blocks=6)
     engine.add(make_request("old", 8, max_tokens=12))
     engine.add(make_request("young", [9] * 8, max_tokens=12))
@@ -349,24 +358,24 @@ def test_backlog_counts_what_preemption_has_to_compute_again() -> None:
     assert 0 < engine.stats().backlog_tokens <= young - 8
 
 
-def test_configured_length_bounds_the_models() -> None:
+def test_configured_length_bounds_the_models(make_engine: MakeEngine) -> None:
     engine, _ = make_engine(max_len=40, max_model_len=20)
     assert engine.max_model_len == 20
     with pytest.raises(InvalidRequestError, match="20 tokens and the model takes 20"):
         engine.add(make_request(prompt_ids=20))
 
 
-def test_step_says_how_long_it_took_and_what_it_computed() -> None:
+def test_step_says_how_long_it_took_and_what_it_computed(make_engine: MakeEngine) -> None:
     engine, executor = make_engine()
     clock = engine._clock
     assert isinstance(clock, FakeClock)
-    submit = executor.submit
+    finish = executor.finish
 
-    def slow(plan: object) -> object:
+    def slow(step: FakeStep) -> StepResult:
         clock.now += 0.5
-        return submit(plan)  # type: ignore[arg-type]
+        return finish(step)
 
-    executor.submit = slow  # type: ignore[method-assign,assignment]
+    executor.finish = slow  # type: ignore[method-assign]
     engine.add(make_request("a", 16, max_tokens=3))
     first, second = engine.step(), engine.step()
     assert (first.num_prefill_tokens, first.num_decode_tokens) == (16, 0)

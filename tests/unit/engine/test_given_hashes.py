@@ -6,7 +6,7 @@ from core.block_hash import hash_blocks, root_hash
 from core.sampling import SamplingParams
 from engine.engine import Engine
 from engine.request import EngineRequest
-from tests.support.engine import DIGEST, make_engine, undisturbed
+from tests.support.engine import DIGEST, MakeEngine, undisturbed
 
 SHORT = [5, 6]
 PARAMS = SamplingParams(max_tokens=9, ignore_eos=True)
@@ -32,7 +32,7 @@ def hashes(root: bytes) -> Sequence[bytes]:
     return hash_blocks(context, 4, root)
 
 
-def test_blocks_filled_while_generating_bear_the_salt_of_the_root() -> None:
+def test_blocks_filled_while_generating_bear_the_salt_of_the_root(make_engine: MakeEngine) -> None:
     engine, _ = make_engine()
     root = root_hash(DIGEST, salt="tenant")
     run(engine, "r", root)
@@ -40,7 +40,7 @@ def test_blocks_filled_while_generating_bear_the_salt_of_the_root() -> None:
     assert not set(engine.cached_hashes()) & set(hashes(root_hash(DIGEST)))
 
 
-def test_without_a_root_nothing_is_cached_under_a_guess() -> None:
+def test_without_a_root_nothing_is_cached_under_a_guess(make_engine: MakeEngine) -> None:
     engine, _ = make_engine()
     run(engine, "r", None)
     assert engine.cached_hashes() == []
