@@ -103,7 +103,7 @@ class FakeStep:
     plan: StepPlan
     live: StepPlan
     before: "FakeStep | None"
-    error: Exception | None
+    error: BaseException | None
     result: StepResult | None = None
 
     def wait(self) -> StepResult:
@@ -148,7 +148,7 @@ class FakeExecutor:
             max_position=max_position,
         )
         self.plans: list[StepPlan] = []
-        self.fail_with: Exception | None = None
+        self.fail_with: BaseException | None = None
         """Raised by the next step, once."""
         self.fail_at: Literal["submit", "wait"] = "submit"
         self.in_flight: deque[FakeStep] = deque()

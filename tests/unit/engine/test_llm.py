@@ -1,3 +1,5 @@
+from typing import Literal, Protocol
+
 import pytest
 
 from core.errors import DiptychError, InvalidRequestError
@@ -9,12 +11,22 @@ from tests.support.engine import FakeExecutor, make_config, undisturbed
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
-def make_llm(**settings: object) -> tuple[LLM, FakeExecutor]:
-    executor = FakeExecutor(32, 4)
-    return LLM(make_config(**settings), executor=executor), executor
+class MakeLLM(Protocol):
+    def __call__(self, **settings: object) -> tuple[LLM, FakeExecutor]: ...
 
 
-def test_completions_come_in_the_order_of_prompts() -> None:
+@pytest.fixture
+def make_llm(overlaps: bool) -> MakeLLM:
+    """Builds LLMs on executors that overlap, and on others."""
+
+    def make(**settings: object) -> tuple[LLM, FakeExecutor]:
+        executor = FakeExecutor(32, 4, overlaps=overlaps)
+        return LLM(make_config(**settings), executor=executor), executor
+
+    return make
+
+
+def test_completions_come_in_the_order_of_prompts(make_llm: MakeLLM) -> None:
     llm, _ = make_llm()
     prompts = [[9] * 11, [1], [2, 3, 4]]
     completions = llm.generate(prompts, GREEDY)
@@ -24,7 +36,7 @@ def test_completions_come_in_the_order_of_prompts() -> None:
     assert {each.finish_reason for each in completions} == {FinishReason.LENGTH}
 
 
-def test_each_prompt_may_have_its_own_sampling() -> None:
+def test_each_prompt_may_have_its_own_sampling(make_llm: MakeLLM) -> None:
     llm, _ = make_llm()
     each = [SamplingParams(max_tokens=n, ignore_eos=True, logprobs=0) for n in (1, 5)]
     completions = llm.generate([[1], [1]], each)
@@ -34,13 +46,13 @@ def test_each_prompt_may_have_its_own_sampling() -> None:
         llm.generate([[1], [2]], [GREEDY])
 
 
-def test_more_prompts_than_the_queue_holds_are_fed_in() -> None:
+def test_more_prompts_than_the_queue_holds_are_fed_in(make_llm: MakeLLM) -> None:
     llm, _ = make_llm(max_waiting=2)
     completions = llm.generate([[index + 1] for index in range(9)], GREEDY)
     assert len(completions) == 9
 
 
-def test_second_call_hits_the_cache_and_leaves_nothing_held() -> None:
+def test_second_call_hits_the_cache_and_leaves_nothing_held(make_llm: MakeLLM) -> None:
     llm, _ = make_llm()
     llm.generate([[5] * 9], GREEDY)
     (again,) = llm.generate([[5] * 9], GREEDY)
@@ -48,7 +60,7 @@ def test_second_call_hits_the_cache_and_leaves_nothing_held() -> None:
     assert llm.engine.stats().held_blocks == 0
 
 
-def test_impossible_prompt_is_refused_before_anything_runs() -> None:
+def test_impossible_prompt_is_refused_before_anything_runs(make_llm: MakeLLM) -> None:
     llm, executor = make_llm()
     with pytest.raises(InvalidRequestError):
         llm.generate([[1], []], GREEDY)
@@ -56,17 +68,23 @@ def test_impossible_prompt_is_refused_before_anything_runs() -> None:
     assert not llm.engine.has_work
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_failing_step_is_raised_and_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("fail_at", ["submit", "wait"])
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_failing_step_is_raised_and_leaves_nothing_behind(
+    make_llm: MakeLLM, fail_at: Literal["submit", "wait"], kind: type[BaseException]
+) -> None:
     llm, executor = make_llm(max_num_seqs=1)
-    executor.fail_with = RuntimeError("broken")
-    with pytest.raises(DiptychError, match="broken"):
+    llm.generate([[1]], GREEDY)
+    executor.fail_with, executor.fail_at = kind("broken"), fail_at
+    expected = KeyboardInterrupt if kind is KeyboardInterrupt else DiptychError
+    with pytest.raises(expected, match="broken"):
         llm.generate([[1], [2]], GREEDY)
     assert not llm.engine.has_work
     assert llm.engine.stats().held_blocks == 0
+    llm.close()
 
 
-def test_close_closes_the_executor() -> None:
+def test_close_closes_the_executor(make_llm: MakeLLM) -> None:
     llm, executor = make_llm()
     llm.close()
     assert executor.closed
