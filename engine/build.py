@@ -72,6 +72,7 @@ def build_rank(
     flashinfer = chosen_backend(config, share, dtype, device) == "flashinfer"
     with torch.inference_mode(), explained("loading the weights", device):
         model = load_model(path, model_config, config, group=group, dtype=dtype, device=device)
+    group.smallest(0)  # ranks meet here, so that no collective waits for one that still loads
     digest = model_digest(path, dummy_seed=config.seed if dummy else None)
     layout = kv_layout(share, config.block_size, dtype)
     if flashinfer:
@@ -93,7 +94,6 @@ def build_rank(
         model_config.rope, model_config.head_dim, max_len, dtype=dtype, device=device
     )
     # Not in inference mode: whoever fills blocks from outside must be allowed to write the tensor.
-    # Ranks meet here: from now on all of them have their weights, and a step's deadlines hold.
     pool = KVPool(layout, group.smallest(num_pool_blocks(config, layout)), device)
     attention = TorchNativeBackend(pool, share.num_heads)
     compiled = None

@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.errors import WorkerLostError
-from engine.parallel.pipe import Frame, PipeClosedError, RankPipe
+from core.errors import DiptychError, ErrorCode
+from engine.parallel.pipe import Frame, PipeClosedError, RankPipe, failure_from
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RankProcesses:
         self._children: list[_Child] = []
         self._group: Collectives | None = None
         self._state = threading.Condition()
-        self._error: WorkerLostError | None = None
+        self._error: DiptychError | None = None
         self._steps = 0
         self._in_step = False
         self._closing = False
@@ -107,21 +107,23 @@ class RankProcesses:
         self._group = group
 
     def check(self) -> None:
-        """Raise the failure, if there was one."""
+        """Raise the failure, if there was one.
+
+        Raises:
+            DiptychError: of the code that a rank failed with while it loaded; a WorkerLostError's
+                from then on.
+        """
         if self._error is not None:
-            raise WorkerLostError(self._error.message)
+            raise DiptychError(self._error.message, code=self._error.code)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until every child can take steps.
 
         Raises:
-            WorkerLostError: one can't, or not in time.
+            DiptychError: one can't, or not in time; see `check`.
         """
         with self._state:
-            self._state.wait_for(
-                lambda: self._error is not None or all(child.ready for child in self._children),
-                timeout_s,
-            )
+            self._state.wait_for(lambda: self._error is not None or self._ready, timeout_s)
             late = [child.rank for child in self._children if not child.ready]
         if late:
             self.fail(f"Ranks {late} were not ready within {timeout_s:.0f} s.")
@@ -141,7 +143,7 @@ class RankProcesses:
         """For as long as rank 0 computes, or waits for what is being computed.
 
         Raises:
-            WorkerLostError: a rank was lost or stood still, or the step failed on rank 0.
+            DiptychError: a rank was lost or stood still, or the step failed on rank 0.
         """
         self.check()
         self._steps += 1
@@ -149,11 +151,8 @@ class RankProcesses:
         try:
             yield
         except Exception as error:
-            with self._state:
-                self._state.wait_for(lambda: self._error is not None, _VERDICT_S)
-            self.fail(f"A step failed on rank 0: {type(error).__name__}: {error}.")
-            assert self._error is not None
-            raise WorkerLostError(self._error.message) from error
+            self.explain(error, f"A step failed on rank 0: {type(error).__name__}: {error}.")
+            raise
         except BaseException:
             self.fail("A step was interrupted on rank 0.")
             raise
@@ -162,14 +161,32 @@ class RankProcesses:
         # Collectives that were ended early leave numbers that mean nothing.
         self.check()
 
-    def fail(self, reason: str) -> None:
-        """Give up: end the children and what waits for them. The first reason stays."""
+    def explain(self, error: Exception, reason: str) -> None:
+        """Give up after an error on rank 0, and raise what caused it if that was another rank."""
+        with self._state:
+            self._state.wait_for(lambda: self._error is not None, _VERDICT_S)
+            caused_here = self._error is None
+        self.fail(reason, error.code if isinstance(error, DiptychError) else ErrorCode.INTERNAL)
+        if not caused_here or self._ready:
+            try:
+                self.check()
+            except DiptychError as cause:
+                raise cause from error
+
+    def fail(self, reason: str, code: ErrorCode = ErrorCode.WORKER_LOST) -> None:
+        """Give up: end the children and what waits for them. The first reason stays.
+
+        Args:
+            reason: sentences for the user.
+            code: of the failure; once steps are taken it is always that of a lost worker, since
+                another worker can serve what this one can't.
+        """
         with self._state:
             if self._error is not None or self._closing:
                 return
-            self._error = WorkerLostError(
-                reason + _OUT_OF_STEP if all(child.ready for child in self._children) else reason
-            )
+            if self._ready:
+                reason, code = reason + _OUT_OF_STEP, ErrorCode.WORKER_LOST
+            self._error = DiptychError(reason, code=code)
             self._state.notify_all()
         log.error("%s", self._error.message)
         for child in self._children:
@@ -202,6 +219,10 @@ class RankProcesses:
             child.pipe.close()
         self._children.clear()
 
+    @property
+    def _ready(self) -> bool:
+        return all(child.ready for child in self._children)
+
     def _watch(self) -> None:
         seen, since = (0, 0), time.monotonic()
         with selectors.DefaultSelector() as selector:
@@ -228,8 +249,9 @@ class RankProcesses:
             with self._state:
                 child.ready = True
                 self._state.notify_all()
-        else:
-            self.fail(f"Rank {child.rank} failed: {body.decode(errors='replace')}.")
+            return
+        code, message = failure_from(body)
+        self.fail(f"Rank {child.rank} failed: {message}", code)
 
 
 def _end_of(process: "subprocess.Popen[bytes]") -> str:

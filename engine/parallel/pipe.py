@@ -4,14 +4,18 @@ The pipe is also the leash: a rank ends when rank 0's end closes, and rank 0 lea
 that a rank is gone.
 """
 
+import json
 import socket
 import struct
 from enum import IntEnum
+
+from core.errors import DiptychError, ErrorCode
 
 _HEADER = struct.Struct("<BI")
 MAX_FRAME_BYTES = 64 << 20
 """Bounds a corrupt length. A plan of a million tokens in new sequences needs 8 MB."""
 _SOCKET_BUFFER_BYTES = 1 << 20
+_MAX_MESSAGE_CHARS = 4000
 
 
 class Frame(IntEnum):
@@ -27,6 +31,23 @@ class Frame(IntEnum):
     """To rank 0: this rank can take steps."""
     FAILED = 5
     """To rank 0: the rank ends for this reason."""
+
+
+def failure_to(error: Exception) -> bytes:
+    """Body of a FAILED frame."""
+    known = isinstance(error, DiptychError)
+    code = error.code if isinstance(error, DiptychError) else ErrorCode.INTERNAL
+    message = str(error) if known else f"{type(error).__name__}: {error}"
+    return json.dumps([code, message[:_MAX_MESSAGE_CHARS]]).encode()
+
+
+def failure_from(body: bytes) -> tuple[ErrorCode, str]:
+    """Code and message of a FAILED frame."""
+    try:
+        code, message = json.loads(body)
+        return ErrorCode(code), str(message)
+    except ValueError:
+        return ErrorCode.INTERNAL, "it did not say why"
 
 
 class PipeClosedError(Exception):

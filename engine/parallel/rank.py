@@ -14,11 +14,10 @@ import sys
 import threading
 from collections import deque
 
-from core.errors import DiptychError
 from engine.build import build_rank
 from engine.config import EngineConfig
 from engine.executor import Executor, PendingStep
-from engine.parallel.pipe import Frame, PipeClosedError, RankPipe
+from engine.parallel.pipe import Frame, PipeClosedError, RankPipe, failure_to
 from engine.parallel.plan_codec import PlanDecoder
 from engine.parallel.shares import rank_device
 from engine.parallel.torch_group import TorchGroup
@@ -28,7 +27,6 @@ log = logging.getLogger(__name__)
 _START_TIMEOUT_S = 60.0
 _IDLE_S = 0.1
 """How long a step that runs ahead is left alone before its end is waited for."""
-_MAX_MESSAGE_CHARS = 4000
 _MAX_INBOX = 64
 """Rank 0 is at most two steps ahead; more frames than this mean that it has gone astray."""
 _EXIT_ORPHANED = 3
@@ -71,8 +69,8 @@ def run_rank(fd: int) -> int:
         executor.close()
         group.close()
     except Exception as error:
-        message = error.message if isinstance(error, DiptychError) else repr(error)
-        pipe.send(Frame.FAILED, message[:_MAX_MESSAGE_CHARS].encode())
+        log.exception("rank ends")
+        pipe.send(Frame.FAILED, failure_to(error))
         return 1
     return 0
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from core.errors import ConfigError, DiptychError
+from core.errors import ConfigError
 from core.modelfile.resolve import resolve_model
 from engine.build import build_rank
 from engine.config import EngineConfig
@@ -58,11 +58,15 @@ def start_ranks(config: EngineConfig, progress: Callable[[str], None]) -> Execut
         local = build_rank(config, group, progress)
         ranks.wait_ready(config.start_timeout_s)
     except BaseException as error:
-        reason = error.message if isinstance(error, DiptychError) else repr(error)
-        ranks.fail(f"Rank 0 could not start: {reason}")
-        ranks.close()
-        if group is not None:
-            group.close()
+        try:
+            # What stopped rank 0 may be that another rank could not go on.
+            if isinstance(error, Exception):
+                ranks.explain(error, f"Rank 0 could not start: {error}")
+            ranks.fail("Rank 0 was told to stop.")
+        finally:
+            ranks.close()
+            if group is not None:
+                group.close()
         raise
     finally:
         os.close(store_fd)
