@@ -48,7 +48,7 @@ def plain_arrays(specs: Sequence[SampleSpec]) -> PlainArrays:
 
 def needs_more(spec: SampleSpec) -> bool:
     """True if `draw_plain` is not all that the row needs."""
-    return spec.params.logprobs is not None or _is_redrawn(spec)
+    return spec.params.logprobs is not None or _is_filtered(spec) or not is_plain(spec)
 
 
 def draw_plain(
@@ -103,15 +103,19 @@ class Sampler:
         Returns:
             Log probabilities of the rows that ask, None if no row does.
         """
-        redrawn = [row for row, spec in enumerate(specs) if _is_redrawn(spec)]
-        # Changed rows first: each kind is then a slice.
-        redrawn.sort(key=lambda row: is_plain(specs[row]))
-        asked = [row for row, spec in enumerate(specs) if spec.params.logprobs is not None]
+        changed, filtered, asked = [], [], []
+        for row, spec in enumerate(specs):
+            if not is_plain(spec):
+                changed.append(row)
+            elif _is_filtered(spec):
+                filtered.append(row)
+            if spec.params.logprobs is not None:
+                asked.append(row)
+        redrawn = [*changed, *filtered]
         if not redrawn and not asked:
             return None
         chosen = [specs[row] for row in redrawn]
-        num_changed = sum(not is_plain(spec) for spec in chosen)
-        changes = list_changes(chosen[:num_changed], logits.shape[1], self._history)
+        changes = list_changes(chosen[: len(changed)], logits.shape[1], self._history)
         settings = _settings(chosen, logits.shape[1])
         asked_index, index, *sent = send(
             [
@@ -125,13 +129,13 @@ class Sampler:
         if redrawn:
             on_device = _Settings(*sent[: len(settings)])
             drawn = torch.empty_like(out[: len(redrawn)])
-            if num_changed:
-                part = slice(0, num_changed)
-                changed = logits.index_select(0, index[part]).float()
-                apply_(changed, Changes(*sent[len(settings) :]))
-                self._draw(changed, None, on_device.cut(part), settings.cut(part), drawn[part])
-            if num_changed < len(redrawn):
-                part = slice(num_changed, len(redrawn))
+            if changed:
+                part = slice(0, len(changed))
+                own = logits.index_select(0, index[part]).float()
+                apply_(own, Changes(*sent[len(settings) :]))
+                self._draw(own, None, on_device.cut(part), settings.cut(part), drawn[part])
+            if filtered:
+                part = slice(len(changed), len(redrawn))
                 self._draw(
                     logits, index[part], on_device.cut(part), settings.cut(part), drawn[part]
                 )
@@ -216,8 +220,6 @@ def _settings(specs: Sequence[SampleSpec], vocab_size: int) -> _Settings:
     )
 
 
-def _is_redrawn(spec: SampleSpec) -> bool:
+def _is_filtered(spec: SampleSpec) -> bool:
     params = spec.params
-    if not params.greedy and (params.top_k or params.top_p < 1 or params.min_p > 0):
-        return True
-    return not is_plain(spec)
+    return not params.greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)

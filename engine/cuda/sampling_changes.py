@@ -99,17 +99,16 @@ class Changes(NamedTuple):
 
 def list_changes(specs: Sequence[SampleSpec], vocab_size: int, history: TokenHistory) -> Changes:
     """Changes to N rows, as numpy arrays. Ids outside the vocabulary are left out."""
-    scaled, scales = _Column(), []
-    lowered, lowered_by = _Column(), []
-    biased, biases = _Column(), []
-    banned = _Column()
+    scaled, lowered, biased, banned = _Indices(), _Indices(), _Indices(), _Indices()
+    scales: list[float] = []
+    lowered_by: list[Amounts] = []
+    biases: list[float] = []
     for row, spec in enumerate(specs):
         params, start = spec.params, row * vocab_size
         if params.repetition_penalty != 1:
             for tokens in (spec.prompt_ids, spec.output_ids):
-                ids = history.count(tokens, vocab_size).ids
-                scaled.add(ids, start)
-                scales.append(np.full(len(ids), params.repetition_penalty, np.float32))
+                scaled.add(history.count(tokens, vocab_size).ids, start)
+                scales.append(params.repetition_penalty)
         if params.presence_penalty or params.frequency_penalty:
             counted = history.count(spec.output_ids, vocab_size)
             lowered.add(counted.ids, start)
@@ -118,18 +117,18 @@ def list_changes(specs: Sequence[SampleSpec], vocab_size: int, history: TokenHis
         if params.logit_bias:
             known = {i: bias for i, bias in params.logit_bias.items() if 0 <= i < vocab_size}
             biased.add(np.array(list(known), np.int64), start)
-            biases.append(np.array(list(known.values()), np.float32))
+            biases.extend(known.values())
         if spec.banned_ids:
             ids = np.array([i for i in spec.banned_ids if 0 <= i < vocab_size], np.int64)
             banned.add(ids, start)
     history.end_step()
     return Changes(
         scaled=scaled.joined(),
-        scales=_join(scales),
+        scales=np.repeat(np.array(scales, np.float32), scaled.lengths),
         lowered=lowered.joined(),
-        lowered_by=_join(lowered_by),
+        lowered_by=np.concatenate((np.empty(0, np.float32), *lowered_by)),
         biased=biased.joined(),
-        biases=_join(biases),
+        biases=np.array(biases, np.float32),
         banned=banned.joined(),
     )
 
@@ -149,18 +148,19 @@ def apply_(logits: torch.Tensor, changes: Changes) -> None:
         flat.scatter_(0, changes.banned, float("-inf"))
 
 
-class _Column:
+class _Indices:
     """Ids of several rows, shifted to where each row starts."""
 
     def __init__(self) -> None:
+        self.lengths: list[int] = []
         self._parts: list[Ids] = []
+        self._starts: list[int] = []
 
     def add(self, ids: Ids, start: int) -> None:
-        self._parts.append(ids + start)
+        self._parts.append(ids)
+        self.lengths.append(len(ids))
+        self._starts.append(start)
 
     def joined(self) -> Ids:
-        return np.concatenate(self._parts) if self._parts else np.empty(0, np.int64)
-
-
-def _join(parts: list[Amounts]) -> Amounts:
-    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+        ids = np.concatenate((np.empty(0, np.int64), *self._parts))
+        return ids + np.repeat(np.array(self._starts, np.int64), self.lengths)

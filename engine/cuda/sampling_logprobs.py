@@ -68,7 +68,7 @@ def logprobs_of(
     """
     most = min(max(counts), logits.shape[1])
     parts = []
-    for part in index.split(_ROWS_AT_ONCE):
+    for part in torch.split(index, _ROWS_AT_ONCE):
         values = torch.log_softmax(logits.index_select(0, part), -1, dtype=torch.float32)
         ids = drawn.index_select(0, part).to(torch.int64)[:, None]
         scores = values.gather(1, ids)

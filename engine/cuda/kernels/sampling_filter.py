@@ -56,7 +56,8 @@ def floors_of(
     num_groups = grouped.shape[1]
     found = logits.new_empty((count, candidates), dtype=torch.float32)
     counts = logits.new_empty(count, dtype=torch.int32)
-    bounds, floors = logits.new_empty((2, count), dtype=torch.float32)
+    bounds = logits.new_empty(count, dtype=torch.float32)
+    floors = torch.empty_like(bounds)
     launch = overlap(logits)
     _bound[(count,)](
         top_ks,
@@ -83,7 +84,7 @@ def floors_of(
         CHUNK=chunk,
         CANDIDATES=candidates,
         INDEXED=rows is not None,
-        num_warps=4,
+        num_warps=8,
         **launch,
     )
     _floor[(count,)](
@@ -205,10 +206,7 @@ def _nucleus(
         reached = _descend(
             values, length, top_p * mass, maximum, scale, False, NUM_BLOCKS, BLOCK, BITS
         )
-        if top_k > 0:
-            key = tl.maximum(key, reached)
-        else:
-            key = reached
+        key = tl.maximum(key, reached)
     return key
 
 
