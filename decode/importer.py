@@ -22,6 +22,7 @@ from kvtransfer.messages import Hello, Key
 from kvtransfer.transport import Read, ReadState, Transport
 from rpc.v1 import ipc_pb2, worker_pb2
 from worker.hello import own_hello, own_transport
+from worker.local_role import LocalRole
 from worker.role import BuildRole, Outbox, Role, RoleContext, Submission
 from worker.switchboard import FIRST_ENGINE_CHANNEL
 
@@ -264,6 +265,8 @@ def build_importer(settings: DecodeSettings) -> BuildRole:
     """How a decode worker's engine process makes its role."""
 
     def build(context: RoleContext) -> Role:
+        if settings.tensor_parallel_size > 1:
+            return LocalRole(Importer.role)
         transport = own_transport(settings, context.pool)
         hello = own_hello(context.description, transport)
         block_bytes = hello.layout.block_bytes

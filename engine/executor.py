@@ -3,11 +3,16 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from core.errors import WorkerLostError
 from engine.plan import StepPlan, StepResult
 
 if TYPE_CHECKING:  # scheduling needs no torch; only who builds an executor does
     from engine.kv.pool import KVPool
     from engine.models.config import ModelConfig
+
+
+class ExecutorLostError(WorkerLostError):
+    """A step failed, and so will every further one: the executor has lost a part of itself."""
 
 
 class PendingStep(Protocol):
@@ -17,6 +22,7 @@ class PendingStep(Protocol):
         """Block until the step has been computed and its tokens are known. Called once.
 
         Raises:
+            ExecutorLostError: the step failed, and the executor can serve no further one.
             Exception: the step failed; the executor may serve further steps.
         """
         ...
@@ -63,6 +69,7 @@ class Executor(Protocol):
         chunks may then say PENDING for the token that that step samples.
 
         Raises:
+            ExecutorLostError: the executor can serve no further step.
             Exception: the step could not be started; nothing of it will run.
         """
         ...

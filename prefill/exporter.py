@@ -21,6 +21,7 @@ from prefill.metrics import ExportMetrics
 from prefill.settings import PrefillSettings
 from rpc.v1 import ipc_pb2, worker_pb2
 from worker.hello import own_hello, own_transport
+from worker.local_role import LocalRole
 from worker.role import BuildRole, Outbox, Role, RoleContext, Submission, engine_id
 
 _TURN_S = 0.1
@@ -200,6 +201,8 @@ def build_exporter(settings: PrefillSettings) -> BuildRole:
     """How a prefill worker's engine process makes its role."""
 
     def build(context: RoleContext) -> Role:
+        if settings.tensor_parallel_size > 1:
+            return LocalRole(Exporter.role)
         transport = own_transport(settings, context.pool)
         hello = own_hello(context.description, transport, lease_ttl_s=settings.lease_ttl_s)
         return Exporter(

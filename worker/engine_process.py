@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from core.clock import monotonic
 from engine.build import build_executor
 from engine.engine import Engine
-from engine.executor import Executor
+from engine.executor import Executor, ExecutorLostError
 from engine.metrics import EngineMetrics
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.logs import setup
@@ -57,6 +57,8 @@ def run_engine(fd: int, settings_class: type[S], build_role: Callable[[S], Build
         loop.run()
     except PipeClosedError as error:
         log.info("the service process is gone: %s", error)
+    except ExecutorLostError:
+        return 1  # logged where it was noticed; whoever supervises the worker starts it afresh
     finally:
         pipe.close()
     return 0
@@ -116,6 +118,8 @@ def describe(
     settings: WorkerSettings, engine: Engine, executor: Executor, digest: bytes
 ) -> worker_pb2.WorkerDescription:
     """Who this worker is; the role adds its own part."""
+    exports = settings.tensor_parallel_size == 1
+    address = f"{settings.advertise_host or settings.host}:{settings.port}"
     return worker_pb2.WorkerDescription(
         worker_id=settings.worker_id or "",
         epoch=secrets.randbits(64) or 1,
@@ -128,7 +132,7 @@ def describe(
         vocab_size=executor.model_config.vocab_size,
         eos_token_ids=executor.model_config.eos_token_ids,
         version=_version(),
-        kv_address=f"{settings.advertise_host or settings.host}:{settings.port}",
+        kv_address=address if exports else "",
     )
 
 

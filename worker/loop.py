@@ -13,6 +13,7 @@ from core.block_hash import pack_hashes
 from core.clock import Clock
 from core.errors import DiptychError, InvalidRequestError, UnavailableError
 from engine.engine import Engine
+from engine.executor import ExecutorLostError
 from engine.metrics import EngineMetrics
 from kvtransfer.messages import Key
 from rpc.v1 import ipc_pb2, worker_pb2
@@ -63,7 +64,12 @@ class EngineLoop:
         self._stopping = False
 
     def run(self) -> None:
-        """Run until Stop; raises PipeClosedError when the service process goes away."""
+        """Run until Stop.
+
+        Raises:
+            PipeClosedError: the service process went away.
+            ExecutorLostError: no further step can be computed.
+        """
         self._pipe.send(ipc_pb2.EngineEvent(ready=ipc_pb2.Ready(worker=self._description)))
         try:
             while not self._stopping:
@@ -80,6 +86,9 @@ class EngineLoop:
             outputs = self._engine.step()
             self._role.after_step(outputs)
             self._submissions.publish(outputs)
+            for output in outputs.outputs:
+                if isinstance(output.error, ExecutorLostError):
+                    raise output.error  # its requests were told; others would fare no better
         self._publish_cache_changes()
         self._keep_time()
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.errors import DiptychError, ErrorCode
+from engine.executor import ExecutorLostError
 from engine.parallel.pipe import Frame, PipeClosedError, RankPipe, failure_from
 
 log = logging.getLogger(__name__)
@@ -110,11 +111,11 @@ class RankProcesses:
         """Raise the failure, if there was one.
 
         Raises:
-            DiptychError: of the code that a rank failed with while it loaded; a WorkerLostError's
-                from then on.
+            DiptychError: of the code that a rank failed with while it loaded.
+            ExecutorLostError: once all were ready.
         """
         if self._error is not None:
-            raise DiptychError(self._error.message, code=self._error.code)
+            raise type(self._error)(self._error.message, code=self._error.code)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until every child can take steps.
@@ -143,7 +144,7 @@ class RankProcesses:
         """For as long as rank 0 computes, or waits for what is being computed.
 
         Raises:
-            DiptychError: a rank was lost or stood still, or the step failed on rank 0.
+            ExecutorLostError: a rank was lost or stood still, or the step failed on rank 0.
         """
         self.check()
         self._steps += 1
@@ -178,15 +179,15 @@ class RankProcesses:
 
         Args:
             reason: sentences for the user.
-            code: of the failure; once steps are taken it is always that of a lost worker, since
-                another worker can serve what this one can't.
+            code: of a failure before all ranks were ready.
         """
         with self._state:
             if self._error is not None or self._closing:
                 return
             if self._ready:
-                reason, code = reason + _OUT_OF_STEP, ErrorCode.WORKER_LOST
-            self._error = DiptychError(reason, code=code)
+                self._error = ExecutorLostError(reason + _OUT_OF_STEP)
+            else:
+                self._error = DiptychError(reason, code=code)
             self._state.notify_all()
         log.error("%s", self._error.message)
         for child in self._children:

@@ -64,7 +64,7 @@ class MultiProcessExecutor:
         """See Executor.
 
         Raises:
-            WorkerLostError: a rank is lost; it is raised for every further step too.
+            ExecutorLostError: a rank is lost; it is raised for every further step too.
         """
         assert not self._closed, "submit after close"
         with self._ranks.step():
