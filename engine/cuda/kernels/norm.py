@@ -9,6 +9,7 @@ from engine.cuda.kernels.launch import await_previous, overlap
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise the last dimension; the arithmetic is float32, the result as `x`."""
+    x = x.contiguous()
     out = torch.empty_like(x)
     rows, size = x.numel() // x.shape[-1], x.shape[-1]
     if rows:
