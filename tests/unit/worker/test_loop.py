@@ -1,11 +1,19 @@
 """The engine loop: what routers ask and what they are told."""
 
 import pytest
+from google.protobuf.message import Message
+from prometheus_client import CollectorRegistry
 
 from core.sampling import SamplingParams
+from decode.importer import build_importer
+from decode.settings import DecodeSettings
+from engine.executor import ExecutorLostError
+from prefill.exporter import build_exporter
+from prefill.settings import PrefillSettings
 from rpc.v1 import ipc_pb2, worker_pb2
 from tests.support.engine import FakeClock, undisturbed
 from tests.support.loops import ROUTER, Side, make_side, sampling_to_proto
+from worker.role import BuildRole, RoleContext
 
 
 @pytest.fixture
@@ -30,7 +38,10 @@ def submit(side: Side, request_id: str = "r", prompt: int = 9, **fields: object)
         local=worker_pb2.Local(),
     )
     for name, value in fields.items():
-        setattr(message, name, value)
+        if isinstance(value, Message):
+            getattr(message, name).CopyFrom(value)
+        else:
+            setattr(message, name, value)
     side.router(submit=message)
     return params
 
@@ -244,6 +255,41 @@ def test_a_failing_step_fails_its_requests_and_the_loop_goes_on(side: Side) -> N
     turn(side)
     assert side.tokens("next") == undisturbed(range(1, 10), params)
     assert side.balanced
+
+
+def test_a_lost_executor_fails_its_requests_and_ends_the_loop(side: Side) -> None:
+    side.executor.fail_with = ExecutorLostError("rank 1 is gone")
+    submit(side)
+    with pytest.raises(ExecutorLostError, match="rank 1"):
+        turn(side, 3)
+    assert last_finished(side).error_code == "worker_lost"
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        build_exporter(PrefillSettings(tensor_parallel_size=2)),
+        build_importer(DecodeSettings(tensor_parallel_size=2)),
+    ],
+    ids=["prefill", "decode"],
+)
+def test_a_worker_of_several_ranks_hands_no_kv_over(side: Side, build: BuildRole) -> None:
+    context = RoleContext(
+        engine=side.engine,
+        pool=side.executor.pool,  # type: ignore[arg-type]
+        outbox=side.loop._submissions,
+        description=worker_pb2.WorkerDescription(),
+        registry=CollectorRegistry(),
+    )
+    side.loop._role = build(context)
+    assert not side.loop._role.transports
+    submit(side, "moved", export=worker_pb2.Export(decode_worker_id="d"))
+    params = submit(side, "whole")
+    turn(side)
+    (end,) = side.finished("moved")
+    assert end.error_code == "unavailable"
+    assert "tensor_parallel_size" in end.error_message
+    assert side.tokens("whole") == undisturbed(range(1, 10), params)
 
 
 def test_heartbeats_carry_load_and_metrics(side: Side, clock: FakeClock) -> None:
