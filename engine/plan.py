@@ -1,4 +1,8 @@
-"""What the scheduler asks of the executor in one step, and what comes back. Plain data."""
+"""What the scheduler asks of the executor in one step, and what comes back. Plain data.
+
+A step has one Chunk and one SampleSpec for each of hundreds of sequences. They are not frozen, since
+that makes them three times as slow to build (`benchmarks.engine_host_cost`); nobody changes one.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +18,7 @@ token of its chunk.
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampleSpec:
     """Sample one token after the last token of a chunk."""
 
@@ -30,7 +34,7 @@ class SampleSpec:
     """Ids that may not be sampled now (end of sequence before min_tokens)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chunk:
     """Tokens of one sequence to run through the model in this step."""
 

@@ -27,9 +27,9 @@ class EngineRequest:
     """End with HANDED_OVER after the first sampled token, unless that token ends the output."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SequenceOutput:
-    """What one step did for one request."""
+    """What one step did for one request. Not frozen, for speed; nobody changes one."""
 
     request_id: str
     token_ids: Sequence[int] = ()

@@ -129,18 +129,20 @@ class Scheduler:
         decodes: list[SequenceState] = []
         prefills: list[SequenceState] = []
         for sequence in self._running:
-            if sequence.num_pending:
-                if sequence.ends_when_known:
-                    continue
-                if sequence.needs_history:
-                    return None
-            (prefills if sequence.num_unscheduled > 1 else decodes).append(sequence)
+            if not sequence.num_pending:
+                (prefills if sequence.num_unscheduled > 1 else decodes).append(sequence)
+            elif sequence.ends_when_known:
+                continue
+            elif sequence.needs_history:
+                return None
+            else:
+                decodes.append(sequence)
         for sequence in chain(decodes, prefills):
             if draft.budget <= 0:
                 break
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # an older one preempted it in this very step
-            wanted = min(sequence.num_unscheduled, draft.budget, self._max_chunk_tokens)
+            wanted = 1 if sequence.num_pending else self._chunk_size(sequence, draft)
             if sequence.num_scheduled + wanted > sequence.num_slots:
                 if ahead and self._tables.missing(sequence, wanted) > self._spare_blocks(draft):
                     return None
@@ -243,6 +245,9 @@ class Scheduler:
     def _num_seats(self) -> int:
         return self._max_num_seqs - len(self._running) - self._num_reserved
 
+    def _chunk_size(self, sequence: SequenceState, draft: "_Draft") -> int:
+        return min(sequence.num_unscheduled, draft.budget, self._max_chunk_tokens)
+
     def _make_room(self, sequence: SequenceState, wanted: int, draft: "_Draft") -> int:
         """Claim blocks for up to `wanted` more tokens, preempting younger sequences if need be.
 
@@ -293,7 +298,7 @@ class Scheduler:
             self._yields_seat = False
             self._tables.take(sequence, matched)
             self._join(sequence)
-            wanted = min(sequence.num_to_compute, draft.budget, self._max_chunk_tokens)
+            wanted = self._chunk_size(sequence, draft)
             draft.take(sequence, self._make_room(sequence, wanted, draft))
 
     def _candidates(self) -> list[SequenceState]:
