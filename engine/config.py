@@ -19,7 +19,7 @@ class EngineConfig:
     """Of rank 0; further ranks on GPUs take the ones after it."""
     tensor_parallel_size: int = 1
     """Ranks that share every layer, a process each on this host."""
-    rank_timeout_s: float = 60.0
+    rank_timeout_s: float = 25.0
     """Longest that ranks wait for one another within a step before the engine gives up."""
     start_timeout_s: float = 600.0
     """Longest that ranks wait for one another while they load."""

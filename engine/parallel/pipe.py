@@ -46,7 +46,7 @@ def failure_from(body: bytes) -> tuple[ErrorCode, str]:
     try:
         code, message = json.loads(body)
         return ErrorCode(code), str(message)
-    except ValueError:
+    except (TypeError, ValueError):
         return ErrorCode.INTERNAL, "it did not say why"
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import queue
+import select
 import signal
 import socket
 import sys
@@ -29,6 +30,7 @@ _IDLE_S = 0.1
 """How long a step that runs ahead is left alone before its end is waited for."""
 _MAX_INBOX = 64
 """Rank 0 is at most two steps ahead; more frames than this mean that it has gone astray."""
+_PARENT_CHECK_S = 2.0
 _EXIT_ORPHANED = 3
 
 
@@ -37,6 +39,8 @@ class Inbox:
 
     def __init__(self, pipe: RankPipe) -> None:
         self._pipe = pipe
+        # A fork of rank 0 would keep the pipe open, so its end is not the only sign.
+        self._parent = os.getppid()
         self._frames: queue.SimpleQueue[tuple[Frame, bytes]] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="leash", daemon=True).start()
 
@@ -46,8 +50,9 @@ class Inbox:
 
     def _read(self) -> None:
         try:
-            while self._frames.qsize() < _MAX_INBOX:
-                self._frames.put(self._pipe.receive())
+            while self._frames.qsize() < _MAX_INBOX and os.getppid() == self._parent:
+                if select.select([self._pipe], [], [], _PARENT_CHECK_S)[0]:
+                    self._frames.put(self._pipe.receive())
         except PipeClosedError:
             pass
         # Not sys.exit: the main thread may be inside a collective that never returns.
@@ -84,8 +89,7 @@ def _build(start: dict[str, object]) -> tuple[Executor, TorchGroup]:
         config.tensor_parallel_size,
         rank_device(config, rank),
         store_fd=store_fd,
-        start_timeout_s=config.start_timeout_s,
-        rank_timeout_s=config.rank_timeout_s,
+        timeout_s=config.start_timeout_s,
         check=lambda: None,
     )
     return build_rank(config, group), group

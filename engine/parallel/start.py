@@ -50,8 +50,7 @@ def start_ranks(config: EngineConfig, progress: Callable[[str], None]) -> Execut
             size,
             device,
             store_fd=store_fd,
-            start_timeout_s=config.start_timeout_s,
-            rank_timeout_s=config.rank_timeout_s,
+            timeout_s=config.start_timeout_s,
             check=ranks.check,
         )
         ranks.attach(group)
@@ -68,8 +67,6 @@ def start_ranks(config: EngineConfig, progress: Callable[[str], None]) -> Execut
             if group is not None:
                 group.close()
         raise
-    finally:
-        os.close(store_fd)
     return MultiProcessExecutor(local, group, ranks)
 
 

@@ -20,12 +20,14 @@ _TORCH: Any = distributed
 _C10D: Any = distributed.distributed_c10d
 """Backends and their options; torch's annotations know only some of them."""
 _POLL_S = 0.01
-_BACKSTOP = 2
-"""Rank 0's watch ends a step that stands still; a backend's own deadline is this much later."""
 
 
 def make_store_fd() -> int:
-    """A descriptor of an empty rendezvous file, to be inherited by every rank; close it later."""
+    """A descriptor of an empty rendezvous file, to be inherited by every rank.
+
+    NOTE: never close it. The store opens its path for every access, the last time when torch lets
+    go of it, and must not find another file under that number.
+    """
     return os.memfd_create("ranks", os.MFD_CLOEXEC)
 
 
@@ -39,8 +41,7 @@ class TorchGroup:
         device: torch.device,
         *,
         store_fd: int,
-        start_timeout_s: float,
-        rank_timeout_s: float,
+        timeout_s: float,
         check: Callable[[], None],
     ) -> None:
         """Wait for the other ranks and connect.
@@ -50,8 +51,9 @@ class TorchGroup:
             size: how many there are.
             device: of this rank.
             store_fd: from `make_store_fd`, in this process.
-            start_timeout_s: longest to wait for another rank while it starts or loads.
-            rank_timeout_s: longest to wait for another rank in a step.
+            timeout_s: longest to wait for another rank while it starts or loads. Also the longest
+                that a collective may take: rank 0's watch ends one that stands still much sooner,
+                but not while the first steps are compiled, when ranks may be far apart.
             check: called while waiting for other ranks to load; raises when one is lost.
 
         Raises:
@@ -60,17 +62,17 @@ class TorchGroup:
         self.rank = rank
         self.size = size
         self.calls = 0
-        self._timeout_s = start_timeout_s
+        self._timeout_s = timeout_s
         self._check = check
         self._rounds = 0
         store = _TORCH.FileStore(f"/proc/self/fd/{store_fd}", size)
-        store.set_timeout(timedelta(seconds=start_timeout_s))
+        store.set_timeout(timedelta(seconds=timeout_s))
         self._store: Any = store
         self.smallest(0)  # everyone is here, so connecting is quick
-        timeout = timedelta(seconds=_BACKSTOP * rank_timeout_s)
-        self._backend: Any = (_nccl if device.type == "cuda" else _gloo)(
-            _C10D.PrefixStore("backend", store), rank, size, timeout, device
-        )
+        store = _C10D.PrefixStore("backend", store)
+        self._is_nccl = device.type == "cuda"
+        make = _nccl if self._is_nccl else _gloo
+        self._backend: Any = make(store, rank, size, timedelta(seconds=timeout_s), device)
         self._reduce_options = _C10D.AllreduceOptions()
         self._gather_options = _C10D.AllgatherOptions()
         # On the current stream, so that nothing waits for an event.
@@ -109,14 +111,14 @@ class TorchGroup:
     def abort(self) -> None:
         """Make collectives under way return, from any thread; gloo's end with their peers."""
         backend = self._backend
-        if backend is not None and backend.name() == "nccl":
+        if backend is not None and self._is_nccl:
             backend.abort()
 
     def close(self) -> None:
-        """See RankGroup."""
+        """See RankGroup. Steps have ended: NCCL is left without a word to the other ranks."""
         backend, self._backend, self._store = self._backend, None, None
         if backend is not None:
-            backend.shutdown()
+            (backend.abort if self._is_nccl else backend.shutdown)()
 
 
 def _gloo(store: Any, rank: int, size: int, timeout: timedelta, device: torch.device) -> Any:

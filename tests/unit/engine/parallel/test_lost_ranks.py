@@ -7,9 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from core.errors import ConfigError, DiptychError, ErrorCode
 from core.sampling import SamplingParams
@@ -48,6 +50,23 @@ def executor(checkpoint: Path) -> Iterator[MultiProcessExecutor]:
     assert isinstance(built, MultiProcessExecutor)
     yield built
     built.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_collectives_on_gpus_too(tmp_path: Path, number: signal.Signals) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    path = make_checkpoint(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
+    executor = build_executor(replace(config(path, 2), device="cuda:0", dtype="bfloat16"))
+    assert isinstance(executor, MultiProcessExecutor)
+    pids = executor.pids
+    step(executor)
+    os.kill(pids[0], number)
+    started = time.monotonic()
+    steps_until_error(executor)
+    assert time.monotonic() - started < TIMEOUT_S + SLACK_S
+    assert_final(executor, pids, "restart the worker")
 
 
 def step(executor: Executor, token_id: int = 5) -> int | None:

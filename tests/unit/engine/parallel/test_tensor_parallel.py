@@ -136,11 +136,27 @@ def test_two_gpus_generate_what_one_does(arch: str, tmp_path: Path) -> None:
     path = make_checkpoint(
         tmp_path, arch, vocab_size=387, hidden_size=256, intermediate_size=512, head_dim=64
     )
-    sampling = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True)
     config = settings(path, device="cuda:0", dtype="float32", num_blocks=64)
-    answers = []
-    for size in (1, 2):
-        llm = LLM(replace(config, tensor_parallel_size=size))
-        answers.append([each.token_ids for each in llm.generate(prompts(), sampling)])
+    assert greedy(config) == greedy(replace(config, tensor_parallel_size=2))
+
+
+@pytest.mark.gpu
+def test_two_gpus_generate_with_captured_collectives_what_they_do_without(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    path = make_checkpoint(
+        tmp_path, vocab_size=387, hidden_size=256, intermediate_size=512, head_dim=64
+    )
+    config = settings(
+        path, device="cuda:0", dtype="bfloat16", num_blocks=64, tensor_parallel_size=2
+    )
+    assert greedy(config) == greedy(replace(config, cuda_graphs=False))
+
+
+def greedy(config: EngineConfig) -> list[list[int]]:
+    sampling = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True)
+    llm = LLM(config)
+    try:
+        return [list(each.token_ids) for each in llm.generate(prompts(), sampling)]
+    finally:
         llm.close()
-    assert answers[0] == answers[1]
