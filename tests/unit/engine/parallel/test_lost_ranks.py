@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,9 @@ from engine.build import build_executor
 from engine.config import EngineConfig
 from engine.executor import Executor, ExecutorLostError
 from engine.parallel.executor import MultiProcessExecutor
+from engine.parallel.pipe import Frame, RankPipe
+from engine.parallel.start import start_message
+from engine.parallel.torch_group import make_store_fd
 from engine.plan import Chunk, SampleSpec, StepPlan
 from tests.support.models import make_checkpoint
 from tests.support.process import alive, descendants, frozen, wait_until
@@ -184,6 +188,27 @@ def test_ranks_end_with_a_parent_that_is_killed_even_inside_a_collective(tmp_pat
         parent.kill()
         parent.stdout.close()
         parent.wait()
+
+
+def test_a_rank_that_waits_for_others_ends_when_its_pipe_does(checkpoint: Path) -> None:
+    ours, theirs = socket.socketpair()
+    store_fd = make_store_fd()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "engine.parallel.rank", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(), store_fd),
+        )
+    try:
+        pipe = RankPipe(ours)
+        pipe.send(Frame.START, start_message(config(checkpoint, 2), 1, store_fd))
+        arrived = Path(f"/proc/self/fd/{store_fd}")
+        wait_until(lambda: arrived.stat().st_size, 30, "the rank to wait for rank 0")
+        pipe.close()
+        assert process.wait(SLACK_S) == 3
+    finally:
+        process.kill()
+        process.wait()
+        os.close(store_fd)
 
 
 def test_a_rank_that_can_not_load_says_why(
