@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from engine.cuda.kernels.sampling import _uniform, chunk_stats, pick
+from engine.cuda.kernels.sampling import _invert, _uniform, chunk_stats, pick
 from engine.cuda.sampling import Sampler, draw_plain, needs_more, plain_arrays
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,6 +60,24 @@ def test_uniform_is_bit_equal_to_the_cpu_samplers(dtype: type[np.signedinteger])
     bits = torch.from_numpy(np.array(seeds, np.uint64).view(np.int64)).to(DEVICE)
     _uniforms[(len(seeds),)](bits, torch.from_numpy(positions).to(DEVICE), out)
     assert out.tolist() == [uniform(s, int(p)) for s, p in zip(seeds, positions, strict=True)]
+
+
+@triton.jit
+def _inversion(weights, target, out):
+    index = tl.arange(0, 4)
+    tl.store(out, _invert(tl.load(weights + index), index, tl.load(target)))
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [(-1e-18, 1), (0.0, 1), (0.99, 1), (1.0, 3), (2.99, 3), (3.01, 3)]
+)
+def test_inversion_finds_the_first_weight_that_passes_the_target(
+    target: float, expected: int
+) -> None:
+    weights = torch.tensor([0, 1, 0, 2], dtype=torch.float64, device=DEVICE)
+    out = torch.empty(1, dtype=torch.int32, device=DEVICE)
+    _inversion[(1,)](weights, torch.tensor([target], dtype=torch.float64, device=DEVICE), out)
+    assert out.item() == expected
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -64,6 +64,13 @@ def test_top_k_keeps_the_k_largest(top_k: int, dtype: torch.dtype, candidates: i
     assert set(kept(logits, candidates, top_k=top_k)) == expected
 
 
+def test_top_k_tells_neighbouring_floats_apart() -> None:
+    logits = torch.full((200,), -3.0)
+    for token_id in (150, 3, 70, 190):
+        logits[token_id] = torch.nextafter(logits.max(), torch.tensor(0.0))
+    assert kept(logits, top_k=3) == [3, 70, 190]
+
+
 @pytest.mark.parametrize("candidates", [FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tokens_as_likely_as_the_last_one_kept_are_kept(
@@ -73,7 +80,7 @@ def test_tokens_as_likely_as_the_last_one_kept_are_kept(
     logits[[5, 70, 150]] = -1.0
     logits[120] = 1.0
     assert kept(logits, candidates, top_k=2) == [5, 70, 120, 150]
-    # 3.79 of 4.83 are above, 6.9 % of the rest's 31.1 have to come in; so all of them do.
+    # The first is 9 % of the mass, the first four 13 %; if one of the equal rest comes in, all do.
     assert len(kept(logits, candidates, top_p=0.5)) == 200
     assert kept(logits, candidates, top_p=0.1) == [5, 70, 120, 150]
 
@@ -117,6 +124,8 @@ def test_min_p_is_relative_to_the_most_likely() -> None:
     assert kept(probs, min_p=1.0) == [1]
     assert kept(probs, min_p=0.6, top_k=1) == [1]
     assert kept(probs, min_p=0.3, top_k=3) == [1, 2, 3]
+    assert kept(probs, min_p=0.6, top_k=3) == [1, 3]
+    assert kept(probs, min_p=0.6, top_p=0.95) == [1, 3]
     assert kept(probs, min_p=0.3, top_p=0.3) == [1]
 
 
@@ -128,7 +137,7 @@ def test_drawn_tokens_are_the_references_at_many_positions() -> None:
         {"min_p": 0.4},
         {"top_k": 20, "top_p": 0.9, "temperature": 0.6},
         {"top_k": 60, "top_p": 0.8, "min_p": 0.02, "temperature": 3.0},
-        {"temperature": 0.0, "top_k": 3},
+        {"top_k": 5000, "top_p": 0.05, "temperature": 5.0},
     ]
     specs = [make_spec(i, seed=i, **settings[i % len(settings)]) for i in range(len(logits))]
     drawn = draw(logits, specs)
