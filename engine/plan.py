@@ -1,7 +1,7 @@
 """What the scheduler asks of the executor in one step, and what comes back. Plain data.
 
-A step has one Chunk and one SampleSpec for each of hundreds of sequences. They are not frozen,
-since freezing makes them slow to build (see `benchmarks.engine_host_cost`); still, nobody changes one.
+A step has one Chunk and one SampleSpec for each of hundreds of sequences. Nobody changes one, yet
+they are not frozen: that would make them slow to build (see `benchmarks.engine_host_cost`).
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,8 @@ submitted.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Literal, Protocol
@@ -153,9 +154,23 @@ class FakeExecutor:
         self.fail_at: Literal["submit", "wait"] = "submit"
         self.in_flight: deque[FakeStep] = deque()
         """Submitted and not waited for."""
+        self.broken: AssertionError | None = None
+        """A rule that the engine broke; it takes the error itself for a failure of the device."""
         self.closed = False
 
     def submit(self, plan: StepPlan) -> PendingStep:
+        with self._notices():
+            return self._submit(plan)
+
+    @contextmanager
+    def _notices(self) -> Iterator[None]:
+        try:
+            yield
+        except AssertionError as error:
+            self.broken = error
+            raise
+
+    def _submit(self, plan: StepPlan) -> PendingStep:
         assert plan.chunks, "an empty plan was executed"
         assert len(self.in_flight) <= self.overlaps, "too many steps at once"
         live, plan = plan, _copied(plan)
@@ -183,9 +198,10 @@ class FakeExecutor:
 
     def finish(self, step: FakeStep) -> StepResult:
         """What `step.wait` does."""
-        assert self.in_flight and self.in_flight[0] is step, "waited for out of order, or twice"
-        if step.result is None:
-            self.run_device()
+        with self._notices():
+            assert self.in_flight and self.in_flight[0] is step, "waited for out of order, or twice"
+            if step.result is None:
+                self.run_device()
         self.in_flight.popleft()
         if step.error is not None:
             raise step.error
@@ -225,6 +241,7 @@ class FakeExecutor:
         return StepResult(sampled, logprobs)
 
     def close(self) -> None:
+        assert self.broken is None
         assert not self.in_flight, "closed with a step in flight"
         self.closed = True
 
@@ -293,6 +310,8 @@ class WatchedEngine(Engine):
     def _watch(self) -> None:
         executor = self._executor
         assert isinstance(executor, FakeExecutor)
+        if executor.broken is not None:
+            raise executor.broken
         sequences = (
             *self._live.values(),
             *self._ended.values(),
