@@ -167,7 +167,8 @@ def exponent_scale(temperature):
 
 
 @triton.jit
-def _row_start(row, rows, stride, INDEXED: tl.constexpr):
+def row_start(row, rows, stride, INDEXED: tl.constexpr):
+    """Offset of the row, or of the row that `rows` names for it."""
     if INDEXED:
         return tl.load(rows + row).to(tl.int64) * stride
     else:
@@ -217,7 +218,7 @@ def _chunk_stats(
     slot = row * tl.num_programs(0) + chunk
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     await_previous(OVERLAP)
-    start = _row_start(row, rows, stride, INDEXED)
+    start = row_start(row, rows, stride, INDEXED)
     x = load_finite(logits + start, column, column < vocab_size)
     maximum = tl.max(x, 0)
     tl.store(maxima + slot, maximum)
@@ -252,7 +253,7 @@ def _sum_above(
     floor = tl.load(floors + row)
     maximum = tl.load(maxima + slot)
     if maximum >= floor:
-        start = _row_start(row, rows, stride, INDEXED)
+        start = row_start(row, rows, stride, INDEXED)
         x = load_finite(logits + start, column, column < vocab_size)
         scale = exponent_scale(tl.load(temperatures + row))
         weights = tl.where(x >= floor, tl.exp2((x - maximum) * scale), 0.0)
@@ -303,7 +304,7 @@ def _pick(
     top = tl.sum(tl.where(chunks == chosen, tops, 0.0), 0)
 
     column = chosen * CHUNK + column
-    start = _row_start(row, rows, stride, INDEXED)
+    start = row_start(row, rows, stride, INDEXED)
     x = load_finite(logits + start, column, column < vocab_size)
     weights = tl.where(greedy, (x == top).to(tl.float32), tl.exp2((x - top) * scale))
     if FLOORED:

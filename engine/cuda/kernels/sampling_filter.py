@@ -14,9 +14,9 @@ import triton.language as tl
 from engine.cuda.kernels.launch import await_previous, overlap
 from engine.cuda.kernels.sampling import (
     CHUNK,
-    _row_start,
     exponent_scale,
     load_finite,
+    row_start,
 )
 
 GROUPS = 64
@@ -266,7 +266,7 @@ def _collect(
     bound = tl.load(bounds + row)
     if tl.load(maxima + row * tl.num_programs(0) + chunk) >= bound:
         inside = column < vocab_size
-        start = _row_start(row, rows, stride, INDEXED)
+        start = row_start(row, rows, stride, INDEXED)
         x = load_finite(logits + start, column, inside)
         kept = (inside & (x >= bound)).to(tl.int32)
         first = tl.atomic_add(counts + row, tl.sum(kept, 0))
@@ -317,7 +317,7 @@ def _floor(
             values = found + row.to(tl.int64) * CANDIDATES
             key = _nucleus(values, count, top_k, top_p, mass, maximum, scale, 1, CANDIDATES, BITS)
         if key == 0:
-            values = logits + _row_start(row, rows, stride, INDEXED)
+            values = logits + row_start(row, rows, stride, INDEXED)
             key = _nucleus(
                 values, vocab_size, top_k, top_p, mass, maximum, scale, NUM_CHUNKS, CHUNK, BITS
             )
