@@ -327,11 +327,12 @@ def test_releasing_a_hold_wakes_an_engine_that_lacked_blocks(make_engine: MakeEn
     assert len(run(engine).tokens["waits"]) == 1
 
 
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
 def test_reservations_do_not_overtake_a_request_that_waits_for_blocks(
-    make_engine: MakeEngine,
+    make_engine: MakeEngine, penalty: float
 ) -> None:
     engine, _ = make_engine(num_blocks=8)
-    engine.add(make_request("running", 8, max_tokens=20))
+    engine.add(make_request("running", 8, max_tokens=20, frequency_penalty=penalty))
     engine.add(make_request("large", [9] * 24))
     engine.step()
     assert engine.stats().waiting == 1

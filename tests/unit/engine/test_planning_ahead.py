@@ -228,6 +228,21 @@ def test_tables_stay_whole_from_the_return_of_a_step_to_the_next() -> None:
             assert len(table) * 4 >= engine.num_computed(output.request_id) == output.num_computed
 
 
+def test_admission_counts_the_block_that_a_pending_token_needs() -> None:
+    engine, executor = ahead_engine(num_blocks=6)
+    engine.add(make_request("running", 8, max_tokens=9))
+    submit = executor.submit
+
+    def join(plan: StepPlan) -> object:
+        executor.submit = submit  # type: ignore[method-assign]
+        engine.add(make_request("joins", [9] * 12, max_tokens=1))
+        return submit(plan)
+
+    executor.submit = join  # type: ignore[method-assign,assignment]
+    engine.step()
+    assert engine.stats().waiting == 1, "6 blocks: 2 held, 1 for the token, 3 wanted, 1 must stay"
+
+
 def test_prefix_is_matched_only_when_it_has_been_computed() -> None:
     engine, executor = ahead_engine(num_blocks=32)
     engine.add(make_request("first", 12, max_tokens=4))

@@ -201,6 +201,20 @@ def test_older_prompt_takes_blocks_from_a_younger_decode_of_the_same_step(
     assert transcript.tokens["young"] == undisturbed([9], make_request(max_tokens=20).sampling)
 
 
+def test_blocks_that_a_preempted_request_was_to_get_go_to_the_older_one(
+    make_engine: MakeEngine,
+) -> None:
+    engine, _ = make_engine(num_blocks=8, block_size=4, max_chunk_tokens=1)
+    engine.add(make_request("old", 20, max_tokens=2))
+    engine.add(make_request("middle", [9], max_tokens=20))
+    engine.add(make_request("young", [8], max_tokens=20))
+    while engine.num_computed("young") < 8:
+        engine.step()
+    engine.hold(engine.block_table("young")[:2])  # so that its preemption frees no block
+    step_until_preempted(engine)
+    assert engine.stats().preemptions == 1
+
+
 def test_youngest_prompt_takes_what_room_there_is(make_engine: MakeEngine) -> None:
     engine, _ = make_engine(num_blocks=4, block_size=4)
     reservation = engine.reserve(make_request("import", 4))
