@@ -44,6 +44,7 @@ prompts = st.builds(
     st.sampled_from([1, 3, 4, 8, 8, 11, 12, 16]),
     st.sampled_from([[], [], [3], [3, 2, 1, 1]]),
 )
+lengths = st.sampled_from([1, 2, 3, 5, 8, 13, 21, 30])
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -110,7 +111,7 @@ class EngineMachine(RuleBasedStateMachine):
             st.fixed_dictionaries(
                 {
                     "prompt": prompts,
-                    "max_tokens": st.integers(1, 30),
+                    "max_tokens": lengths,
                     "seed": st.integers(0, 3),
                     "done": st.sampled_from([0, 0, 0, 1, 5]),
                     "prefill_only": st.sampled_from([False, False, True]),
@@ -152,7 +153,7 @@ class EngineMachine(RuleBasedStateMachine):
         if was_live:
             self.aborted.add(request_id)
 
-    @rule(count=st.integers(1, 12), waited_s=st.sampled_from([0.0, 0.0, 5.0]))
+    @rule(count=st.sampled_from([1, 1, 2, 4, 12]), waited_s=st.sampled_from([0.0, 0.0, 5.0]))
     def steps(self, count: int, waited_s: float) -> None:
         self.clock.now += waited_s
         for _ in range(count):
@@ -163,7 +164,13 @@ class EngineMachine(RuleBasedStateMachine):
         self.take(self.engine.step())
 
     @rule()
-    def settle(self) -> None:
+    def one_step(self) -> None:
+        self.step()
+
+    @rule(really=st.sampled_from([False, False, False, True]))
+    def settle(self, really: bool) -> None:
+        if not really:
+            return
         for outputs in self.engine.settle():
             self.take(outputs)
 
@@ -217,7 +224,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(
         target=reservations,
         prompt=prompts,
-        max_tokens=st.integers(1, 30),
+        max_tokens=lengths,
         seed=st.integers(0, 3),
         done=st.sampled_from([0, 0, 3]),
     )
@@ -309,7 +316,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 EngineMachine.TestCase.settings = settings(
-    max_examples=150,
+    max_examples=200,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
