@@ -19,7 +19,14 @@ from prefill.exporter import Exporter
 from prefill.metrics import ExportMetrics
 from router.fleet.wire import sampling_to_proto
 from rpc.v1 import ipc_pb2, worker_pb2
-from tests.support.engine import DIGEST, FakeClock, FakeExecutor, FakePool, make_config
+from tests.support.engine import (
+    DIGEST,
+    FakeClock,
+    FakeExecutor,
+    FakePool,
+    WatchedEngine,
+    make_config,
+)
 from worker.loop import EngineLoop
 from worker.role import Outbox, Role
 
@@ -154,13 +161,19 @@ class Side:
 
 
 def make_side(
-    role: str, *, clock: FakeClock, pools: dict[bytes, FakePool], num_blocks: int, **config: object
+    role: str,
+    *,
+    clock: FakeClock,
+    pools: dict[bytes, FakePool],
+    num_blocks: int,
+    overlaps: bool = False,
+    **config: object,
 ) -> Side:
     """A worker of that role."""
-    executor = FakeExecutor(num_blocks, BLOCK_SIZE)
+    executor = FakeExecutor(num_blocks, BLOCK_SIZE, overlaps=overlaps)
     metrics_registry = CollectorRegistry()
     metrics = EngineMetrics(metrics_registry)
-    engine = Engine(make_config(**config), executor, model_digest=DIGEST, clock=clock)
+    engine = WatchedEngine(make_config(**config), executor, model_digest=DIGEST, clock=clock)
     transport = CopyTransport(executor.pool, pools)
     pipe = ListPipe()
     built: list[Role] = []

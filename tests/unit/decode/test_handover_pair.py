@@ -1,5 +1,8 @@
 """Exporter and importer joined: KV moves, and whatever is cut short leaves nothing behind."""
 
+from functools import partial
+from typing import Protocol
+
 import pytest
 
 from rpc.v1 import worker_pb2
@@ -10,9 +13,19 @@ PROMPT = list(range(1, 31))
 TURNS_OF_A_HANDOVER = 24
 
 
+class MakePair(Protocol):
+    def __call__(self, *, num_blocks: int = 16, **config: object) -> Pair: ...
+
+
+@pytest.fixture(params=[False, True], ids=["in_turn", "ahead"])
+def make_pair(request: pytest.FixtureRequest) -> MakePair:
+    """Builds pairs whose engines plan ahead of a step in flight, and others."""
+    return partial(Pair, overlaps=request.param)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 5, 16, 64])
-def test_decode_goes_on_where_prefill_ended(chunk: int) -> None:
-    pair = Pair(max_step_tokens=max(16, chunk), max_chunk_tokens=chunk)
+def test_decode_goes_on_where_prefill_ended(make_pair: MakePair, chunk: int) -> None:
+    pair = make_pair(max_step_tokens=max(16, chunk), max_chunk_tokens=chunk)
     params = pair.submit(PROMPT, seed=3)
     pair.run()
     pair.settle()
@@ -28,16 +41,16 @@ def test_decode_goes_on_where_prefill_ended(chunk: int) -> None:
     assert pair.decode.balanced
 
 
-def test_decode_computes_no_prompt_token_itself() -> None:
-    pair = Pair()
+def test_decode_computes_no_prompt_token_itself(make_pair: MakePair) -> None:
+    pair = make_pair()
     pair.submit(PROMPT)
     pair.run()
     lengths = {len(c.token_ids) for plan in pair.decode.executor.plans for c in plan.chunks}
     assert lengths == {1}
 
 
-def test_blocks_move_while_prefill_still_computes() -> None:
-    pair = Pair(max_chunk_tokens=4)
+def test_blocks_move_while_prefill_still_computes(make_pair: MakePair) -> None:
+    pair = make_pair(max_chunk_tokens=4)
     pair.submit(PROMPT)
     for _ in range(TURNS_OF_A_HANDOVER):
         pair.turn()
@@ -46,8 +59,8 @@ def test_blocks_move_while_prefill_still_computes() -> None:
     assert not pair.prefill.finished()
 
 
-def test_what_decode_has_cached_is_not_moved_again() -> None:
-    pair = Pair()
+def test_what_decode_has_cached_is_not_moved_again(make_pair: MakePair) -> None:
+    pair = make_pair()
     pair.submit(PROMPT)
     pair.run()
     pair.settle()
@@ -60,8 +73,8 @@ def test_what_decode_has_cached_is_not_moved_again() -> None:
 
 
 @pytest.mark.parametrize("turn", range(TURNS_OF_A_HANDOVER))
-def test_aborted_at_any_turn_both_pools_balance(turn: int) -> None:
-    pair = Pair(max_chunk_tokens=4)
+def test_aborted_at_any_turn_both_pools_balance(make_pair: MakePair, turn: int) -> None:
+    pair = make_pair(max_chunk_tokens=4)
     pair.submit(PROMPT)
     for _ in range(turn):
         pair.turn()
@@ -72,8 +85,8 @@ def test_aborted_at_any_turn_both_pools_balance(turn: int) -> None:
 
 
 @pytest.mark.parametrize("turn", range(TURNS_OF_A_HANDOVER))
-def test_link_cut_at_any_turn_never_gives_a_wrong_token(turn: int) -> None:
-    pair = Pair(max_chunk_tokens=4)
+def test_link_cut_at_any_turn_never_gives_a_wrong_token(make_pair: MakePair, turn: int) -> None:
+    pair = make_pair(max_chunk_tokens=4)
     params = pair.submit(PROMPT, seed=5)
     for _ in range(turn):
         pair.turn()
@@ -90,8 +103,8 @@ def test_link_cut_at_any_turn_never_gives_a_wrong_token(turn: int) -> None:
     assert pair.prefill.balanced
 
 
-def test_a_first_token_that_ends_the_request_ends_it_on_both_sides() -> None:
-    pair = Pair()
+def test_a_first_token_that_ends_the_request_ends_it_on_both_sides(make_pair: MakePair) -> None:
+    pair = make_pair()
     params = pair.submit(PROMPT, max_tokens=1)
     pair.settle(40)
     assert pair.prefill.tokens() == undisturbed(PROMPT, params)
@@ -103,8 +116,8 @@ def test_a_first_token_that_ends_the_request_ends_it_on_both_sides() -> None:
     assert pair.decode.balanced
 
 
-def test_many_prompts_through_pools_that_hold_few() -> None:
-    pair = Pair(num_blocks=24)
+def test_many_prompts_through_pools_that_hold_few(make_pair: MakePair) -> None:
+    pair = make_pair(num_blocks=24)
     wanted = {}
     for i in range(12):
         prompt = list(range(1 + i, 8 + 3 * i))
@@ -116,8 +129,8 @@ def test_many_prompts_through_pools_that_hold_few() -> None:
     assert pair.decode.balanced
 
 
-def test_frozen_prefill_is_given_up_and_its_blocks_are_not_used() -> None:
-    pair = Pair(max_chunk_tokens=4)
+def test_frozen_prefill_is_given_up_and_its_blocks_are_not_used(make_pair: MakePair) -> None:
+    pair = make_pair(max_chunk_tokens=4)
     pair.submit(PROMPT)
     for _ in range(6):
         pair.turn()
