@@ -3,6 +3,8 @@
 Decodes run on its tensor-core kernel, which reads K and V at the speed of memory; prompt chunks on
 its FlashAttention-3 kernel where the GPU has one (Hopper), else FlashAttention-2. A plan is made
 once per step and shared by all layers. Plans of decodes lie in buffers that CUDA graphs may read.
+Prompts of which nothing was computed before attend to K and V as they were projected: that is a
+fifth faster than finding them in the pool.
 """
 
 from dataclasses import dataclass
@@ -44,6 +46,9 @@ class FlashInferAttention:
         self._decode_plan = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=device)
         self._prompts = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
             self._workspace, "HND", backend="fa3" if self._overlap else "fa2"
+        )
+        self._whole_prompts = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
+            self._workspace, "NHD", backend="fa3" if self._overlap else "fa2"
         )
         self._mixed_decodes = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace, "HND", use_tensor_cores=True
@@ -89,7 +94,7 @@ class FlashInferAttention:
         starts = _indptr(counts)
         split = int(starts[num_decodes])
         last_lens = torch.from_numpy(last_block_lens(context_lens, self._block_size))
-        decode, prompt = None, None
+        decode = None
         if num_decodes:
             decode = self._mixed_decodes
             self.plan_decodes(
@@ -98,22 +103,35 @@ class FlashInferAttention:
                 block_ids[:split],
                 last_lens[:num_decodes],
             )
-        if num_decodes < len(lengths):
-            prompt = self._prompts
-            prompt.plan(
-                torch.from_numpy(_indptr(lengths[num_decodes:])),
-                torch.from_numpy(starts[num_decodes:] - split),
-                block_ids[split : int(starts[-1])],
-                last_lens[num_decodes:],
+        if num_decodes == len(lengths):
+            return AttentionParts(self, num_decodes, decode, None)
+        rows = torch.from_numpy(_indptr(lengths[num_decodes:]))
+        if np.array_equal(lengths[num_decodes:], context_lens[num_decodes:]):
+            self._whole_prompts.plan(
+                rows,
+                rows,
                 self._num_heads,
                 self._num_kv_heads,
                 self._head_dim,
-                self._block_size,
                 causal=True,
                 q_data_type=self._dtype,
                 kv_data_type=self._dtype,
             )
-        return AttentionParts(self, num_decodes, decode, prompt)
+            return AttentionParts(self, num_decodes, decode, self._whole_prompts, whole=True)
+        self._prompts.plan(
+            rows,
+            torch.from_numpy(starts[num_decodes:] - split),
+            block_ids[split : int(starts[-1])],
+            last_lens[num_decodes:],
+            self._num_heads,
+            self._num_kv_heads,
+            self._head_dim,
+            self._block_size,
+            causal=True,
+            q_data_type=self._dtype,
+            kv_data_type=self._dtype,
+        )
+        return AttentionParts(self, num_decodes, decode, self._prompts)
 
     def plan_decodes(
         self,
@@ -135,16 +153,21 @@ class FlashInferAttention:
             kv_data_type=self._dtype,
         )
 
-    def run(
-        self,
-        wrapper: Any,
-        query: torch.Tensor,
-        layer: int,
-        out: torch.Tensor,
-    ) -> None:
-        """Attend: [n, Hq, D] -> out, the same shape."""
+    def run(self, wrapper: Any, query: torch.Tensor, layer: int, out: torch.Tensor) -> None:
+        """Attend to what is in the pool: [n, Hq, D] -> out, the same shape."""
         kv = self.layers[layer]
         wrapper.run(query, (kv[:, 0], kv[:, 1]), out=out, enable_pdl=self._overlap)
+
+    def run_whole(self, wrapper: Any, qkv: torch.Tensor, out: torch.Tensor) -> None:
+        """Attend among the rows of qkv [n, Hq + 2 Hkv, D] themselves; out is [n, Hq, D]."""
+        rotated = self._num_heads + self._num_kv_heads
+        query, key = qkv[:, : self._num_heads], qkv[:, self._num_heads : rotated]
+        wrapper.run(query, key, qkv[:, rotated:], out=out)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of this rank."""
+        return self._num_heads
 
     def _int32(self, size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32, device=self._device)
@@ -156,7 +179,7 @@ class DecodeAttention:
     def __init__(self, owner: FlashInferAttention, wrapper: Any) -> None:
         self._owner = owner
         self._wrapper = wrapper
-        self.parts = AttentionParts(owner, -1, wrapper, None)
+        self.parts = AttentionParts(owner, 0, wrapper, None)
 
     def plan(self, starts: torch.Tensor, block_ids: torch.Tensor, last_lens: torch.Tensor) -> None:
         """Plan one step.
@@ -175,21 +198,24 @@ class AttentionParts:
 
     owner: FlashInferAttention
     num_decodes: int
-    """-1: all rows."""
     decode: Any
     prompt: Any
+    whole: bool = False
+    """Prompts attend to nothing but their own rows."""
 
-    def attend(self, query: torch.Tensor, layer: int) -> torch.Tensor:
-        """[T, Hq, D] -> [T, Hq, D]; K and V of all rows are in the pool."""
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        if self.prompt is None:
-            self.owner.run(self.decode, query, layer, out)
-        elif self.decode is None:
-            self.owner.run(self.prompt, query, layer, out)
-        else:
-            split = self.num_decodes
-            self.owner.run(self.decode, query[:split], layer, out[:split])
-            self.owner.run(self.prompt, query[split:], layer, out[split:])
+    def attend(self, qkv: torch.Tensor, layer: int) -> torch.Tensor:
+        """[T, Hq + 2 Hkv, D] -> [T, Hq, D]; K and V of all rows are in the pool."""
+        owner = self.owner
+        query = qkv[:, : owner.num_heads]
+        out = torch.empty(query.shape, dtype=qkv.dtype, device=qkv.device)
+        split = 0
+        if self.decode is not None:
+            split = len(qkv) if self.prompt is None else self.num_decodes
+            owner.run(self.decode, query[:split], layer, out[:split])
+        if self.whole:
+            owner.run_whole(self.prompt, qkv[split:], out[split:])
+        elif self.prompt is not None:
+            owner.run(self.prompt, query[split:], layer, out[split:])
         return out
 
 
@@ -209,8 +235,8 @@ class CudaContext:
         """See ForwardContext."""
         weights = (norms[0].weight, norms[1].weight, norms[0].eps) if norms else None
         kv = self.parts.owner.layers[layer]
-        query = prepare_qkv_(qkv, weights, self.cos_sin, self.positions, self.slots, kv)
-        return self.parts.attend(query, layer).flatten(1)
+        prepare_qkv_(qkv, weights, self.cos_sin, self.positions, self.slots, kv)
+        return self.parts.attend(qkv, layer).flatten(1)
 
 
 def blocks_of(context_lens: npt.NDArray[np.int32], block_size: int) -> npt.NDArray[np.int32]:

@@ -20,17 +20,18 @@ def few_rows_product(
     """
     if not has_triton(weight.device) or weight.dtype.itemsize != 2 or not weight.is_contiguous():
         return None
-    from engine.cuda.kernels.few_rows import few_rows, suits, workspace_of
+    from engine.cuda.kernels.few_rows import few_rows, suits
     from engine.cuda.kernels.gemv import gemv
+    from engine.cuda.kernels.product import Product
 
-    workspace = workspace_of(weight.device)
-    tiled = suits(weight)
+    product = Product(weight=weight, bias=bias)
+    tiled = suits(product)
 
-    def product(x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] == 1:
-            return gemv(x, weight, bias)
-        if tiled:
-            return few_rows(x, weight, bias, workspace)
-        return torch.nn.functional.linear(x, weight, bias)
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] > 1 and not tiled:
+            return torch.nn.functional.linear(x, weight, bias)
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        (few_rows if x.shape[0] > 1 else gemv)(product, x, out)
+        return out
 
-    return product
+    return compute

@@ -21,6 +21,7 @@ from engine.cuda.attention import (
     last_block_lens,
 )
 from engine.cuda.block_rows import BlockRows
+from engine.cuda.few_rows_decoder import FewRowsDecoder
 from engine.cuda.graphs import DecodeSteps, pad_rows
 from engine.cuda.inputs import Int32s, StepInputs
 from engine.cuda.kernels.tokens import resolve_tokens
@@ -60,6 +61,7 @@ class CudaRunner:
         self._device = device = pool.tensor.device
         self._max_rows = max_rows = limits.max_rows
         self._attention = FlashInferAttention(pool, limits.num_heads)
+        self._few_rows = FewRowsDecoder(model, model_config.head_dim)
         self._tables = BlockRows(max_rows)
         max_blocks = limits.max_table_entries + max_rows
         self._mixed_inputs = StepInputs(
@@ -199,24 +201,28 @@ class CudaRunner:
             slots=inputs.device_slots[:num_tokens],
             output_rows=inputs.device_output_rows[:num_rows],
         )
-        logits = self._draw(inputs, self._forward(inputs, context, num_tokens), num_rows)
+        assert self._model is not None
+        hidden = self._model.forward(self._token_ids(inputs, num_tokens), context)
+        logits = self._drawn(inputs, self._model.logits(hidden), num_rows)
         return _Queued([order[i] for i in drawn], specs, logits)
 
     def _compute_decodes(self, inputs: StepInputs, context: CudaContext, rows: int) -> torch.Tensor:
-        return self._draw(inputs, self._forward(inputs, context, rows), rows)
-
-    def _forward(self, inputs: StepInputs, context: CudaContext, tokens: int) -> torch.Tensor:
         assert self._model is not None
-        token_ids = resolve_tokens(
-            inputs.device_token_ids[:tokens],
-            inputs.device_source_rows[:tokens],
+        token_ids = self._token_ids(inputs, rows)
+        if self._few_rows.takes(rows):
+            logits = self._few_rows.logits(token_ids, context)
+        else:
+            logits = self._model.logits(self._model.forward(token_ids, context))
+        return self._drawn(inputs, logits, rows)
+
+    def _token_ids(self, inputs: StepInputs, count: int) -> torch.Tensor:
+        return resolve_tokens(
+            inputs.device_token_ids[:count],
+            inputs.device_source_rows[:count],
             self._last_tokens,
         )
-        return self._model.forward(token_ids, context)
 
-    def _draw(self, inputs: StepInputs, hidden: torch.Tensor, rows: int) -> torch.Tensor:
-        assert self._model is not None
-        logits = self._model.logits(hidden)
+    def _drawn(self, inputs: StepInputs, logits: torch.Tensor, rows: int) -> torch.Tensor:
         draw_plain(
             logits,
             inputs.device_temperatures[:rows],

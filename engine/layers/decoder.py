@@ -81,7 +81,7 @@ class DecoderModel:
         Raises:
             ConfigError: weights are missing, misshapen or left over.
         """
-        self._group = group
+        self.group = group
         self._vocab_size = config.vocab_size
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = source.split(0).get("model.embed_tokens.weight", *shape)
@@ -109,7 +109,7 @@ class DecoderModel:
         Returns:
             [N, hidden_size] of the context's output rows, normed.
         """
-        hidden = self._embed(token_ids)
+        hidden = self.embed(token_ids)
         delta = None
         for layer in self.layers[:-1]:
             hidden, delta = layer(hidden, delta, context)
@@ -118,14 +118,18 @@ class DecoderModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, hidden_size], normed -> [N, vocab_size], contiguous."""
-        part = self.lm_head(hidden)
-        return self._group.all_gather(part)[:, : self._vocab_size].contiguous()
+        return self.gathered(self.lm_head(hidden))
 
-    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        if self._group.size == 1:
+    def gathered(self, part: torch.Tensor) -> torch.Tensor:
+        """This rank's part of logits [N, vocab_size / ranks] -> all, as `logits`."""
+        return self.group.all_gather(part)[:, : self._vocab_size].contiguous()
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[T] -> [T, hidden_size], a tensor of its own."""
+        if self.group.size == 1:
             return self.embedding.index_select(0, token_ids)
         num_rows = len(self.embedding)
-        row = token_ids - self._group.rank * num_rows
+        row = token_ids - self.group.rank * num_rows
         elsewhere = (row < 0) | (row >= num_rows)
         found = self.embedding.index_select(0, row.clamp(0, num_rows - 1))
-        return self._group.all_reduce_(found.masked_fill_(elsewhere[:, None], 0))
+        return self.group.all_reduce_(found.masked_fill_(elsewhere[:, None], 0))

@@ -25,7 +25,23 @@ def overlap(tensor: torch.Tensor) -> dict[str, Any]:
 
 @triton.jit
 def await_previous(OVERLAP: tl.constexpr):
-    """Call before the first access to what earlier kernels wrote; then let the next one start."""
+    """Let the next kernel start, then wait for what earlier ones write.
+
+    In this order, so that a product of matrices two kernels on can begin to fetch its weights.
+    """
     if OVERLAP:
-        cuda_language.gdc_wait()
         cuda_language.gdc_launch_dependents()
+        cuda_language.gdc_wait()
+
+
+@triton.jit
+def fetch_to_l2(pointers):
+    """Start to bring the 128-byte lines at these addresses into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.uint64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

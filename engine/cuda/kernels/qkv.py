@@ -20,19 +20,16 @@ def prepare_qkv_(
     positions: torch.Tensor,
     slots: torch.Tensor,
     kv: torch.Tensor,
-) -> torch.Tensor:
-    """Write K and V into the pool and return q, ready for attention.
+) -> None:
+    """Normalise and rotate q and k in place, and write K and V into the pool.
 
     Args:
-        qkv: [T, Hq + 2 Hkv, D], contiguous; q is written in place.
+        qkv: [T, Hq + 2 Hkv, D], contiguous; written.
         norms: weights [D] of q's and k's norm and their eps, or None.
         cos_sin: [max_position, D] float32: cos of each pair, then sin.
         positions: [T] int32.
         slots: [T] int32, block * block_size + offset of each token; -1: do not write.
         kv: [num_blocks, 2, Hkv, block_size, D], one layer of the pool; strided.
-
-    Returns:
-        [T, Hq, D], a view of `qkv`.
     """
     num_tokens, num_all, head_dim = qkv.shape
     _, _, num_kv_heads, block_size, _ = kv.shape
@@ -61,7 +58,6 @@ def prepare_qkv_(
             num_warps=1 if heads == 2 else 4,
             **overlap(qkv),
         )
-    return qkv[:, :num_heads]
 
 
 @triton.jit
@@ -119,8 +115,9 @@ def _prepare_qkv(
         left, right = left.to(low.dtype).to(tl.float32), right.to(low.dtype).to(tl.float32)
     rotated_low = (left * cos - right * sin).to(low.dtype)
     rotated_high = (right * cos + left * sin).to(low.dtype)
-    tl.store(source, rotated_low, mask=is_query)
-    tl.store(source + HALF, rotated_high, mask=is_query)
+    is_rotated = (head < num_rotated)[:, None]
+    tl.store(source, rotated_low, mask=is_rotated)
+    tl.store(source + HALF, rotated_high, mask=is_rotated)
     slot = tl.load(slots + token).to(tl.int64)
     is_value = head >= num_rotated
     first = tl.where(is_value, num_rotated, num_heads)

@@ -1,5 +1,7 @@
 """Kernels against torch, on the GPU where there is one and in triton's interpreter elsewhere."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from engine.cuda.kernels.activation import silu_mul
 from engine.cuda.kernels.few_rows import few_rows, workspace_of
 from engine.cuda.kernels.gemv import gemv
 from engine.cuda.kernels.norm import add_rms_norm_, rms_norm
+from engine.cuda.kernels.product import Product
 from engine.cuda.kernels.qkv import prepare_qkv_
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,33 +62,68 @@ def test_silu_mul_gates(dtype: torch.dtype) -> None:
     assert_near(silu_mul(gate_up), torch.nn.functional.silu(gate) * up)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("size", "out"), [(64, 64), (2048, 3), (4096, 5), (3000, 7), (100, 33)])
-def test_gemv_is_the_product(size: int, out: int, biased: bool, dtype: torch.dtype) -> None:
-    x, weight = normal(1, size, dtype=dtype), normal(out, size, dtype=dtype) / size**0.5
-    bias = normal(out, dtype=dtype) if biased else None
-    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    assert_near(gemv(x, weight, bias), expected)
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+"""The interpreter has no product of bfloat16 matrices."""
 
 
-@pytest.mark.parametrize("biased", [False, True])
+def check_product(
+    compute: Callable[[Product, torch.Tensor, torch.Tensor], None],
+    rows: int,
+    size: int,
+    columns: int,
+    **traits: bool,
+) -> None:
+    """Compare with the definition in float64, on fresh random numbers."""
+    gated = traits.get("gated", False)
+    count = columns * (2 if gated else 1)
+    x = normal(rows, size, dtype=HALF)
+    weight = (torch.randn(count, size, device=DEVICE) / size**0.5).to(HALF)
+    bias = normal(count, dtype=HALF) if traits.get("biased") else None
+    norm = normal(size, dtype=HALF) if traits.get("normed") else None
+    add = traits.get("add", False)
+    out = normal(rows, columns, dtype=HALF)
+    expected = reference_norm(x * 3, norm, 1e-5) if norm is not None else x.double() * 3
+    expected = expected @ weight.double().T + (0 if bias is None else bias.double())
+    if gated:
+        gate, up = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(gate) * up
+    expected = expected + out.double() if add else expected
+    product = Product(weight=weight, bias=bias, norm_weight=norm, eps=1e-5, gated=gated, add=add)
+    compute(product, x * 3, out)
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < (1e-2 if torch.bfloat16 == HALF else 2e-3)
+    torch.testing.assert_close(out.double(), expected, atol=0.1, rtol=0.1)
+
+
+TRAITS = [
+    {},
+    {"biased": True},
+    {"normed": True},
+    {"gated": True, "biased": True},
+    {"normed": True, "gated": True},
+    {"add": True},
+    {"add": True, "biased": True},
+    {"normed": True, "biased": True},
+]
+
+
+@pytest.mark.parametrize("traits", TRAITS)
+@pytest.mark.parametrize(("size", "columns"), [(64, 64), (4096, 5), (3000, 7), (100, 33)])
+def test_gemv_is_the_product(size: int, columns: int, traits: dict[str, bool]) -> None:
+    check_product(gemv, 1, size, columns, **traits)
+
+
+@pytest.mark.parametrize("traits", TRAITS)
 @pytest.mark.parametrize(
-    ("rows", "size", "out"),
+    ("rows", "size", "columns"),
     [(2, 128, 64), (16, 512, 64), (31, 1024, 128), (64, 256, 192), (100, 2048, 64)],
 )
 def test_few_rows_is_the_product_and_leaves_the_workspace_clean(
-    rows: int, size: int, out: int, biased: bool
+    rows: int, size: int, columns: int, traits: dict[str, bool]
 ) -> None:
-    # The interpreter has no product of bfloat16 matrices.
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
-    x, weight = normal(rows, size, dtype=dtype), normal(out, size, dtype=dtype) / size**0.5
-    bias = normal(out, dtype=dtype) if biased else None
-    workspace = workspace_of(DEVICE)
-    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     for _ in range(2):
-        assert_near(few_rows(x, weight, bias, workspace), expected)
-        assert not workspace.arrived.any()
+        check_product(few_rows, rows, size, columns, **traits)
+        assert not workspace_of(DEVICE).arrived.any()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -121,11 +159,10 @@ def test_prepare_qkv_normalises_rotates_and_writes_only_its_slots(
     cos, sin = at[..., : dim // 2], at[..., dim // 2 :]
     rotate_(rotated, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
-    query = prepare_qkv_(
+    prepare_qkv_(
         qkv, (*weights, 1e-6) if normed else None, cos_sin, positions, slots, pool.tensor[:, 1]
     )
-    assert query.shape == (tokens, heads, dim)
-    assert_near(query, expected[:, :heads])
+    assert_near(qkv, expected)
     written = torch.zeros_like(pool.tensor, dtype=torch.float64)
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
