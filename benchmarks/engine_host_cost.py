@@ -36,7 +36,11 @@ class IdleExecutor:
         self.overlaps = overlaps
         self.pool = cast(
             Any,
-            SimpleNamespace(num_blocks=num_blocks, layout=SimpleNamespace(block_size=BLOCK_SIZE)),
+            SimpleNamespace(
+                num_blocks=num_blocks,
+                layout=SimpleNamespace(block_size=BLOCK_SIZE),
+                device_id=None,
+            ),
         )
         self.model_config = cast(
             Any, SimpleNamespace(max_position=1 << 20, vocab_size=1 << 17, eos_token_ids=(0,))

@@ -1,6 +1,7 @@
 """Builds the executor that a configuration asks for: model, KV pool and what joins them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,7 @@ from engine.attention.registry import chosen_backend
 from engine.attention.torch_native import TorchNativeBackend
 from engine.config import EngineConfig
 from engine.cuda.memory import explained
+from engine.devices import usable_device
 from engine.executor import Executor
 from engine.kernels.decode import make_compiled_decode
 from engine.kv.pool import KVPool, kv_layout, num_pool_blocks
@@ -34,6 +36,7 @@ def build_executor(config: EngineConfig, progress: Callable[[str], None] = silen
         ConfigError: the model can't be found, is not supported or does not fit the settings.
         WorkerLostError: another rank could not do its part.
     """
+    config = replace(config, device=usable_device(config.device))
     if config.tensor_parallel_size == 1:
         return build_rank(config, Alone(), progress)
     from engine.parallel.start import start_ranks

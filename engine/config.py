@@ -16,7 +16,8 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on a CPU, the checkpoint's own on a GPU."""
     device: str = "cpu"
-    """Of rank 0; further ranks on GPUs take the ones after it."""
+    """Of rank 0; further ranks on GPUs take the ones after it. auto: cuda where torch sees a GPU,
+    else cpu."""
     tensor_parallel_size: int = 1
     """Ranks that share every layer, a process each on this host."""
     rank_timeout_s: float = 25.0
@@ -30,13 +31,14 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """Of each rank; None: 1 GiB on a CPU, on a GPU what gpu_memory_utilization leaves."""
     gpu_memory_utilization: float = 0.9
-    """Share of a GPU's whole memory that weights, KV pool and computing together may take."""
+    """Share of a GPU's whole memory, in (0, 1], that weights, KV pool and computing of this engine
+    may take together. Engines that share a GPU need shares that sum to less than one."""
     max_model_len: int | None = None
     """Longest prompt + output in tokens; None: the model's own limit."""
-    max_num_seqs: int = 64
-    """Most sequences in one step."""
-    max_step_tokens: int = 512
-    """Most tokens computed in one step, decodes and prompt chunks together."""
+    max_num_seqs: int | None = None
+    """Most sequences in one step; None: see engine.limits."""
+    max_step_tokens: int | None = None
+    """Most tokens computed in one step, decodes and prompt chunks together; None: as above."""
     max_chunk_tokens: int | None = None
     """Most prompt tokens of one request in one step; None: max_step_tokens."""
     max_waiting: int = 1024

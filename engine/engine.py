@@ -36,6 +36,7 @@ from engine.executor import Executor
 from engine.in_flight import StepsInFlight
 from engine.intake import Intake
 from engine.kv.allocator import BlockAllocator
+from engine.limits import engine_limits
 from engine.metrics import EngineMetrics
 from engine.plan import StepResult
 from engine.rates import StepRates
@@ -108,7 +109,8 @@ class Engine:
             self._blocks, block_size=block_size, caching=config.prefix_caching
         )
         watermark = max(1, int(pool.num_blocks * WATERMARK_RATIO))
-        self._scheduler = Scheduler(config, self._tables, watermark, clock)
+        self._limits = engine_limits(config, gpu=pool.device_id is not None)
+        self._scheduler = Scheduler(config, self._limits, self._tables, watermark, clock)
         self._rates = StepRates()
         self._live: dict[str, SequenceState] = {}
         self._ended: dict[str, SequenceState] = {}
@@ -137,6 +139,11 @@ class Engine:
     def max_model_len(self) -> int:
         """Longest prompt + output in tokens that this engine serves."""
         return self._intake.max_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Most sequences in one step."""
+        return self._limits.max_num_seqs
 
     @property
     def has_work(self) -> bool:

@@ -25,6 +25,7 @@ from core.errors import DiptychError, OverloadedError
 from core.finish import FinishReason
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
+from engine.limits import EngineLimits
 from engine.plan import PENDING, Chunk, StepPlan, StepResult
 from engine.policy import policy_named
 from engine.request import SequenceOutput
@@ -56,16 +57,23 @@ class StepEffect(NamedTuple):
 class Scheduler:
     """Continuous batching with chunked prefill, and preemption by recompute."""
 
-    def __init__(self, config: EngineConfig, tables: BlockTables, watermark: int, clock: Clock):
+    def __init__(
+        self,
+        config: EngineConfig,
+        limits: EngineLimits,
+        tables: BlockTables,
+        watermark: int,
+        clock: Clock,
+    ) -> None:
         """Args: watermark is the number of blocks that admission leaves to running sequences."""
         self._tables = tables
         self._watermark = watermark
         self._clock = clock
         self._policy = policy_named(config.policy)
         self._max_waiting = config.max_waiting
-        self._max_num_seqs = config.max_num_seqs
-        self._max_step_tokens = config.max_step_tokens
-        self._max_chunk_tokens = config.max_chunk_tokens or config.max_step_tokens
+        self._max_num_seqs = limits.max_num_seqs
+        self._max_step_tokens = limits.max_step_tokens
+        self._max_chunk_tokens = limits.max_chunk_tokens
         self._waiting: dict[str, SequenceState] = {}
         self._preempted: list[SequenceState] = []
         self._running: list[SequenceState] = []

@@ -128,7 +128,7 @@ def describe(
         layout=layout_to_proto(executor.pool.layout),
         num_blocks=executor.pool.num_blocks,
         max_model_len=engine.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
+        max_num_seqs=engine.max_num_seqs,
         vocab_size=executor.model_config.vocab_size,
         eos_token_ids=executor.model_config.eos_token_ids,
         version=_version(),

@@ -13,6 +13,7 @@ from engine.cuda.runner import CudaRunner, StepLimits
 from engine.kv.pool import KVPool, num_pool_blocks
 from engine.layers.decoder import DecoderModel
 from engine.layers.rope import cos_sin_table
+from engine.limits import engine_limits
 from engine.models.config import ModelConfig
 
 
@@ -45,10 +46,11 @@ def build_cuda_runner(parts: CudaParts, progress: Callable[[str], None]) -> Cuda
     cos_sin = cos_sin_table(
         parts.model_config.rope, parts.model_config.head_dim, parts.max_len, device
     )
+    asked = engine_limits(config, gpu=True)
     limits = StepLimits(
-        max_tokens=config.max_step_tokens,
-        max_rows=config.max_num_seqs,
-        max_table_entries=config.max_num_seqs * -(-parts.max_len // config.block_size),
+        max_tokens=asked.max_step_tokens,
+        max_rows=asked.max_num_seqs,
+        max_table_entries=asked.max_num_seqs * -(-parts.max_len // config.block_size),
         num_heads=parts.share.num_heads,
     )
 
@@ -65,7 +67,7 @@ def build_cuda_runner(parts: CudaParts, progress: Callable[[str], None]) -> Cuda
 
     def rehearse() -> None:
         trial = runner(KVPool(parts.layout, 1, device), cuda_graphs=False)
-        trial.rehearse(config.max_step_tokens, parts.max_len)
+        trial.rehearse(limits.max_tokens, parts.max_len)
 
     if config.num_blocks is None and config.kv_cache_bytes is None:
         progress("measuring what the largest steps need")
@@ -76,7 +78,7 @@ def build_cuda_runner(parts: CudaParts, progress: Callable[[str], None]) -> Cuda
             parts.layout,
             device,
             step_bytes=step_bytes,
-            num_graphs=len(batch_ladder(config.max_num_seqs)) if config.cuda_graphs else 0,
+            num_graphs=len(batch_ladder(limits.max_rows)) if config.cuda_graphs else 0,
             max_len=parts.max_len,
         )
     else:

@@ -82,6 +82,7 @@ class FakePool:
     num_blocks: int
     block_size: int
     blocks: list[list[int]] = field(init=False)
+    device_id: int | None = None
 
     def __post_init__(self) -> None:
         self.blocks = [[-1] * self.block_size for _ in range(self.num_blocks)]
