@@ -21,7 +21,6 @@ from engine.cuda.attention import (
     last_block_lens,
 )
 from engine.cuda.block_rows import BlockRows
-from engine.cuda.few_rows_decoder import FewRowsDecoder
 from engine.cuda.graphs import DecodeSteps, pad_rows
 from engine.cuda.inputs import Int32s, StepInputs
 from engine.cuda.kernels.tokens import resolve_tokens
@@ -61,7 +60,6 @@ class CudaRunner:
         self._device = device = pool.tensor.device
         self._max_rows = max_rows = limits.max_rows
         self._attention = FlashInferAttention(pool, limits.num_heads)
-        self._few_rows = FewRowsDecoder(model, model_config.head_dim)
         self._tables = BlockRows(max_rows)
         max_blocks = limits.max_table_entries + max_rows
         self._mixed_inputs = StepInputs(
@@ -209,11 +207,8 @@ class CudaRunner:
     def _compute_decodes(self, inputs: StepInputs, context: CudaContext, rows: int) -> torch.Tensor:
         assert self._model is not None
         token_ids = self._token_ids(inputs, rows)
-        if self._few_rows.takes(rows):
-            logits = self._few_rows.logits(token_ids, context)
-        else:
-            logits = self._model.logits(self._model.forward(token_ids, context))
-        return self._drawn(inputs, logits, rows)
+        hidden = self._model.forward(token_ids, context)
+        return self._drawn(inputs, self._model.logits(hidden), rows)
 
     def _token_ids(self, inputs: StepInputs, count: int) -> torch.Tensor:
         return resolve_tokens(

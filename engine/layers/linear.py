@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from engine.cuda.products import MAX_FEW_ROWS, few_rows_product
+from engine.cuda.products import FewRowsProduct, suits_few_rows
 from engine.loader.source import WeightSource
 
 _MIN_PACKED_ROWS = 3
@@ -34,7 +34,7 @@ class Linear:
         """
         self.weight = weight
         self.bias = bias
-        self._few_rows = few_rows_product(weight, bias)
+        self._few_rows = FewRowsProduct(weight, bias) if suits_few_rows(weight) else None
         self._packed: torch.Tensor | None = None
         if pack and can_pack(weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS_HINT)
@@ -42,7 +42,7 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply to each row."""
-        if self._few_rows is not None and x.shape[0] <= MAX_FEW_ROWS:
+        if self._few_rows is not None and self._few_rows.takes(x.shape[0]):
             return self._few_rows(x)
         if self._packed is None or x.shape[0] < _MIN_PACKED_ROWS:
             return functional.linear(x, self.weight, self.bias)

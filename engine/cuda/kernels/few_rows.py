@@ -15,10 +15,10 @@ import triton.language as tl
 from triton.language.extra import cuda as cuda_language
 
 from engine.cuda.kernels.launch import fetch_to_l2, overlap
-from engine.cuda.kernels.product import Product
+from engine.cuda.kernels.product import GATE_TILE, Product
 
 _MAX_BLOCK_M = 64
-_MAX_BLOCK_N = 64
+_MAX_BLOCK_N = 2 * GATE_TILE
 _BLOCK_K = 128
 _MAX_SPLIT = 8
 _SMALL_MATRIX = 8 << 20
@@ -33,8 +33,6 @@ class FewRowsWorkspace:
 
     parts: torch.Tensor
     """float32, one tile for each program."""
-    squares: torch.Tensor
-    """float32, one sum of squares for each row of each program's tile."""
     arrived: torch.Tensor
     """int32, zero between kernels; programs of a tile that have stored their part."""
     num_programs: int
@@ -50,7 +48,6 @@ def workspace_of(device: torch.device) -> FewRowsWorkspace:
     tile = _MAX_BLOCK_M * _MAX_BLOCK_N
     return FewRowsWorkspace(
         parts=torch.empty(count * tile, dtype=torch.float32, device=device),
-        squares=torch.empty(count * _MAX_BLOCK_M, dtype=torch.float32, device=device),
         arrived=torch.zeros(count, dtype=torch.int32, device=device),
         num_programs=count,
     )
@@ -65,7 +62,7 @@ class Tiling:
     split: int
     early: bool
     """Let the next kernel start before the sum rather than after it."""
-    prefetch: int = 8
+    prefetch: int = 2
     """Lines of each row of the matrix that are asked for ahead."""
     stages: int = 4
 
@@ -73,14 +70,13 @@ class Tiling:
 def tiling_for(product: Product, rows: int, num_programs: int) -> Tiling:
     """Tiles so that one wave of programs reads the matrix, where it is small enough."""
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else _MAX_BLOCK_M
-    columns, size = product.out_features, product.weight.shape[1]
-    small = columns * size <= _SMALL_MATRIX or product.gated
+    out_rows, size = product.weight.shape
+    small = out_rows * size <= _SMALL_MATRIX and not product.gated
     block_n = _MAX_BLOCK_N // 2 if small else _MAX_BLOCK_N
-    tiles = columns // block_n * triton.cdiv(rows, block_m)
+    tiles = out_rows // block_n * triton.cdiv(rows, block_m)
     split = 1
     while (
-        not product.gated
-        and split < _MAX_SPLIT
+        split < _MAX_SPLIT
         and tiles * split * 2 <= num_programs
         and size % (split * 2 * _BLOCK_K) == 0
     ):
@@ -90,48 +86,47 @@ def tiling_for(product: Product, rows: int, num_programs: int) -> Tiling:
 
 def suits(product: Product) -> bool:
     """True if the matrix can be cut into whole tiles."""
-    return product.out_features % _MAX_BLOCK_N == 0 and product.weight.shape[1] % _BLOCK_K == 0
+    rows, columns = product.weight.shape
+    return rows % _MAX_BLOCK_N == 0 and columns % _BLOCK_K == 0
 
 
 def few_rows(
-    product: Product, x: torch.Tensor, out: torch.Tensor, tiling: Tiling | None = None
+    product: Product,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    tiling: Tiling | None = None,
 ) -> None:
     """Compute a product; see `Product`.
 
     Args:
         product: that `suits`.
         x: [T, in_features], contiguous.
-        out: [T, out_features], contiguous; written, or added to.
+        out: [T, out_features], contiguous.
         tiling: None takes the usual one.
     """
     rows, size = x.shape
     workspace = workspace_of(x.device)
     tiling = tiling or tiling_for(product, rows, workspace.num_programs)
-    part_lines = size // tiling.split // _LINE
-    tiles_m = triton.cdiv(rows, tiling.block_m)
-    bias, norm = product.bias, product.norm_weight
-    _few_rows[(product.out_features // tiling.block_n, tiles_m, tiling.split)](
+    tiles_n = product.weight.shape[0] // tiling.block_n
+    lines = size // tiling.split // _LINE
+    bias = product.bias
+    _few_rows[(tiles_n, triton.cdiv(rows, tiling.block_m), tiling.split)](
         x,
         product.weight,
         product.weight if bias is None else bias,
-        product.weight if norm is None else norm,
         out,
         workspace.parts,
-        workspace.squares,
         workspace.arrived,
         rows,
         product.out_features,
-        product.eps,
         SIZE=size,
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
         BLOCK_K=_BLOCK_K,
         SPLIT=tiling.split,
         BIAS=bias is not None,
-        NORM=norm is not None,
         GATED=product.gated,
-        ADD=product.add,
-        PREFETCH=min(tiling.prefetch, 1 << (part_lines.bit_length() - 1)),
+        PREFETCH=min(tiling.prefetch, 1 << (lines.bit_length() - 1)),
         EARLY=tiling.early,
         num_warps=4,
         num_stages=tiling.stages,
@@ -144,100 +139,75 @@ def _few_rows(
     x,
     weight,
     bias,
-    norm_weight,
     out,
     parts,
-    squares,
     arrived,
     rows,
     out_features,
-    eps,
     SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
     BIAS: tl.constexpr,
-    NORM: tl.constexpr,
     GATED: tl.constexpr,
-    ADD: tl.constexpr,
     PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_n = tl.program_id(0)
+    tile = tl.program_id(1) * tl.num_programs(0) + tile_n
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(2)
     first = part * (SIZE // SPLIT)
     k = first + tl.arange(0, BLOCK_K)
     weights = weight + column[None, :].to(tl.int64) * SIZE + k[:, None]
-    up_weights = weights + out_features.to(tl.int64) * SIZE
     inputs = x + row[:, None] * SIZE + k[None, :]
     used = (row < rows)[:, None]
     if OVERLAP:
         line = first + tl.arange(0, PREFETCH) * 64
-        lines = weight + column[:, None].to(tl.int64) * SIZE + line[None, :]
-        fetch_to_l2(lines)
-        if GATED:
-            fetch_to_l2(lines + out_features.to(tl.int64) * SIZE)
+        fetch_to_l2(weight + column[:, None].to(tl.int64) * SIZE + line[None, :])
         if EARLY:
             cuda_language.gdc_launch_dependents()
         cuda_language.gdc_wait()
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up_total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    square = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, SIZE // SPLIT, BLOCK_K):
         matrix = tl.load(weights + start)
         values = tl.load(inputs + start, mask=used, other=0.0)
-        if NORM:
-            wide = values.to(tl.float32)
-            square += tl.sum(wide * wide, 1)
-            scale = tl.load(norm_weight + k + start).to(tl.float32)
-            values = (wide * scale[None, :]).to(values.dtype)
         total = tl.dot(values, matrix, total)
-        if GATED:
-            up_total = tl.dot(values, tl.load(up_weights + start), up_total)
     # Not earlier for few rows: programs of the next kernel would take shared memory from ours.
     if OVERLAP and not EARLY:
         cuda_language.gdc_launch_dependents()
     last = True
     if SPLIT > 1:
-        inner = tl.arange(0, BLOCK_M)
-        cell = inner[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        cell = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         mine = parts + tile * SPLIT * BLOCK_M * BLOCK_N + cell
-        my_squares = squares + tile * SPLIT * BLOCK_M + inner
         tl.store(mine + part * BLOCK_M * BLOCK_N, total)
-        if NORM:
-            tl.store(my_squares + part * BLOCK_M, square)
         tl.debug_barrier()
         count = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
         last = count == SPLIT - 1
         if last:
             tl.debug_barrier()
             total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            square = tl.zeros((BLOCK_M,), tl.float32)
             for other in range(SPLIT):
                 total += tl.load(mine + other * BLOCK_M * BLOCK_N, volatile=True)
-                if NORM:
-                    square += tl.load(my_squares + other * BLOCK_M, volatile=True)
             tl.store(arrived + tile, 0)
     if last:
-        target = out + row[:, None].to(tl.int64) * out_features + column[None, :]
         dtype = out.dtype.element_ty
-        if NORM:
-            factor = tl.rsqrt(square / SIZE + eps)[:, None]
-            total *= factor
-            up_total *= factor
         if BIAS:
             total += tl.load(bias + column).to(tl.float32)[None, :]
         if GATED:
-            if BIAS:
-                up_total += tl.load(bias + out_features + column).to(tl.float32)[None, :]
+            HALF: tl.constexpr = BLOCK_N // 2
+            pairs = tl.permute(tl.reshape(total, (BLOCK_M, 2, HALF)), (0, 2, 1))
+            gate, up = tl.split(pairs)
             # Rounded where the two kernels that this replaces round.
-            gate = total.to(dtype).to(tl.float32)
+            gate = gate.to(dtype).to(tl.float32)
             gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-            total = gate * up_total.to(dtype).to(tl.float32)
-        if ADD:
-            total += tl.load(target, mask=used, other=0.0).to(tl.float32)
-        tl.store(target, total.to(dtype), mask=used)
+            gated = gate * up.to(dtype).to(tl.float32)
+            half_column = tile_n * HALF + tl.arange(0, HALF)
+            target = out + row[:, None].to(tl.int64) * out_features + half_column[None, :]
+            tl.store(target, gated.to(dtype), mask=used)
+        else:
+            target = out + row[:, None].to(tl.int64) * out_features + column[None, :]
+            tl.store(target, total.to(dtype), mask=used)
