@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "transformers", "nixl-cu12", "grpcio", "uvicorn")
+COMMIT, DIRTY = "DIPTYCH_COMMIT", "DIPTYCH_DIRTY"
+"""Environment of a copy without git: the commit it was made from, and 0 or 1."""
+_PACKAGES = (
+    *("torch", "triton", "flashinfer-python", "transformers", "nixl-cu12", "grpcio", "uvicorn"),
+)
 
 
 def median(values: Sequence[float]) -> float:
@@ -28,36 +32,62 @@ class Report:
     name: str
     settings: dict[str, Any]
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gpu: dict[str, Any] = field(default_factory=dict)
+    """What is known of the GPU, if one was measured."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """More than one number per name: profiles, output of other engines."""
+    quiet: bool = False
+    """Print figures by `show` only, not as they come."""
 
     def add(
         self, name: str, value: float, unit: str, *, samples: Sequence[float] = (), goal: str = ""
     ) -> None:
-        """Keep a figure and print it."""
+        """Keep a figure, and print it unless `quiet`."""
         self.figures[name] = {
             "value": value,
             "unit": unit,
             "goal": goal,
             "samples": list(samples),
         }
-        wanted = f"   (goal {goal})" if goal else ""
-        print(f"{name:<58} {value:10.3f} {unit}{wanted}", flush=True)
+        if not self.quiet:
+            self._print(name)
 
-    def save(self) -> Path:
-        """Write benchmarks/results/<name>-<date>-<commit>.json."""
-        commit = _git("rev-parse", "--short", "HEAD")
+    def show(self) -> None:
+        """Print all figures."""
+        for name in self.figures:
+            self._print(name)
+
+    def _print(self, name: str) -> None:
+        figure = self.figures[name]
+        wanted = f"   (goal {figure['goal']})" if figure["goal"] else ""
+        print(f"{name:<66} {figure['value']:12,.3f} {figure['unit']}{wanted}", flush=True)
+
+    def save(self, folder: Path = RESULTS) -> Path:
+        """Write <folder>/<name>-<date>-<commit>.json, over what has the same name."""
+        commit, dirty = revision()
+        now = datetime.now(UTC)
         document = {
             "name": self.name,
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "at": now.isoformat(timespec="seconds"),
             "commit": commit,
-            "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-            "machine": machine(),
+            "dirty": dirty,
+            "machine": machine() | ({"gpu": self.gpu} if self.gpu else {}),
             "settings": self.settings,
             "figures": self.figures,
-        }
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{self.name}-{datetime.now(UTC):%Y-%m-%d}-{commit}.json"
+        } | ({"details": self.details} if self.details else {})
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}-{now:%Y-%m-%d}-{commit}.json"
         path.write_text(json.dumps(document, indent=2) + "\n")
         return path
+
+
+def revision() -> tuple[str, bool | None]:
+    """Commit, and whether tracked files differ from it (None: nobody knows)."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    if commit:
+        return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
+    dirty = {"0": False, "1": True}.get(os.environ.get(DIRTY, ""))
+    return os.environ.get(COMMIT, "unknown"), dirty
 
 
 def machine() -> dict[str, Any]:
@@ -86,7 +116,14 @@ def _version(package: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parent,
+        )
+    except OSError:  # there is no git
+        return ""
     return done.stdout.strip()
