@@ -1,12 +1,22 @@
 """What a user can set on a worker, whichever its role."""
 
+import re
 from ipaddress import ip_address
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
 from core.settings import ByteSize, Seconds
 from engine.config import EngineConfig
+
+
+def _known_device(name: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
+        raise ValueError("give auto, cpu, cuda, or one GPU as in cuda:0")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_known_device)]
 
 
 class WorkerSettings(BaseModel):
@@ -26,7 +36,10 @@ class WorkerSettings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights and KV; auto: float32 on a CPU, the checkpoint's on a GPU."
     )
-    device: str = Field("cpu", description="torch device, as in `cpu` or `cuda:0`.")
+    device: Device = Field(
+        "auto",
+        description="auto, cpu, cuda, or one GPU as in `cuda:1`; auto: a GPU if torch sees one.",
+    )
     tensor_parallel_size: int = Field(
         1,
         ge=1,
@@ -60,20 +73,43 @@ class WorkerSettings(BaseModel):
     num_blocks: int | None = Field(
         None, ge=2, description="KV blocks in the pool; default: as many as fit kv_cache_memory."
     )
-    kv_cache_memory: ByteSize = Field(
-        ByteSize(1 << 30), ge=1, description="Bytes of the KV pool when num_blocks is not set."
+    kv_cache_memory: ByteSize | None = Field(
+        None,
+        ge=1,
+        description="Bytes of the KV pool when num_blocks is not set; default: 1 GiB on a CPU, on "
+        "a GPU what gpu_memory_utilization leaves.",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory for weights, KV and computing; `diptych serve` "
+        "divides it among workers on the same GPU.",
     )
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt + output in tokens; default: the model's own limit."
     )
-    max_num_seqs: int = Field(64, ge=1, description="Most sequences in one step.")
-    max_step_tokens: int = Field(
-        512, ge=1, description="Most tokens computed in one step, prompts and decodes together."
+    max_num_seqs: int | None = Field(
+        None, ge=1, description="Most sequences in one step; default: 64 on a CPU, 256 on a GPU."
+    )
+    max_step_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens computed in one step, prompts and decodes together; default: 512 "
+        "on a CPU, 8192 on a GPU.",
     )
     max_chunk_tokens: int | None = Field(
         None, ge=1, description="Most prompt tokens of one request per step; default: no own limit."
     )
     prefix_caching: bool = Field(True, description="Keep blocks of finished requests for reuse.")
+    attention_backend: Literal["auto", "torch_native", "flashinfer"] = Field(
+        "auto",
+        description="auto: flashinfer on a GPU that can have it, else torch_native, which runs "
+        "everywhere.",
+    )
+    cuda_graphs: bool = Field(
+        True, description="Replay decode steps on a GPU as one launch; off: for debugging."
+    )
     num_threads: int | None = Field(
         None, ge=1, description="Compute threads; default: every core this process may use."
     )
@@ -126,11 +162,14 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         block_size=settings.block_size,
         num_blocks=settings.num_blocks,
         kv_cache_bytes=settings.kv_cache_memory,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_step_tokens=settings.max_step_tokens,
         max_chunk_tokens=settings.max_chunk_tokens,
         prefix_caching=settings.prefix_caching,
+        attention_backend=settings.attention_backend,
+        cuda_graphs=settings.cuda_graphs,
         num_threads=settings.num_threads,
         seed=settings.seed,
     )

@@ -22,6 +22,7 @@ from core.errors import ConfigError, DiptychError
 from core.modelfile.resolve import resolve_model
 from core.settings import load_or_exit
 from diptych.cluster.console import Screen
+from diptych.cluster.gpus import device_of, visible_gpus
 from diptych.cluster.logfiles import ChildLog, make_log_folder
 from diptych.cluster.plan import ClusterPlan, free_ports, plan_cluster, settle_port
 from diptych.cluster.settings import ServeSettings, serve_settings_class
@@ -68,6 +69,7 @@ def prepare(settings: ServeSettings, screen: Screen) -> tuple[ClusterPlan, Path]
         token=secrets.token_urlsafe(_TOKEN_BYTES),
         ports=free_ports(2 * (settings.prefill + settings.decode)),
         parent_pid=os.getpid(),
+        num_gpus=0 if device_of(settings) == "cpu" else visible_gpus(),
     )
     return plan, folder
 

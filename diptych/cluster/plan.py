@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from core.errors import ConfigError
+from diptych.cluster.gpus import worker_gpus
 from diptych.cluster.settings import ServeSettings, worker_options
 from engine.threads import available_cores
 
@@ -44,7 +45,13 @@ class ClusterPlan:
 
 
 def plan_cluster(
-    settings: ServeSettings, *, model_path: Path, token: str, ports: Sequence[int], parent_pid: int
+    settings: ServeSettings,
+    *,
+    model_path: Path,
+    token: str,
+    ports: Sequence[int],
+    parent_pid: int,
+    num_gpus: int,
 ) -> ClusterPlan:
     """Lay out the processes.
 
@@ -54,6 +61,10 @@ def plan_cluster(
         token: shared secret of this cluster.
         ports: two free loopback ports for each worker.
         parent_pid: the launcher's, whose end ends every child.
+        num_gpus: that workers can use.
+
+    Raises:
+        ConfigError: the settings ask for more GPUs than there are.
     """
     model_name = settings.served_model_name or Path(settings.model).name
     # The file, and not a level on the way to it, decides what is shown: JSON keeps levels readable.
@@ -63,6 +74,7 @@ def plan_cluster(
     if not any(option.startswith("--num-threads=") for option in passed_on):
         threads = threads_per_worker(available_cores(), settings.prefill + settings.decode)
         passed_on.append(f"--num-threads={threads}")
+    places = iter(worker_gpus(settings, settings.prefill + settings.decode, num_gpus))
     unused = iter(ports)
 
     def command(role: Role, *options: str) -> tuple[str, ...]:
@@ -80,11 +92,12 @@ def plan_cluster(
             port, metrics_port = next(unused), next(unused)
             name = f"{role}-{index}"
             place = (f"--host={LOOPBACK}", f"--port={port}", f"--metrics-port={metrics_port}")
+            gpu = next(places)
             workers.append(
                 ChildSpec(
                     name=name,
                     role=role,
-                    command=command(role, f"--worker-id={name}", *place, *passed_on),
+                    command=command(role, f"--worker-id={name}", *place, *passed_on, *gpu),
                     env=environment(role),
                     metrics_url=f"http://{LOOPBACK}:{metrics_port}/metrics",
                 )

@@ -31,13 +31,14 @@ def settings(*argv: str) -> ServeSettings:
     return load(serve_settings_class(), argv, prog="diptych serve", env_prefix="DIPTYCH_SERVE_")
 
 
-def plan(*argv: str) -> ClusterPlan:
+def plan(*argv: str, num_gpus: int = 0) -> ClusterPlan:
     return plan_cluster(
         settings(*argv),
         model_path=Path("/models/a"),
         token=TOKEN,
         ports=range(1000, 1100),
         parent_pid=7,
+        num_gpus=num_gpus,
     )
 
 
@@ -149,3 +150,52 @@ def test_workers_share_the_cores(cores: int, workers: int, threads: int) -> None
 def test_threads_that_the_user_chose_are_left_alone() -> None:
     chosen = [c for c in plan("--num-threads=3").children[0].command if "num-threads" in c]
     assert chosen == ["--num-threads=3"]
+
+
+def places(made: ClusterPlan) -> list[tuple[str, float]]:
+    """Device and share of its memory of each worker."""
+    loaded = [
+        load(WorkerSettings, options(made, child.name), prog="w", env_prefix="W_")
+        for child in made.children
+        if child.role != "router"
+    ]
+    return [(worker.device, worker.gpu_memory_utilization) for worker in loaded]
+
+
+@pytest.mark.parametrize(
+    ("argv", "num_gpus", "expected"),
+    [
+        ([], 0, [("auto", 0.9), ("auto", 0.9)]),
+        ([], 1, [("cuda:0", 0.45), ("cuda:0", 0.45)]),
+        ([], 2, [("cuda:0", 0.9), ("cuda:1", 0.9)]),
+        ([], 8, [("cuda:0", 0.9), ("cuda:1", 0.9)]),
+        (["--device=cuda"], 2, [("cuda:0", 0.9), ("cuda:1", 0.9)]),
+        (["--device=cuda:1"], 2, [("cuda:1", 0.45), ("cuda:1", 0.45)]),
+        (["--device=cpu"], 2, [("cpu", 0.9), ("cpu", 0.9)]),
+        (["--gpu-memory-utilization=0.5"], 1, [("cuda:0", 0.25), ("cuda:0", 0.25)]),
+        (["--decode=2"], 2, [("cuda:0", 0.45), ("cuda:1", 0.9), ("cuda:0", 0.45)]),
+        (["--tensor-parallel-size=2"], 4, [("cuda:0", 0.9), ("cuda:2", 0.9)]),
+        (["--tensor-parallel-size=2"], 3, [("cuda:0", 0.45), ("cuda:0", 0.45)]),
+        (["--tensor-parallel-size=2"], 0, [("auto", 0.9), ("auto", 0.9)]),
+    ],
+)
+def test_workers_take_gpus_in_turn_and_share_what_must_be_shared(
+    argv: list[str], num_gpus: int, expected: list[tuple[str, float]]
+) -> None:
+    assert places(plan(*argv, num_gpus=num_gpus)) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "num_gpus"),
+    [
+        (["--device=cuda"], 0),
+        (["--device=cuda:2"], 2),
+        (["--tensor-parallel-size=4"], 2),
+        (["--device=cuda:1", "--tensor-parallel-size=2"], 2),
+    ],
+)
+def test_more_gpus_than_there_are_are_refused_before_anything_starts(
+    argv: list[str], num_gpus: int
+) -> None:
+    with pytest.raises(ConfigError, match=f"torch sees {num_gpus} .*--device cpu"):
+        plan(*argv, num_gpus=num_gpus)

@@ -1,0 +1,57 @@
+"""What a user says about a worker's device, memory and steps, and what the engine hears of it."""
+
+import pytest
+
+from core.errors import ConfigError
+from core.settings import load
+from engine.config import EngineConfig
+from worker.settings import WorkerSettings, engine_config
+
+
+def settings(*argv: str) -> WorkerSettings:
+    return load(WorkerSettings, argv, prog="worker", env_prefix="TEST_WORKER_")
+
+
+def test_nothing_said_leaves_every_choice_to_the_device() -> None:
+    config = engine_config(settings())
+    assert (config.device, config.attention_backend) == ("auto", "auto")
+    assert config.kv_cache_bytes is config.num_blocks is None
+    assert config.max_num_seqs is config.max_step_tokens is config.max_chunk_tokens is None
+    plain = EngineConfig(model=config.model)
+    assert config.gpu_memory_utilization == plain.gpu_memory_utilization
+    assert config.cuda_graphs is plain.cuda_graphs
+
+
+def test_what_was_said_reaches_the_engine() -> None:
+    config = engine_config(
+        settings(
+            *("--device=cuda:3", "--kv-cache-memory=3GiB", "--gpu-memory-utilization=0.25"),
+            *("--attention-backend=torch_native", "--no-cuda-graphs"),
+            *("--max-num-seqs=7", "--max-step-tokens=99", "--max-chunk-tokens=33"),
+        )
+    )
+    assert config.device == "cuda:3"
+    assert (config.kv_cache_bytes, config.gpu_memory_utilization) == (3 << 30, 0.25)
+    assert (config.attention_backend, config.cuda_graphs) == ("torch_native", False)
+    assert (config.max_num_seqs, config.max_step_tokens, config.max_chunk_tokens) == (7, 99, 33)
+
+
+def test_memory_can_be_left_to_the_device_again() -> None:
+    assert settings("--kv-cache-memory=none").kv_cache_memory is None
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--device=gpu", r"device = 'gpu'.*as in cuda:0"),
+        ("--device=cuda:", "as in cuda:0"),
+        ("--gpu-memory-utilization=0", "greater than 0"),
+        ("--gpu-memory-utilization=90", "less than or equal to 1"),
+        ("--kv-cache-memory=0", "kv_cache_memory"),
+        ("--attention-backend=fa3", "'auto', 'torch_native' or 'flashinfer'"),
+        ("--max-num-seqs=0", "max_num_seqs"),
+    ],
+)
+def test_wrong_values_are_refused_with_what_would_be_right(option: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        settings(option)
