@@ -8,7 +8,7 @@ import torch
 from core.kv_layout import KvLayout
 from engine.config import EngineConfig
 from engine.cuda.graphs import batch_ladder
-from engine.cuda.memory import affordable_blocks, explained, peak_bytes
+from engine.cuda.memory import affordable_blocks, explained, gpu_memory, peak_bytes
 from engine.cuda.runner import CudaRunner, StepLimits
 from engine.kv.pool import KVPool, num_pool_blocks
 from engine.layers.decoder import DecoderModel
@@ -74,9 +74,9 @@ def build_cuda_runner(parts: CudaParts, progress: Callable[[str], None]) -> Cuda
         with explained("running the largest step", device):
             step_bytes = peak_bytes(device, rehearse)
         num_blocks = affordable_blocks(
-            config,
             parts.layout,
-            device,
+            gpu_memory(device),
+            utilization=config.gpu_memory_utilization,
             step_bytes=step_bytes,
             num_graphs=len(batch_ladder(limits.max_rows)) if config.cuda_graphs else 0,
             max_len=parts.max_len,
