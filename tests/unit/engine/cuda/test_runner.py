@@ -46,7 +46,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
 
 
 def config(path: Path, **settings: Any) -> EngineConfig:
-    defaults = {"num_blocks": 400, "max_num_seqs": 24, "max_step_tokens": 128}
+    defaults = {"num_blocks": 400, "max_num_seqs": 24, "max_step_tokens": 256}
     return EngineConfig(model=str(path), device="cuda", **{**defaults, **settings})
 
 
