@@ -1,8 +1,13 @@
 """Documents that are made from something are made from what is there now."""
 
-from benchmarks.table import README, render
+from pathlib import Path
+
+import pytest
+
+from benchmarks.table import PAGES, latest, render
 
 
-def test_benchmark_tables_are_those_of_the_results() -> None:
-    text = README.read_text()
-    assert render(text) == text, "run python -m benchmarks.table"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_benchmark_tables_are_those_of_the_results(page: Path) -> None:
+    text = page.read_text()
+    assert render(page, text, latest()) == text, "run python -m benchmarks.table"
