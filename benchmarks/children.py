@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 _FIELDS = {
@@ -87,7 +88,7 @@ def figures(output: str) -> list[dict[str, Any]]:
             continue
         try:
             figure = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(figure, dict) and isinstance(figure.get("bench"), str):
             fields = _FIELDS.get(figure["bench"])
@@ -97,4 +98,4 @@ def figures(output: str) -> list[dict[str, Any]]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf

@@ -33,7 +33,7 @@ from benchmarks.gpu_workloads import WORKLOADS
 from benchmarks.report import RESULTS, Report
 
 PARTS = ("limits", "offline", "steps", "steady")
-PART_LIMIT_S, DEADLINE_S = 240.0, 560.0
+PART_LIMIT_S, PEER_LIMIT_S, DEADLINE_S = 240.0, 300.0, 570.0
 _TAIL = 3000
 
 
@@ -108,7 +108,9 @@ class Session:
         file = self._folder / "part.json"
         file.unlink(missing_ok=True)
         print(f"== {what}", flush=True)
-        ended = children.run([*command, "--json", str(file)], timeout_s=self._left())
+        ended = children.run(
+            [*command, "--json", str(file)], timeout_s=self._left(self._arguments.part_limit)
+        )
         self._note(what, ended.trouble, f"{ended.seconds:.0f} s")
         if file.exists():
             into.append(json.loads(file.read_text()))
@@ -117,7 +119,7 @@ class Session:
     def _peer(self, command: str) -> None:
         line = command.replace("{models}", str(self._folder / "models"))
         print(f"== {command}", flush=True)
-        ended = children.run(line, timeout_s=self._left(), merged=True)
+        ended = children.run(line, timeout_s=self._left(self._arguments.peer_limit), merged=True)
         found = children.figures(ended.output)
         trouble = ended.trouble or ("" if found else "printed no figure")
         self._note(command, trouble, f"{ended.seconds:.0f} s, {len(found)} figures")
@@ -134,12 +136,11 @@ class Session:
             self.troubles.append(f"{what} {trouble}")
 
     def _save(self) -> None:
-        if self._arguments.out is not None:
+        if self._arguments.out is not None and self._limits:
             self.report().save(self._arguments.out)
 
-    def _left(self) -> float:
-        left = self._deadline - time.monotonic()
-        return min(float(self._arguments.part_limit), left)
+    def _left(self, limit_s: float) -> float:
+        return min(limit_s, self._deadline - time.monotonic())
 
 
 def _short_name(gpu: str) -> list[str]:
@@ -162,10 +163,15 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", action="append", default=[], help="a command of another engine")
     parser.add_argument("--order", help="who runs when; ABA with peers, else A")
     parser.add_argument(
-        "--models", nargs="+", choices=WORKLOADS, default=["qwen3-0.6b", "llama-3.1-8b"]
+        "--model",
+        action="append",
+        choices=WORKLOADS,
+        dest="models",
+        help="repeatable; default: qwen3-0.6b and llama-3.1-8b",
     )
     parser.add_argument("--repeats", type=int, default=3, help="of each timed run, per round")
     parser.add_argument("--part-limit", type=float, default=PART_LIMIT_S, help="seconds per part")
+    parser.add_argument("--peer-limit", type=float, default=PEER_LIMIT_S, help="seconds per peer")
     parser.add_argument("--deadline", type=float, default=DEADLINE_S, help="seconds for all")
     parser.add_argument("--save", action="store_true", help="write into benchmarks/results")
     parser.add_argument("--out", type=Path, help="write into this folder")
@@ -180,6 +186,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     some = arguments.parts and set(arguments.parts) != set(PARTS)
     arguments.suffix = sorted(set(arguments.parts) - {"limits"}) if some else []
     arguments.parts = arguments.parts or list(PARTS)
+    arguments.models = arguments.models or ["qwen3-0.6b", "llama-3.1-8b"]
     if arguments.save:
         arguments.out = arguments.out or RESULTS
     return arguments
@@ -193,7 +200,7 @@ def main() -> int:
         session.run()
     report = session.report()
     report.show()
-    if arguments.out is not None:
+    if arguments.out is not None and report.figures:
         print(f"saved {report.save(arguments.out)}")
     print(*session.troubles, sep="\n")
     return bool(session.troubles)

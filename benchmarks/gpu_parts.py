@@ -74,7 +74,9 @@ class ModelRun:
         """Decode steps as (time for n + 1 tokens - time for 1) / n, then whole prompts."""
         work = self.work
         found = self.result["decode"] = {}
+        self._once(1, work.decode_context, 2)
         for batch in work.decode_batches:
+            self._once(batch, 16, 8)
             found[str(batch)] = {
                 "long_s": self._repeated(
                     repeats, batch, work.decode_context, work.decode_steps + 1

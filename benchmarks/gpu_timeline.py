@@ -134,9 +134,8 @@ def _bar(
     tick = -(-begin // gap) * gap
     while tick <= end:
         x = at(tick)
-        yield (
-            f"<line x1='{x:.1f}' y1='{y + _BAR}' x2='{x:.1f}' y2='{y + _BAR + 4}' stroke='{_PALE}'/>"
-        )
+        low = y + _BAR
+        yield f"<line x1='{x:.1f}' y1='{low}' x2='{x:.1f}' y2='{low + 4}' stroke='{_PALE}'/>"
         yield _text(x, y + _BAR + 17, f"{tick:,.0f} us", size=11, anchor="middle", colour=_PALE)
         tick += gap
 

@@ -43,8 +43,7 @@ def section(result: dict[str, Any], link: str = "results") -> str:
     lines = [
         f"### {result['name']}",
         "",
-        f"{origin(result)}; raw samples in "
-        f"[results/{result['file']}]({link}/{result['file']}).",
+        f"{origin(result)}; raw samples in [results/{result['file']}]({link}/{result['file']}).",
         "",
         "| figure | value | goal |",
         "|---|---:|---|",
