@@ -20,7 +20,7 @@ class Summary:
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._copy = self._product = 0.0
+        self._copy = self._product = self._product_in_a_row = 0.0
         self._ours: dict[tuple[str, str, int], float] = {}
         """Seconds by (model, bench, batch); of offline work, per token."""
 
@@ -30,6 +30,7 @@ class Summary:
         single = _pooled(rounds, lambda result: result["product_flops_per_s"])
         in_a_row = _pooled(rounds, lambda result: result["product_in_a_row_flops_per_s"])
         self._copy, self._product = median(copies), median(single)
+        self._product_in_a_row = median(in_a_row)
         self._add(
             "limit: device-to-device copy, 2 GiB, bytes read + written", "TB/s", copies, 1e-12
         )
@@ -126,6 +127,8 @@ class Summary:
         goal = ">= 0.82" if name == _DEFAULT_MODEL["prefill"] else ""
         share = rate / self._product
         self._report.add(f"{title}, share of the product's rate", share, "x", goal=goal)
+        share = rate / self._product_in_a_row
+        self._report.add(f"{title}, share of the rate of products in a row", share, "x")
 
     def _steady(self, name: str, batch: str, steady: dict[str, Any]) -> None:
         shape, profile = SHAPES[name], steady["profile"]

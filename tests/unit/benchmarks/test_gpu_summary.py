@@ -62,6 +62,8 @@ def test_prefill_is_measured_against_the_product(figures: dict[str, dict[str, An
     share = figures[f"{title}, share of the product's rate"]
     assert share["value"] == pytest.approx(flops / 0.2 / 792e12)
     assert share["goal"] == ">= 0.82"
+    share = figures[f"{title}, share of the rate of products in a row"]
+    assert share["value"] == pytest.approx(flops / 0.2 / 700e12)
     assert figures[f"{title}, time to first token"]["samples"] == [200, 210, 190]
 
 

@@ -93,3 +93,16 @@ def test_figures_show_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0].endswith("22,345.600 tok/s   (goal >= 22000)")
+
+
+def test_the_newest_result_of_a_name_counts(tmp_path: Path) -> None:
+    for file, name, at in (
+        ("a", "one", "2026-01-03"),
+        ("b", "one", "2026-01-02"),
+        ("c", "two", "2026-01-01"),
+        ("d", "one", "2026-01-04"),
+    ):
+        (tmp_path / f"{file}.json").write_text(json.dumps({"name": name, "at": at}))
+    assert [result["file"] for result in latest(tmp_path)] == ["d.json", "c.json"]
+    (tmp_path / "d.json").unlink()
+    assert [result["file"] for result in latest(tmp_path)] == ["a.json", "c.json"]
