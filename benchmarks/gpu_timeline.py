@@ -95,7 +95,6 @@ def _panel(title: str, profile: dict[str, Any], y: float) -> Iterator[str]:
         f"{profile['step_us']:,.0f} us, {100 * here:.1f} % in these two"
     )
     yield _text(_MARGIN, y + 14, f"{title}: {about}", size=15, weight=600)
-    yield from _bar(kernels, 0.0, window, y + 24)
     half = min(_MAGNIFIED_US, window / 2) / 2
     first = min(max(0.0, border - half), window - 2 * half)
     scale = (_WIDTH - 2 * _MARGIN) / window
@@ -106,6 +105,7 @@ def _panel(title: str, profile: dict[str, Any], y: float) -> Iterator[str]:
             f"<line x1='{near:.1f}' y1='{top}' x2='{far}' y2='{low}' stroke='{_PALE}' "
             "stroke-dasharray='3 3'/>"
         )
+    yield from _bar(kernels, 0.0, window, y + 24)
     yield from _bar(kernels, first, first + 2 * half, low, outlined=True)
 
 
@@ -161,7 +161,8 @@ def _text(
 ) -> str:
     return (
         f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' font-weight='{weight}' "
-        f"text-anchor='{anchor}' fill='{colour}'>{escape(words)}</text>"
+        f"text-anchor='{anchor}' fill='{colour}' stroke='#ffffff' stroke-width='3' "
+        f"paint-order='stroke'>{escape(words)}</text>"
     )
 
 
