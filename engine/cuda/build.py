@@ -7,6 +7,7 @@ import torch
 
 from core.kv_layout import KvLayout
 from engine.config import EngineConfig
+from engine.cuda.attention import FlashInferAttention
 from engine.cuda.graphs import batch_ladder
 from engine.cuda.memory import affordable_blocks, explained, gpu_memory, peak_bytes
 from engine.cuda.runner import CudaRunner, StepLimits
@@ -51,7 +52,6 @@ def build_cuda_runner(parts: CudaParts, progress: Callable[[str], None]) -> Cuda
         max_tokens=asked.max_step_tokens,
         max_rows=asked.max_num_seqs,
         max_table_entries=asked.max_num_seqs * -(-parts.max_len // config.block_size),
-        num_heads=parts.share.num_heads,
     )
 
     def runner(pool: KVPool, *, cuda_graphs: bool) -> CudaRunner:
@@ -59,6 +59,7 @@ def build_cuda_runner(parts: CudaParts, progress: Callable[[str], None]) -> Cuda
             model=parts.model,
             model_config=parts.model_config,
             model_digest=parts.model_digest,
+            attention=FlashInferAttention(pool, parts.share.num_heads),
             pool=pool,
             cos_sin=cos_sin,
             limits=limits,

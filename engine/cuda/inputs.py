@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.cuda.events import QueuePoint
+
 Int32s = npt.NDArray[np.int32]
 
 _TOKEN_AREAS: Final = ("token_ids", "source_rows", "positions", "slots")
@@ -38,7 +40,7 @@ class StepInputs:
         total = sum(size for _, size in sizes)
         self._pinned = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._mirror = torch.zeros(total, dtype=torch.int32, device=device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._copied = QueuePoint(device)
         host: dict[str, Int32s] = {}
         mirror: dict[str, torch.Tensor] = {}
         start = 0
@@ -71,8 +73,7 @@ class StepInputs:
 
     def reuse(self) -> None:
         """Wait until what was written before has reached the device."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        self._copied.wait()
 
     def send(self, num_blocks: int) -> None:
         """Bring everything over, of `block_ids` the first `num_blocks`. Does not wait."""
@@ -81,5 +82,4 @@ class StepInputs:
 
     def sent(self) -> None:
         """Say that every copy of this step out of pinned memory has been queued."""
-        if self._copied is not None:
-            self._copied.record()
+        self._copied.record()

@@ -21,6 +21,7 @@ from engine.cuda.attention import (
     last_block_lens,
 )
 from engine.cuda.block_rows import BlockRows
+from engine.cuda.events import QueuePoint
 from engine.cuda.graphs import DecodeSteps, pad_rows
 from engine.cuda.inputs import Int32s, StepInputs
 from engine.cuda.kernels.tokens import resolve_tokens
@@ -45,6 +46,7 @@ class CudaRunner:
         model: DecoderModel,
         model_config: ModelConfig,
         model_digest: bytes,
+        attention: FlashInferAttention,
         pool: KVPool,
         cos_sin: torch.Tensor,
         limits: "StepLimits",
@@ -57,9 +59,9 @@ class CudaRunner:
         self._pool = pool
         self._block_size = pool.layout.block_size
         self._cos_sin = cos_sin
-        self._device = device = pool.tensor.device
+        device = pool.tensor.device
         self._max_rows = max_rows = limits.max_rows
-        self._attention = FlashInferAttention(pool, limits.num_heads)
+        self._attention = attention
         self._tables = BlockRows(max_rows)
         max_blocks = limits.max_table_entries + max_rows
         self._mixed_inputs = StepInputs(
@@ -75,11 +77,11 @@ class CudaRunner:
         self._last_tokens = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._rows: dict[str, int] = {}
         # A step's tokens are read while the next one's are under way.
-        self._landings = [_Landing(max_rows), _Landing(max_rows)]
+        self._landings = [_Landing(max_rows, device), _Landing(max_rows, device)]
         self.decodes = DecodeSteps(
             compute=self._compute_decodes,
             inputs=self._decode_inputs,
-            attention=self._attention,
+            attention=attention,
             cos_sin=cos_sin,
             max_rows=max_rows,
             capture=cuda_graphs,
@@ -141,7 +143,8 @@ class CudaRunner:
                 if n
             ]
             self._run_mixed(chunks, write=False)
-            torch.cuda.synchronize(self._device)
+        self._landings[0].arrived.record()
+        self._landings[0].arrived.wait()
 
     def warm_up(self, progress: Callable[[str], None]) -> None:
         """Compile every kernel and capture the graphs, so that no request has to wait for it."""
@@ -296,8 +299,6 @@ class StepLimits:
     max_rows: int
     max_table_entries: int
     """Blocks in all tables of a step together; blocks shared by several sequences count again."""
-    num_heads: int
-    """Query heads of this rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,9 +315,10 @@ class _Queued:
 class _Landing:
     """Pinned memory in which a step's tokens arrive."""
 
-    def __init__(self, max_rows: int) -> None:
-        self.tokens = torch.zeros(max_rows, dtype=torch.int32, pin_memory=True)
-        self.arrived = torch.cuda.Event()
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.tokens = torch.zeros(max_rows, dtype=torch.int32, pin_memory=pinned)
+        self.arrived = QueuePoint(device)
         self.logprobs: HostLogprobs | None = None
 
     def fetch(self, tokens: torch.Tensor, logprobs: DeviceLogprobs | None) -> None:
@@ -336,7 +338,7 @@ class _CudaStep:
 
     def wait(self) -> StepResult:
         """See PendingStep."""
-        self.landing.arrived.synchronize()
+        self.landing.arrived.wait()
         tokens = self.landing.tokens.tolist()
         ids: list[int | None] = [None] * self.num_chunks
         logprobs: list[TokenLogprobs | None] = [None] * self.num_chunks

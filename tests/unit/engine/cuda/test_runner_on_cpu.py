@@ -1,0 +1,67 @@
+"""The GPU runner's host side: what it makes of plans, with the step before still under way."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.sampling import SamplingParams
+from engine.config import EngineConfig
+from engine.llm import LLM, Completion
+from tests.support.models import make_checkpoint
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels are compiled here; test_runner.py has the same"
+)
+
+
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [("LlamaForCausalLM", {}), ("Qwen3ForCausalLM", {"tie_word_embeddings": True})],
+)
+def test_generates_what_the_torch_runner_does(
+    arch: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    from tests.support.cuda import build_cuda_runner_on_cpu
+
+    path = make_checkpoint(tmp_path, arch, seed=7, num_hidden_layers=2, **overrides)
+    rng = random.Random(3)
+    prompts = [[rng.randrange(3, 280) for _ in range(n)] for n in (1, 5, 16, 40, 23, 3)]
+    each = [
+        SamplingParams(
+            temperature=(0.0, 0.8)[i % 2],
+            seed=i,
+            max_tokens=12 + i,
+            ignore_eos=True,
+            logprobs=2 if i == 3 else None,
+            repetition_penalty=1.3 if i == 4 else 1.0,
+        )
+        for i in range(len(prompts))
+    ]
+    # Little room, so that prompts come in chunks beside decodes and some are preempted.
+    config = EngineConfig(
+        model=str(path),
+        block_size=4,
+        num_blocks=26,
+        max_num_seqs=5,
+        max_step_tokens=19,
+        num_threads=1,
+    )
+    plain = LLM(config)
+    expected = plain.generate(prompts, each)
+    assert plain.engine.stats().preemptions
+    runner = build_cuda_runner_on_cpu(path, config)
+    assert runner.overlaps
+    ahead = LLM(config, executor=runner)
+    done = ahead.generate(prompts, each)
+    assert [tokens(one) for one in done] == [tokens(one) for one in expected]
+    for got, wanted in zip(done[3].logprobs, expected[3].logprobs, strict=True):
+        assert got.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+    ahead.engine.check_integrity()
+
+
+def tokens(completion: Completion) -> list[int]:
+    return list(completion.token_ids)
