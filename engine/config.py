@@ -29,7 +29,7 @@ class EngineConfig:
     num_blocks: int | None = None
     """Blocks in the KV pool; None: as many as fit kv_cache_bytes."""
     kv_cache_bytes: int | None = None
-    """Of each rank; None: 1 GiB on a CPU, on a GPU what gpu_memory_utilization leaves."""
+    """Of each rank; None: with flashinfer what gpu_memory_utilization leaves, else 1 GiB."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's whole memory, in (0, 1], that weights, KV pool and computing of this engine
     may take together. Engines that share a GPU need shares that sum to less than one."""

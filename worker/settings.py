@@ -76,8 +76,8 @@ class WorkerSettings(BaseModel):
     kv_cache_memory: ByteSize | None = Field(
         None,
         ge=1,
-        description="Bytes of the KV pool when num_blocks is not set; default: 1 GiB on a CPU, on "
-        "a GPU what gpu_memory_utilization leaves.",
+        description="Bytes of the KV pool when num_blocks is not set; default: with flashinfer "
+        "what gpu_memory_utilization leaves, else 1 GiB.",
     )
     gpu_memory_utilization: float = Field(
         0.9,

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.models.config import ModelConfig
 
 _DEFAULT_BYTES = 1 << 30
-"""Of a pool in host memory when nothing else is said."""
+"""Where nothing else is said and nothing is measured; see engine.cuda.memory."""
 
 
 def kv_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KvLayout:
