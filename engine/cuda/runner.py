@@ -13,25 +13,22 @@ import numpy as np
 import torch
 
 from core.sampling import SamplingParams
-from core.tokens import TokenLogprobs
 from engine.cuda.attention import (
     CudaContext,
     FlashInferAttention,
     blocks_of,
-    last_block_lens,
 )
-from engine.cuda.block_rows import BlockRows
-from engine.cuda.events import QueuePoint
 from engine.cuda.graphs import DecodeSteps, pad_rows
-from engine.cuda.inputs import Int32s, StepInputs
+from engine.cuda.inputs import StepInputs
 from engine.cuda.kernels.tokens import resolve_tokens
-from engine.cuda.sampling import Sampler, draw_plain, needs_more, plain_arrays
-from engine.cuda.sampling_logprobs import DeviceLogprobs, HostLogprobs
+from engine.cuda.landing import Landing, LandingStep
+from engine.cuda.sampling import Sampler, draw_plain, needs_more
+from engine.cuda.step_writer import StepWriter, write_draws
 from engine.executor import PendingStep
 from engine.kv.pool import KVPool
 from engine.layers.decoder import DecoderModel
 from engine.models.config import ModelConfig
-from engine.plan import PENDING, Chunk, SampleSpec, StepPlan, StepResult
+from engine.plan import Chunk, SampleSpec, StepPlan
 
 _UNUSED: Final = SampleSpec(SamplingParams(temperature=0), 0, (), ())
 """Of rows that nobody reads."""
@@ -62,7 +59,7 @@ class CudaRunner:
         device = pool.tensor.device
         self._max_rows = max_rows = limits.max_rows
         self._attention = attention
-        self._tables = BlockRows(max_rows)
+        self._writer = StepWriter(self._block_size, max_rows)
         max_blocks = limits.max_table_entries + max_rows
         self._mixed_inputs = StepInputs(
             max_tokens=max(limits.max_tokens, max_rows),
@@ -75,10 +72,10 @@ class CudaRunner:
         )
         self._sampler = Sampler()
         self._last_tokens = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._rows: dict[str, int] = {}
+        self._sampled_rows: dict[str, int] = {}
         # A step's tokens are read while the next one's are under way.
-        self._landings = [_Landing(max_rows, device), _Landing(max_rows, device)]
-        self.decodes = DecodeSteps(
+        self._landings = [Landing(max_rows, device), Landing(max_rows, device)]
+        self._decodes = DecodeSteps(
             compute=self._compute_decodes,
             inputs=self._decode_inputs,
             attention=attention,
@@ -112,7 +109,6 @@ class CudaRunner:
         """See Executor."""
         assert self._model is not None, "submit after close"
         chunks = plan.chunks
-        self._tables.forget_all_but(chunks)
         if all(len(chunk.token_ids) == 1 for chunk in chunks):
             step = self._run_decodes(chunks)
         else:
@@ -121,11 +117,11 @@ class CudaRunner:
         if any(map(needs_more, step.specs)):
             logprobs = self._sampler.draw(step.logits, step.specs, self._last_tokens)
         sampled = [(i, row) for row, i in enumerate(step.drawn) if chunks[i].sample is not None]
-        self._rows = {chunks[i].request_id: row for i, row in sampled}
+        self._sampled_rows = {chunks[i].request_id: row for i, row in sampled}
         landing = self._landings[0]
         self._landings.reverse()
         landing.fetch(self._last_tokens[: len(step.drawn)], logprobs)
-        return _CudaStep(landing, len(chunks), sampled)
+        return LandingStep(landing, len(chunks), sampled)
 
     def close(self) -> None:
         """See Executor. The pool's memory stays until nobody refers to it."""
@@ -134,7 +130,7 @@ class CudaRunner:
     def rehearse(self, num_tokens: int, max_len: int) -> None:
         """Run the largest steps on padding, which writes no K and V, and wait for them."""
         with torch.inference_mode():
-            self.decodes.rehearse(self._max_rows)
+            self._decodes.rehearse(self._max_rows)
             tables = [0] * blocks_of(np.array([max_len], np.int32), self._block_size)[0]
             lengths = [max_len] * (num_tokens // max_len) + [num_tokens % max_len]
             chunks = [
@@ -149,146 +145,78 @@ class CudaRunner:
     def warm_up(self, progress: Callable[[str], None]) -> None:
         """Compile every kernel and capture the graphs, so that no request has to wait for it."""
         with torch.inference_mode():
-            self.decodes.capture_all(progress)
+            self._decodes.capture_all(progress)
         self.rehearse(2 * self._block_size, self._block_size)
 
     def _run_decodes(self, chunks: Sequence[Chunk]) -> "_Queued":
         """Row i is chunk i, whether it is to be sampled or not."""
         inputs, count = self._decode_inputs, len(chunks)
         inputs.reuse()
-        self._write_tokens(inputs, chunks)
-        num_blocks = self._write_tables(inputs, chunks, inputs.positions[:count] + 1)
+        num_blocks = self._writer.write(inputs, chunks, self._sampled_rows).num_blocks
         specs = [chunk.sample or _UNUSED for chunk in chunks]
-        _write_draws(inputs, specs)
-        size = self.decodes.padded(count)
+        write_draws(inputs, specs)
+        size = self._decodes.padded(count)
         if size > count:
             num_blocks = pad_rows(inputs, count, size, num_blocks)
         inputs.send(num_blocks)
-        self.decodes.plan(size, num_blocks)
+        self._decodes.plan(size, num_blocks)
         inputs.sent()
-        return _Queued(range(count), specs, self.decodes.run(size)[:count])
+        return _Queued(range(count), specs, self._decodes.run(size)[:count])
 
     def _run_mixed(self, chunks: Sequence[Chunk], *, write: bool = True) -> "_Queued":
         order = sorted(range(len(chunks)), key=lambda i: len(chunks[i].token_ids) > 1)
         chunks = [chunks[i] for i in order]
         inputs = self._mixed_inputs
         inputs.reuse()
-        lengths = np.array([len(chunk.token_ids) for chunk in chunks], np.int32)
-        starts = np.array([chunk.start for chunk in chunks], np.int32)
-        ends = np.cumsum(lengths, dtype=np.int32)
-        num_tokens = int(ends[-1])
-        self._write_prompts(inputs, chunks, starts, lengths)
-        num_blocks = self._write_tables(inputs, chunks, starts + lengths)
+        step = self._writer.write(inputs, chunks, self._sampled_rows)
         if not write:
-            inputs.slots[:num_tokens] = -1
+            inputs.slots[: step.num_tokens] = -1
         drawn = [i for i, chunk in enumerate(chunks) if chunk.sample is not None]
         specs = [spec for i in drawn if (spec := chunks[i].sample) is not None]
-        _write_draws(inputs, specs)
+        write_draws(inputs, specs)
         # A step that samples nothing still computes one row: an empty matrix helps nobody.
         num_rows = max(1, len(drawn))
-        inputs.output_rows[:num_rows] = ends[drawn] - 1 if drawn else 0
-        inputs.send(num_blocks)
+        inputs.output_rows[:num_rows] = step.last_rows[drawn] if drawn else 0
+        inputs.send(step.num_blocks)
         parts = self._attention.plan_mixed(
-            lengths=lengths,
-            context_lens=starts + lengths,
-            num_decodes=int(np.count_nonzero(lengths == 1)),
-            block_ids=inputs.device_block_ids[:num_blocks],
+            lengths=step.lengths,
+            context_lens=step.context_lens,
+            num_decodes=int(np.count_nonzero(step.lengths == 1)),
+            block_ids=inputs.device_block_ids[: step.num_blocks],
         )
         inputs.sent()
         context = CudaContext(
             parts=parts,
             cos_sin=self._cos_sin,
-            positions=inputs.device_positions[:num_tokens],
-            slots=inputs.device_slots[:num_tokens],
+            positions=inputs.device_positions[: step.num_tokens],
+            slots=inputs.device_slots[: step.num_tokens],
             output_rows=inputs.device_output_rows[:num_rows],
         )
-        assert self._model is not None
-        hidden = self._model.forward(self._token_ids(inputs, num_tokens), context)
-        logits = self._drawn(inputs, self._model.logits(hidden), num_rows)
+        logits = self._compute(inputs, context, step.num_tokens, num_rows)
         return _Queued([order[i] for i in drawn], specs, logits)
 
     def _compute_decodes(self, inputs: StepInputs, context: CudaContext, rows: int) -> torch.Tensor:
-        assert self._model is not None
-        token_ids = self._token_ids(inputs, rows)
-        hidden = self._model.forward(token_ids, context)
-        return self._drawn(inputs, self._model.logits(hidden), rows)
+        return self._compute(inputs, context, rows, rows)
 
-    def _token_ids(self, inputs: StepInputs, count: int) -> torch.Tensor:
-        return resolve_tokens(
-            inputs.device_token_ids[:count],
-            inputs.device_source_rows[:count],
+    def _compute(
+        self, inputs: StepInputs, context: CudaContext, num_tokens: int, num_rows: int
+    ) -> torch.Tensor:
+        """Queue the model and the draws. Returns logits, [num_rows, vocab_size]."""
+        assert self._model is not None
+        token_ids = resolve_tokens(
+            inputs.device_token_ids[:num_tokens],
+            inputs.device_source_rows[:num_tokens],
             self._last_tokens,
         )
-
-    def _drawn(self, inputs: StepInputs, logits: torch.Tensor, rows: int) -> torch.Tensor:
+        logits = self._model.logits(self._model.forward(token_ids, context))
         draw_plain(
             logits,
-            inputs.device_temperatures[:rows],
-            inputs.device_seeds[:rows],
-            inputs.device_draw_positions[:rows],
-            self._last_tokens[:rows],
+            inputs.device_temperatures[:num_rows],
+            inputs.device_seeds[:num_rows],
+            inputs.device_draw_positions[:num_rows],
+            self._last_tokens[:num_rows],
         )
         return logits
-
-    def _write_tokens(self, inputs: StepInputs, chunks: Sequence[Chunk]) -> None:
-        count = len(chunks)
-        tokens = np.array([chunk.token_ids[0] for chunk in chunks], np.int32)
-        pending = tokens == PENDING
-        inputs.token_ids[:count] = np.where(pending, 0, tokens)
-        inputs.source_rows[:count] = -1
-        if pending.any():
-            sources = [self._rows.get(chunk.request_id, -1) for chunk in chunks]
-            inputs.source_rows[:count] = np.where(pending, sources, -1)
-            assert inputs.source_rows[:count][pending].min() >= 0, "no token is pending"
-        inputs.positions[:count] = [chunk.start for chunk in chunks]
-
-    def _write_prompts(
-        self, inputs: StepInputs, chunks: Sequence[Chunk], starts: Int32s, lengths: Int32s
-    ) -> None:
-        total = int(lengths.sum())
-        offsets = np.arange(total, dtype=np.int32)
-        firsts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-        inputs.positions[:total] = offsets - firsts + np.repeat(starts, lengths)
-        inputs.source_rows[:total] = -1
-        row = 0
-        for chunk in chunks:
-            length = len(chunk.token_ids)
-            if length == 1 and chunk.token_ids[0] == PENDING:
-                inputs.token_ids[row] = 0
-                inputs.source_rows[row] = self._rows[chunk.request_id]
-            else:
-                inputs.token_ids[row : row + length] = chunk.token_ids
-            row += length
-
-    def _write_tables(
-        self, inputs: StepInputs, chunks: Sequence[Chunk], context_lens: Int32s
-    ) -> int:
-        """Write tables and the slots of all tokens. Returns entries of block_ids in use."""
-        size, count = self._block_size, len(chunks)
-        counts = blocks_of(context_lens, size)
-        tables = [
-            self._tables.array(chunk, num)
-            for chunk, num in zip(chunks, counts.tolist(), strict=True)
-        ]
-        starts = inputs.table_starts[: count + 1]
-        starts[0] = 0
-        np.cumsum(counts, out=starts[1:])
-        total = int(starts[-1])
-        np.concatenate(tables, out=inputs.block_ids[:total])
-        inputs.last_lens[:count] = last_block_lens(context_lens, size)
-        lengths = np.array([len(chunk.token_ids) for chunk in chunks], np.int32)
-        num_tokens = int(lengths.sum())
-        positions = inputs.positions[:num_tokens]
-        blocks = inputs.block_ids[np.repeat(starts[:-1], lengths) + positions // size]
-        inputs.slots[:num_tokens] = blocks * size + positions % size
-        return total
-
-
-def _write_draws(inputs: StepInputs, specs: Sequence[SampleSpec]) -> None:
-    arrays, count = plain_arrays(specs), len(specs)
-    inputs.temperatures[:count] = arrays.temperatures
-    inputs.seeds[:count] = arrays.seeds
-    inputs.draw_positions[:count] = arrays.positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,42 +238,3 @@ class _Queued:
     specs: Sequence[SampleSpec]
     """One per row."""
     logits: torch.Tensor
-
-
-class _Landing:
-    """Pinned memory in which a step's tokens arrive."""
-
-    def __init__(self, max_rows: int, device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self.tokens = torch.zeros(max_rows, dtype=torch.int32, pin_memory=pinned)
-        self.arrived = QueuePoint(device)
-        self.logprobs: HostLogprobs | None = None
-
-    def fetch(self, tokens: torch.Tensor, logprobs: DeviceLogprobs | None) -> None:
-        self.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
-        self.logprobs = None if logprobs is None else logprobs.to_host()
-        self.arrived.record()
-
-
-@dataclass(frozen=True, slots=True)
-class _CudaStep:
-    """Implements PendingStep."""
-
-    landing: _Landing
-    num_chunks: int
-    sampled: Sequence[tuple[int, int]]
-    """(chunk, row) of each token."""
-
-    def wait(self) -> StepResult:
-        """See PendingStep."""
-        self.landing.arrived.wait()
-        tokens = self.landing.tokens.tolist()
-        ids: list[int | None] = [None] * self.num_chunks
-        logprobs: list[TokenLogprobs | None] = [None] * self.num_chunks
-        for chunk, row in self.sampled:
-            ids[chunk] = tokens[row]
-        if self.landing.logprobs is not None:
-            found = self.landing.logprobs.results()
-            for chunk, row in self.sampled:
-                logprobs[chunk] = found.get(row)
-        return StepResult(ids, logprobs)
