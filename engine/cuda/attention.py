@@ -3,8 +3,8 @@
 Decodes run on its tensor-core kernel, which reads K and V at the speed of memory; prompt chunks on
 its FlashAttention-3 kernel where the GPU has one (Hopper), else FlashAttention-2. A plan is made
 once per step and shared by all layers. Plans of decodes lie in buffers that CUDA graphs may read.
-Prompts of which nothing was computed before attend to K and V as they were projected: that is a
-fifth faster than finding them in the pool.
+Prompts of which nothing was computed before attend to K and V as they were projected, which spares
+finding them in the pool.
 """
 
 from dataclasses import dataclass

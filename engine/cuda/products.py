@@ -1,9 +1,7 @@
 """Chooses the kernel for a product of a few rows with a fixed matrix.
 
-On one H100, microseconds of all products and small kernels of a layer, attention left out, with
-cuBLAS and with ours: Llama-8B 173 and 148 at 1 row, 179 and 175 at 16, 187 and 178 at 64, but at
-128 only cuBLAS reads the matrix once; Qwen3-0.6B 30 and 19 at 1 row, 40 and 30 at 64, 43 and 40 at
-128, 48 and 54 at 256.
+`benchmarks/gpu_products.py` prints the table of rows and models that the limits here come from: our
+kernels won at few rows; beyond, a large matrix is better read once by cuBLAS than once per tile.
 """
 
 import torch
