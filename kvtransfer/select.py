@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from core.errors import ConfigError, TransferError
+from kvtransfer.mooncake import MooncakeTransport
 from kvtransfer.nixl import NixlTransport
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import BlockPool, Transport
 
 log = logging.getLogger(__name__)
 
-TransportName = Literal["auto", "nixl", "tcp"]
+TransportName = Literal["auto", "nixl", "mooncake", "tcp"]
 
 
 def open_transport(name: TransportName, pool: BlockPool, *, host: str, token: str) -> Transport:
@@ -23,7 +24,7 @@ def open_transport(name: TransportName, pool: BlockPool, *, host: str, token: st
         name: auto takes nixl where it works and has a path that copies one-sidedly (device
             memory, RDMA, or one machine), else tcp, and says why. Over a plain network UCX only
             emulates READs: slower than tcp, and a reader's death can abort the process it reads
-            (docs/adr/0003-leases.md).
+            (docs/adr/0003-leases.md). It never takes mooncake, whose ports let anyone in.
         pool: outlives the transport.
         host: name or IP address of this machine at which peers reach it.
         token: shared secret; peers without it can't read. Empty where there is none.
@@ -33,8 +34,10 @@ def open_transport(name: TransportName, pool: BlockPool, *, host: str, token: st
     """
     if name == "tcp":
         return TcpTransport(pool, host=_address(host), token=token.encode())
+    if name == "mooncake":
+        return MooncakeTransport(pool, host=_address(host), token=token.encode())
     if name not in ("auto", "nixl"):
-        raise ConfigError(f"kv_transport must be auto, nixl or tcp, not {name!r}.")
+        raise ConfigError(f"kv_transport must be auto, nixl, mooncake or tcp, not {name!r}.")
     if name == "nixl" or pool.device_id is not None:
         return NixlTransport(pool, token=token.encode())
     address = _address(host)

@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 
 from engine.threads import available_cores, compute_thread_env
+from kvtransfer.mooncake_engine import mooncake_environment
 from kvtransfer.nixl import ucx_environment
 from rpc.v1 import ipc_pb2
 from worker.ipc import ServicePipe, open_pipe
@@ -41,6 +42,7 @@ class EngineChild:
             **os.environ,
             **compute_thread_env(settings.num_threads or available_cores()),
             **ucx_environment(os.environ, loopback=settings.loopback),
+            **mooncake_environment(os.environ),
         }
         process = await asyncio.create_subprocess_exec(
             sys.executable,

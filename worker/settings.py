@@ -115,8 +115,10 @@ class WorkerSettings(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Seed of dummy weights.")
 
-    kv_transport: Literal["auto", "nixl", "tcp"] = Field(
-        "auto", description="How KV blocks move; auto: nixl where it is installed, else tcp."
+    kv_transport: Literal["auto", "nixl", "mooncake", "tcp"] = Field(
+        "auto",
+        description="How KV blocks move; auto: nixl where it is installed and copies one-sidedly, "
+        "else tcp; docs/transports.md says what each needs.",
     )
 
     heartbeat_interval_s: Seconds = Field(

@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 
 from core.errors import TransferError
+from kvtransfer.mooncake_engine import load_mooncake
 from kvtransfer.nixl import NixlTransport
 from kvtransfer.transport import ReadState, Transport
 from tests.support.kv import HAS_READ, TOKEN, HostPool, finish, open_named, peer, ucx_env
@@ -19,13 +20,18 @@ NUM_BLOCKS = 64
 BIG = {"num_blocks": 64, "block_bytes": 1 << 20}
 """More than all socket buffers between two processes hold."""
 
-TRANSPORTS = ["tcp", "nixl", "nixl+tcp"]
-NETWORKED = ["tcp", "nixl+tcp"]
+TRANSPORTS = ["tcp", "nixl", "nixl+tcp", "mooncake"]
+NETWORKED = ["tcp", "nixl+tcp", "mooncake"]
 """Those whose READ needs the peer's help, so that a frozen peer leaves it pending."""
 
 
 @pytest.fixture(params=TRANSPORTS)
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "mooncake":
+        try:
+            load_mooncake()
+        except TransferError as error:
+            pytest.skip(error.message)
     for variable, value in ucx_env(request.param).items():
         monkeypatch.setenv(variable, value)
     return str(request.param)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from core.kv_layout import KvLayout
+from kvtransfer.mooncake_engine import mooncake_environment
 from kvtransfer.nixl import NixlTransport
 from kvtransfer.select import open_transport
 from kvtransfer.transport import Read, ReadState, Transport
@@ -76,6 +77,8 @@ def finish(read: Read, timeout_s: float = 20.0) -> ReadState:
 
 def ucx_env(transport: str) -> dict[str, str]:
     """Environment for a transport's name in tests: nixl+tcp keeps UCX off shared memory."""
+    if transport == "mooncake":
+        return mooncake_environment({})
     env = {"UCX_NET_DEVICES": "lo", "NIXL_LOG_LEVEL": "WARN", "UCX_LOG_LEVEL": "fatal"}
     return {**env, "UCX_TLS": "tcp"} if transport == "nixl+tcp" else env
 
@@ -86,7 +89,7 @@ def open_named(transport: str, pool: HostPool, token: str = TOKEN) -> Transport:
         piece = pool.layout.block_bytes // 4
         return NixlTransport(pool, token=token.encode(), descriptor_bytes=piece)
     name = transport.partition("+")[0]
-    assert name == "tcp" or name == "nixl"
+    assert name == "tcp" or name == "nixl" or name == "mooncake"
     return open_transport(name, pool, host="127.0.0.1", token=token)
 
 
