@@ -10,24 +10,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.clock import Clock, monotonic
-from core.errors import DiptychError, InvalidRequestError, TransferError
+from core.errors import DiptychError, ErrorCode, InvalidRequestError, TransferError
+from decode.link_rates import LinkRates
 from decode.metrics import ImportMetrics
 from decode.settings import DecodeSettings
 from engine.engine import Engine, Reservation
 from engine.request import StepOutputs
 from kvtransfer import actions as act
 from kvtransfer import wire
-from kvtransfer.handover import HandoverConfig, HandoverMachine
+from kvtransfer.handover import HandoverMachine
+from kvtransfer.handover_config import HandoverConfig
 from kvtransfer.messages import Hello, Key
 from kvtransfer.transport import Read, ReadState, Transport
 from rpc.v1 import ipc_pb2, worker_pb2
 from worker.hello import own_hello, own_transport
 from worker.local_role import LocalRole
-from worker.role import BuildRole, Outbox, Role, RoleContext, Submission
+from worker.role import BuildRole, Outbox, Role, RoleContext, Submission, engine_id
+from worker.scratch import scratch_request
 from worker.switchboard import FIRST_ENGINE_CHANNEL
 
 log = logging.getLogger(__name__)
 
+PROBE_SHARE = 32
+"""A probe takes at most this share of the own pool, one block out of so many."""
 _READING_S = 0.0005
 """Sleep between two looks at READs under way."""
 _WAITING_S = 0.01
@@ -41,6 +46,7 @@ class _PendingRead:
     key: Key
     number: int
     peer_id: str
+    num_blocks: int
     read: Read
 
 
@@ -67,6 +73,8 @@ class Importer:
         self._metrics = metrics
         self._machine = HandoverMachine(hello, config)
         self._block_bytes = hello.layout.block_bytes
+        self._block_size = hello.layout.block_size
+        self._rates = LinkRates(self._block_bytes, metrics)
         self._reads: list[_PendingRead] = []
         self._unreserved: dict[Key, Submission] = {}
         self._reservations: dict[Key, Reservation] = {}
@@ -146,6 +154,10 @@ class Importer:
         """Hand-overs as of now."""
         self._metrics.observe(self._machine.num_handovers, self._machine.counters)
 
+    def report(self, load: worker_pb2.LoadReport) -> None:
+        """How fast the links are."""
+        load.links.extend(self._rates.report())
+
     def close(self) -> None:
         """Drop all peers."""
         self._transport.close()
@@ -161,7 +173,9 @@ class Importer:
                 continue  # An earlier one's failure dropped the peer, and this READ with it.
             self._reads.remove(pending)
             if state is ReadState.DONE:
-                self._do(self._machine.read_done(pending.key, pending.number, now))
+                duration_s = pending.read.duration_s
+                self._rates.read(pending.peer_id, pending.num_blocks, duration_s)
+                self._do(self._machine.read_done(pending.key, pending.number, now, duration_s))
             else:
                 self._do(
                     self._machine.read_failed(pending.key, pending.number, pending.read.error, now)
@@ -206,10 +220,11 @@ class Importer:
                 log.info("closing link %d: %s", link, reason)
                 close = ipc_pb2.CloseChannel(channel=FIRST_ENGINE_CHANNEL + link, reason=reason)
                 self._outbox.send(ipc_pb2.EngineEvent(close=close))
-            case act.ConnectPeer(link, peer_id, metadata):
-                return self._connect(link, peer_id, metadata)
+            case act.ConnectPeer():
+                return self._connect(action)
             case act.DisconnectPeer(peer_id):
                 self._transport.disconnect(peer_id)
+                self._rates.closed(peer_id)
                 self._reads = [read for read in self._reads if read.peer_id != peer_id]
             case act.Reserve(key):
                 submission = self._outbox.find(key)
@@ -220,6 +235,11 @@ class Importer:
                 reservation = self._reservations.pop(key, None)
                 if reservation is not None:
                     self._engine.cancel(reservation)
+            case act.ReserveScratch(key, num_blocks):
+                return self._reserve_scratch(key, num_blocks)
+            case act.ProbeEnded(key, outcome, text):
+                log.debug("%s: %s %s", key.request_id, outcome, text)
+                self._metrics.probe_ended(outcome)
             case act.StartRead():
                 return self._start_read(action)
             case act.Deliver():
@@ -229,13 +249,27 @@ class Importer:
                 self._outbox.fail(key, DiptychError(text, code=code))
         return ()
 
-    def _connect(self, link: int, peer_id: str, metadata: bytes) -> Sequence[act.HandoverAction]:
+    def _connect(self, connect: act.ConnectPeer) -> Sequence[act.HandoverAction]:
         try:
-            self._transport.connect(peer_id, metadata)
+            self._transport.connect(connect.peer_id, connect.metadata)
         except TransferError as error:
-            log.warning("can't connect to %s: %s", peer_id, error)
-            return self._machine.peer_failed(link, error.message, self._clock())
+            log.warning("can't connect to %s: %s", connect.peer_id, error)
+            return self._machine.peer_failed(connect.link, error.message, self._clock())
+        self._rates.opened(connect.peer_id, connect.worker_id)
         return ()
+
+    def _reserve_scratch(self, key: Key, num_blocks: int) -> Sequence[act.HandoverAction]:
+        now = self._clock()
+        try:
+            request = scratch_request(engine_id(key), num_blocks, self._block_size)
+            reservation = self._engine.reserve(request)
+        except DiptychError as error:
+            return self._machine.failed(key, error.code, error.message, now)
+        if reservation is None:
+            message = "No blocks are free here."
+            return self._machine.failed(key, ErrorCode.OVERLOADED, message, now)
+        self._reservations[key] = reservation
+        return self._machine.reserved(key, tuple(reservation.block_table), 0, now)
 
     def _start_read(self, start: act.StartRead) -> Sequence[act.HandoverAction]:
         try:
@@ -243,7 +277,9 @@ class Importer:
         except TransferError as error:
             now = self._clock()
             return self._machine.read_failed(start.key, start.read_no, error.message, now)
-        self._reads.append(_PendingRead(start.key, start.read_no, start.peer_id, read))
+        self._reads.append(
+            _PendingRead(start.key, start.read_no, start.peer_id, len(start.pairs), read)
+        )
         return ()
 
     def _deliver(self, deliver: act.Deliver) -> None:
@@ -273,6 +309,8 @@ def build_importer(settings: DecodeSettings) -> BuildRole:
         config = HandoverConfig(
             peer_silence_s=settings.peer_silence_s,
             max_inflight_blocks=max(1, settings.max_inflight_bytes // block_bytes),
+            probe_blocks=min(settings.probe_bytes // block_bytes, hello.num_blocks // PROBE_SHARE),
+            probe_interval_s=settings.probe_interval_s,
         )
         return Importer(
             engine=context.engine,

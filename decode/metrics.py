@@ -1,6 +1,7 @@
 """Prometheus metrics of a decode worker's hand-overs."""
 
 from collections import Counter as Tally
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -39,7 +40,25 @@ class ImportMetrics:
             ["kind"],
             registry=registry,
         )
-        self._transport = transport
+        self._link_rate = Gauge(
+            "diptych_kv_link_bytes_per_second",
+            "Measured speed of READs from each linked prefill worker.",
+            ["peer", "transport"],
+            registry=registry,
+        )
+        self._link_latency = Gauge(
+            "diptych_kv_link_latency_seconds",
+            "Least time that a READ of one KV block took from each linked prefill worker.",
+            ["peer", "transport"],
+            registry=registry,
+        )
+        self._probes = Counter(
+            "diptych_kv_link_probes_total",
+            "Measurements of an unused link, by outcome.",
+            ["transport", "outcome"],
+            registry=registry,
+        )
+        self.transport = transport
         self._seen: Tally[str] = Tally()
 
     def delivered(self, transfer_s: float, num_bytes: int) -> None:
@@ -49,7 +68,23 @@ class ImportMetrics:
 
     def failed(self, reason: str) -> None:
         """One hand-over ended without its KV."""
-        self._failures.labels(self._transport, reason).inc()
+        self._failures.labels(self.transport, reason).inc()
+
+    def link_measured(self, worker_id: str, bytes_per_s: float, latency_s: float) -> None:
+        """What the link to a prefill worker can do; `latency_s` is 0 until measured."""
+        self._link_rate.labels(worker_id, self.transport).set(bytes_per_s)
+        if latency_s:
+            self._link_latency.labels(worker_id, self.transport).set(latency_s)
+
+    def link_closed(self, worker_id: str) -> None:
+        """No link to that worker is up: its series go."""
+        for gauge in (self._link_rate, self._link_latency):
+            with suppress(KeyError):
+                gauge.remove(worker_id, self.transport)
+
+    def probe_ended(self, outcome: str) -> None:
+        """One measurement is over."""
+        self._probes.labels(self.transport, outcome).inc()
 
     def observe(self, inflight: int, counters: Tally[str]) -> None:
         """Follow the state machine's own numbers."""

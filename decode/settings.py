@@ -18,3 +18,12 @@ class DecodeSettings(WorkerSettings):
         ge=1,
         description="Bytes of KV that may be on their way from one prefill worker.",
     )
+    probe_bytes: ByteSize = Field(
+        ByteSize(32 << 20),
+        ge=0,
+        description="Bytes read to measure the link to a prefill worker while it is unused; 0: "
+        "links are measured by the KV of prompts alone.",
+    )
+    probe_interval_s: Seconds = Field(
+        300.0, gt=0, description="Least time between two such measurements of one link."
+    )

@@ -6,6 +6,7 @@ prefill side (`export.py`), `HandoverAction` from the decode side (`handover.py`
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Generic, TypeVar
 
 from core.errors import ErrorCode
@@ -51,7 +52,19 @@ class CancelPrefill:
     message: str
 
 
-ExportAction = Send[PrefillMessage] | CloseLink | FreeBlocks | CancelPrefill
+@dataclass(frozen=True, slots=True)
+class ReserveScratch:
+    """Find this many blocks for a probe now, or not at all; no content is asked of them.
+
+    Prefill takes one hold on each and reports `progressed` and `committed`, decode reports
+    `reserved` as for a prompt; either reports `failed` if they are not to be had at once.
+    """
+
+    key: Key
+    num_blocks: int
+
+
+ExportAction = Send[PrefillMessage] | CloseLink | FreeBlocks | CancelPrefill | ReserveScratch
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,7 @@ class ConnectPeer:
     link: int
     peer_id: str
     metadata: bytes
+    worker_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +144,26 @@ class Fail:
     message: str
 
 
+class ProbeOutcome(StrEnum):
+    """How the measurement of a link ended."""
+
+    MEASURED = "measured"
+    PREEMPTED = "preempted"
+    """A hand-over needed the link."""
+    REFUSED = "refused"
+    """One side had no blocks to spare."""
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeEnded:
+    """A probe is over. Its blocks stay reserved until DropBlocks."""
+
+    key: Key
+    outcome: ProbeOutcome
+    message: str
+
+
 HandoverAction = (
     Send[DecodeMessage]
     | OpenLink
@@ -141,4 +175,6 @@ HandoverAction = (
     | StartRead
     | Deliver
     | Fail
+    | ReserveScratch
+    | ProbeEnded
 )

@@ -1,6 +1,7 @@
 """Prefill's half of the hand-over: which KV blocks are leased to whom, and until when.
 
-Owns one record per prompt that is computed here for a decode worker elsewhere. The engine loop of
+Owns one record per prompt that is computed here for a decode worker elsewhere, and one per probe of
+a link, which leases blocks of no content. The engine loop of
 prefill feeds it events and carries out the actions that it returns; it has no clock and no I/O.
 
 Invariant: a block that came in through `progressed` goes out through FreeBlocks exactly once, and
@@ -20,7 +21,14 @@ from enum import StrEnum
 
 from core.errors import ErrorCode
 from core.tokens import TokenLogprobs
-from kvtransfer.actions import CancelPrefill, CloseLink, ExportAction, FreeBlocks, Send
+from kvtransfer.actions import (
+    CancelPrefill,
+    CloseLink,
+    ExportAction,
+    FreeBlocks,
+    ReserveScratch,
+    Send,
+)
 from kvtransfer.messages import (
     Claim,
     Commit,
@@ -28,6 +36,7 @@ from kvtransfer.messages import (
     Hello,
     Key,
     Offer,
+    Probe,
     Progress,
     Refused,
     Release,
@@ -46,6 +55,8 @@ class ExportConfig:
     """Claims of requests not submitted yet, per link; more are revoked."""
     max_endings: int = 4096
     """Ended keys remembered, so that a late word about them is answered rightly."""
+    probe_share: int = 32
+    """A probe gets at most this share of the pool, one out of so many blocks."""
     max_lease_s: float = 600.0
     """Longest a lease may go on after Commit or Revoke, however often it is renewed. The link of a
     decode worker that keeps one longer is closed, and the lease then runs out."""
@@ -67,6 +78,8 @@ class _Link:
     closed: bool = False
     renewed_at: float = float("-inf")
     renew_seq: int = 0
+    probe: Key | None = None
+    """The latest one."""
     early_claims: dict[Key, float] = field(default_factory=dict)
     """Key to when it was claimed."""
 
@@ -230,6 +243,8 @@ class ExportMachine:
                 return self._renewed(state, seq, now)
             case Release(key):
                 return self._released(state, key)
+            case Probe(key, num_blocks):
+                return self._probed(state, key, num_blocks, now)
 
     def link_closed(self, link: int, now: float) -> list[ExportAction]:
         """A link ended, for whatever reason. Its leases run out; nothing new is computed for it."""
@@ -307,6 +322,20 @@ class ExportMachine:
             return [Send(link.number, Revoke(key, ErrorCode.OVERLOADED, "Too many early claims."))]
         link.early_claims[key] = now
         return []
+
+    def _probed(self, link: _Link, key: Key, num_blocks: int, now: float) -> list[ExportAction]:
+        most = self._own.num_blocks // self._config.probe_share
+        known = key in self._exports or key in self._endings or key in link.early_claims
+        if known or link.probe in self._exports or not 0 < num_blocks <= most:
+            self.counters["refused_probe"] += 1
+            message = f"{num_blocks} blocks can't be probed here and now, at most {most}."
+            return [Send(link.number, Revoke(key, ErrorCode.OVERLOADED, message))]
+        num_tokens = num_blocks * self._own.layout.block_size
+        assert link.worker_id is not None
+        export = _Export(key, link.worker_id, num_tokens)
+        self._exports[key] = export
+        link.probe = key
+        return [*self._offer(export, link, now), ReserveScratch(key, num_blocks)]
 
     def _offer(self, export: _Export, link: _Link, now: float) -> list[ExportAction]:
         if export.link is not None or export.decode_worker_id != link.worker_id:

@@ -8,6 +8,7 @@ Invariants: a prompt is delivered only if its Commit fits, every block was read 
 the lease held without a gap from before the first READ until now; every key ends once, in Deliver,
 in Fail, or silently after `aborted`; blocks are dropped and claims released only when no READ is
 pending into them; any doubt is a Fail, which the router cures by another attempt.
+A probe is a record too; it ends in ProbeEnded (see `probing.py`).
 
 Course of a record:
     waiting for the link -> claimed -> offered (lease known) -> reserved -> reading -> delivered
@@ -15,7 +16,6 @@ Course of a record:
 """
 
 from collections import Counter
-from dataclasses import dataclass
 
 from core.errors import ErrorCode
 from kvtransfer.actions import (
@@ -27,10 +27,14 @@ from kvtransfer.actions import (
     Fail,
     HandoverAction,
     OpenLink,
+    ProbeEnded,
+    ProbeOutcome,
     Reserve,
+    ReserveScratch,
     Send,
     StartRead,
 )
+from kvtransfer.handover_config import HandoverConfig
 from kvtransfer.handover_record import Handover, PendingRead
 from kvtransfer.messages import (
     Claim,
@@ -39,6 +43,7 @@ from kvtransfer.messages import (
     Key,
     Offer,
     PrefillMessage,
+    Probe,
     Progress,
     Refused,
     Release,
@@ -48,26 +53,7 @@ from kvtransfer.messages import (
     hello_mismatch,
 )
 from kvtransfer.peer_link import PeerLink
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HandoverConfig:
-    """Bounds of the decode side. All times in seconds."""
-
-    drift_ratio: float = 0.05
-    """By how much the clocks of two hosts may differ in rate, as a share of the lease ttl."""
-    read_margin_s: float = 0.5
-    """Least time that a lease must still hold for a READ to start."""
-    peer_silence_s: float = 10.0
-    """A link whose Renew is unanswered for this long is dead. Prefill's longest step is shorter."""
-    open_timeout_s: float = 5.0
-    """A link without a hello for this long is dead."""
-    read_timeout_s: float = 10.0
-    """A READ that takes longer is stuck, and with it the peer."""
-    idle_link_s: float = 60.0
-    """A link without a hand-over for this long is closed."""
-    max_inflight_blocks: int = 256
-    """Most blocks being read from one peer at a time."""
+from kvtransfer.probing import ProbeSchedule, probe_ended
 
 
 class HandoverMachine:
@@ -81,6 +67,7 @@ class HandoverMachine:
         self._handovers: dict[Key, Handover] = {}
         self._next_link = 1
         self._next_read = 1
+        self._probes = ProbeSchedule(own, self._config)
         self.counters: Counter[str] = Counter()
         """How often something out of the ordinary was ignored or went wrong, by cause."""
 
@@ -125,6 +112,8 @@ class HandoverMachine:
             self._next_link += 1
             self._links[link.number] = link
             actions += [OpenLink(link.number, address), Send(link.number, self._own)]
+        if link.probe is not None:
+            actions += self._end(link.probe, None, now)
         num_blocks = -(-num_tokens // self._own.layout.block_size)
         handover = Handover(key, link, num_tokens, num_blocks, deadline)
         self._handovers[key] = handover
@@ -157,12 +146,15 @@ class HandoverMachine:
 
     # What the transport reports.
 
-    def read_done(self, key: Key, read_no: int, now: float) -> list[HandoverAction]:
+    def read_done(
+        self, key: Key, read_no: int, now: float, duration_s: float = 0.0
+    ) -> list[HandoverAction]:
         """All blocks of a READ are here. `now` was taken after the look that showed it."""
         handover = self._end_read(key, read_no)
         if handover is None:
             return []
         handover.last_read_at = now
+        handover.enough = duration_s >= self._config.probe_read_s
         actions = self._finish(handover, now) if handover.ended else []
         return actions + self._pump(handover.link, now)
 
@@ -252,7 +244,7 @@ class HandoverMachine:
         link.idle_since = now
         actions: list[HandoverAction] = [
             Send(link.number, Renew(link.next_renew(now))),
-            ConnectPeer(link.number, link.peer_id, hello.transport_metadata),
+            ConnectPeer(link.number, link.peer_id, hello.transport_metadata, link.worker_id),
         ]
         for key in link.keys:
             actions += self._claim(self._handovers[key])
@@ -288,13 +280,23 @@ class HandoverMachine:
                 self.counters["stuck_read"] += 1
                 message = f"Reading KV blocks from {link.worker_id} takes too long."
                 return self._drop_link(link, ErrorCode.KV_TRANSFER, message, now)
-        if link.keys:
+        if any(key != link.probe for key in link.keys):
             link.idle_since = now
         elif now >= link.idle_since + config.idle_link_s:
             return self._drop_link(link, ErrorCode.UNAVAILABLE, "idle", now)
+        actions = self._probe(link, now)
         if link.renew_due(now, config.peer_silence_s):
-            return [Send(link.number, Renew(link.next_renew(now)))]
-        return []
+            actions.append(Send(link.number, Renew(link.next_renew(now))))
+        return actions
+
+    def _probe(self, link: PeerLink, now: float) -> list[HandoverAction]:
+        probe = self._probes.start(link, now)
+        if probe is None:
+            return []
+        self._handovers[probe.key] = probe
+        link.keys[probe.key] = None
+        link.probe = probe.key
+        return [Send(link.number, Probe(probe.key, probe.num_blocks))]
 
     def _drop_link(
         self, link: PeerLink, code: ErrorCode, message: str, now: float, *, dead: bool = False
@@ -309,7 +311,8 @@ class HandoverMachine:
             handover.read = None
             if not handover.ended:
                 handover.ended = True
-                actions.append(Fail(key, code, message))
+                fail = Fail(key, code, message)
+                actions.append(probe_ended(key, fail) if handover.probe else fail)
             actions += self._finish(handover, now, dead=dead)
         if not dead:
             actions.append(CloseLink(link.number, message))
@@ -357,17 +360,7 @@ class HandoverMachine:
         handover = self._of_lease(link, commit.lease_id)
         if handover is None:
             return []
-        wrong = [
-            what
-            for what, right in (
-                ("a second Commit", handover.commit is None),
-                ("another model digest", commit.model_digest == self._own.model_digest),
-                ("another epoch", commit.epoch == link.epoch),
-                ("another number of tokens", commit.num_tokens == handover.num_tokens),
-                ("blocks missing", len(handover.remote) == handover.num_blocks),
-            )
-            if not right
-        ]
+        wrong = handover.misfits(commit, self._own.model_digest)
         if wrong:
             return self._doubt(handover, f"its Commit does not fit: {', '.join(wrong)}", now)
         handover.commit = commit
@@ -389,6 +382,8 @@ class HandoverMachine:
         if handover.reserve_asked:
             return []
         handover.reserve_asked = True
+        if handover.probe:
+            return [ReserveScratch(handover.key, handover.num_blocks)]
         return [Reserve(handover.key)]
 
     def _pump(self, link: PeerLink, now: float) -> list[HandoverAction]:
@@ -404,7 +399,7 @@ class HandoverMachine:
     def _start_read(self, handover: Handover, now: float) -> list[HandoverAction]:
         link, table, start = handover.link, handover.table, handover.next_block
         room = self._config.max_inflight_blocks - link.inflight_blocks
-        count = min(room, len(handover.remote) - start)
+        count = min(room, len(handover.remote) - start, handover.most_to_read)
         if table is None or handover.ended or handover.read is not None or count <= 0:
             return []
         if not link.holds_since(min(now, handover.first_read_at), now + self._config.read_margin_s):
@@ -431,11 +426,16 @@ class HandoverMachine:
 
     def _deliver(self, handover: Handover, now: float) -> list[HandoverAction]:
         commit = handover.commit
-        complete = handover.table is not None and handover.next_block == handover.num_blocks
+        read_all = handover.next_block == handover.num_blocks
+        complete = handover.table is not None and (read_all or (handover.probe and handover.enough))
         if commit is None or not complete or handover.read is not None or handover.ended:
             return []
         if not handover.link.holds_since(min(now, handover.first_read_at), now):
             return []
+        if handover.probe:
+            handover.ended = True
+            measured = ProbeEnded(handover.key, ProbeOutcome.MEASURED, "")
+            return [measured, *self._finish(handover, now)]
         self._forget(handover, now)
         return [
             Deliver(
@@ -460,6 +460,8 @@ class HandoverMachine:
             return []
         handover.ended = True
         actions: list[HandoverAction] = [] if fail is None else [fail]
+        if handover.probe:
+            actions = [probe_ended(key, fail)]
         return actions if handover.read is not None else actions + self._finish(handover, now)
 
     def _finish(
@@ -481,7 +483,10 @@ class HandoverMachine:
         del link.keys[handover.key]
         if handover.lease_id is not None:
             del link.leases[handover.lease_id]
-        link.idle_since = now
+        if handover.probe:
+            link.probe = None
+        else:
+            link.idle_since = now
 
     def _on_link(self, link: PeerLink, key: Key) -> Handover | None:
         handover = self._handovers.get(key)

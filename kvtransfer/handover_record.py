@@ -39,3 +39,26 @@ class Handover:
     commit: Commit | None = None
     committed_at: float = 0.0
     ended: bool = False
+    probe: bool = False
+    """It measures the link: its blocks have no content, and nobody waits for them."""
+    enough: bool = False
+    """The latest READ took long enough for a probe to end with it."""
+
+    @property
+    def most_to_read(self) -> int:
+        """Blocks that the next READ may move; a probe's READs move 1, 1, 2, 4 and so on."""
+        return max(1, self.next_block) if self.probe else self.num_blocks
+
+    def misfits(self, commit: Commit, model_digest: bytes) -> list[str]:
+        """What is wrong with its Commit; empty if it can be trusted."""
+        return [
+            what
+            for what, right in (
+                ("a second Commit", self.commit is None),
+                ("another model digest", commit.model_digest == model_digest),
+                ("another epoch", commit.epoch == self.link.epoch),
+                ("another number of tokens", commit.num_tokens == self.num_tokens),
+                ("blocks missing", len(self.remote) == self.num_blocks),
+            )
+            if not right
+        ]

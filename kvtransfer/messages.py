@@ -56,7 +56,15 @@ class Release:
     key: Key
 
 
-DecodeMessage = Hello | Claim | Renew | Release
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Lease this many blocks of no content, to be read for the time that it takes."""
+
+    key: Key
+    num_blocks: int
+
+
+DecodeMessage = Hello | Claim | Renew | Release | Probe
 
 
 @dataclass(frozen=True, slots=True)

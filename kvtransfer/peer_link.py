@@ -34,6 +34,8 @@ class PeerLink:
     """Hand-overs on this link, next to be served first."""
     leases: dict[int, Key] = field(default_factory=dict)
     inflight_blocks: int = 0
+    probe: Key | None = None
+    """The one under way; it is among `keys` as well."""
     idle_since: float = 0.0
     valid_since: float = float("inf")
     valid_until: float = float("-inf")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from core.clock import monotonic
 from core.errors import TransferError
 from kvtransfer.pool_memory import check_distinct, check_ids
 from kvtransfer.transport import BlockPool, ReadState
@@ -50,7 +51,7 @@ class Channel(Protocol):
 class QueuedRead:
     """One READ. Ended by the peer's thread, polled by the engine loop."""
 
-    __slots__ = ("error", "own_ids", "remote_ids", "state")
+    __slots__ = ("duration_s", "error", "own_ids", "remote_ids", "state")
 
     def __init__(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
         """PENDING from here on."""
@@ -58,6 +59,7 @@ class QueuedRead:
         self.own_ids = own_ids
         self.state = ReadState.PENDING
         self.error = ""
+        self.duration_s = 0.0
 
     def poll(self) -> ReadState:
         """Look, don't wait."""
@@ -121,7 +123,9 @@ class PeerReads:
         try:
             self._channel.open()
             while not self._closing and (read := self._queue.get()) is not None:
+                started_at = monotonic()
                 self._channel.read(read.remote_ids, read.own_ids)
+                read.duration_s = monotonic() - started_at
                 read.finish("")
         except (OSError, TransferError) as error:
             failure = str(error) or repr(error)

@@ -55,6 +55,11 @@ class Read(Protocol):
         """Why it FAILED; empty otherwise."""
         ...
 
+    @property
+    def duration_s(self) -> float:
+        """Seconds that the copy took once it was this READ's turn; 0 until it is DONE."""
+        ...
+
 
 class Transport(Protocol):
     """Moves blocks by one-sided READ. Raises core.errors.TransferError where it can't go on."""

@@ -15,6 +15,7 @@ from kvtransfer.messages import (
     Key,
     Offer,
     PrefillMessage,
+    Probe,
     Progress,
     Refused,
     Release,
@@ -47,6 +48,9 @@ def decode_to_proto(message: DecodeMessage) -> pb.DecodeMessage:
         case Release(key):
             release = pb.Release(request_id=key.request_id, attempt=key.attempt)
             return pb.DecodeMessage(release=release)
+        case Probe(key, num_blocks):
+            probe = pb.Probe(request_id=key.request_id, attempt=key.attempt, num_blocks=num_blocks)
+            return pb.DecodeMessage(probe=probe)
 
 
 def decode_from_proto(message: pb.DecodeMessage) -> DecodeMessage:
@@ -64,6 +68,9 @@ def decode_from_proto(message: pb.DecodeMessage) -> DecodeMessage:
             return Renew(message.renew.seq)
         case "release":
             return Release(_key(message.release))
+        case "probe":
+            _bound("blocks", message.probe.num_blocks, MAX_BLOCKS_PER_MESSAGE)
+            return Probe(_key(message.probe), message.probe.num_blocks)
         case _:
             raise TransferError("A decode worker sent a message of no known kind.")
 
@@ -137,7 +144,7 @@ def _bound(what: str, value: float, most: float) -> None:
         raise TransferError(f"A link message holds {value} {what}, allowed are {most}.")
 
 
-def _key(message: pb.Claim | pb.Release | pb.Offer | pb.Revoke) -> Key:
+def _key(message: pb.Claim | pb.Release | pb.Probe | pb.Offer | pb.Revoke) -> Key:
     _bound("request_id characters", len(message.request_id), MAX_ID_CHARS)
     return Key(message.request_id, message.attempt)
 

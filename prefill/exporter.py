@@ -13,9 +13,16 @@ from core.finish import FinishReason
 from engine.engine import Engine
 from engine.request import SequenceOutput, StepOutputs
 from kvtransfer import wire
-from kvtransfer.actions import CancelPrefill, CloseLink, ExportAction, FreeBlocks, Send
+from kvtransfer.actions import (
+    CancelPrefill,
+    CloseLink,
+    ExportAction,
+    FreeBlocks,
+    ReserveScratch,
+    Send,
+)
 from kvtransfer.export import ExportMachine
-from kvtransfer.messages import Hello
+from kvtransfer.messages import Hello, Key
 from kvtransfer.transport import Transport
 from prefill.metrics import ExportMetrics
 from prefill.settings import PrefillSettings
@@ -23,6 +30,7 @@ from rpc.v1 import ipc_pb2, worker_pb2
 from worker.hello import own_hello, own_transport
 from worker.local_role import LocalRole
 from worker.role import BuildRole, Outbox, Role, RoleContext, Submission, engine_id
+from worker.scratch import scratch_request
 
 _TURN_S = 0.1
 """Leases are looked at this often when nothing else wakes the loop."""
@@ -169,6 +177,9 @@ class Exporter:
         """Often enough for leases to run out on time."""
         return _TURN_S
 
+    def report(self, load: worker_pb2.LoadReport) -> None:
+        """Links are measured by decode."""
+
     def observe(self) -> None:
         """Leases as of now."""
         machine = self._machine
@@ -191,10 +202,31 @@ class Exporter:
                     self._outbox.send(ipc_pb2.EngineEvent(close=close))
                 case FreeBlocks(_, block_ids):
                     self._engine.release(block_ids)
+                case ReserveScratch(key, num_blocks):
+                    self._reserve_scratch(key, num_blocks)
                 case CancelPrefill(key, code, text):
                     self._prompts.pop(engine_id(key), None)
                     self._engine.abort(engine_id(key))
                     self._outbox.fail(key, DiptychError(text, code=code))
+
+    def _reserve_scratch(self, key: Key, num_blocks: int) -> None:
+        """Put free blocks under a probe's lease; the lease's hold is all that keeps them."""
+        now = self._clock()
+        try:
+            request = scratch_request(engine_id(key), num_blocks, self._block_size)
+            reservation = self._engine.reserve(request)
+        except DiptychError as error:
+            self._do(self._machine.failed(key, error.code, error.message, now))
+            return
+        if reservation is None:
+            message = "No blocks are free on the prefill worker."
+            self._do(self._machine.failed(key, ErrorCode.OVERLOADED, message, now))
+            return
+        blocks = list(reservation.block_table)
+        self._engine.hold(blocks)
+        self._engine.cancel(reservation)
+        self._do(self._machine.progressed(key, blocks, now))
+        self._do(self._machine.committed(key, 0, None, 0, now))
 
 
 def build_exporter(settings: PrefillSettings) -> BuildRole:

@@ -53,6 +53,9 @@ class LocalRole:
         """See Role. There is nothing to look at."""
         return math.inf
 
+    def report(self, load: worker_pb2.LoadReport) -> None:
+        """See Role. There are no links."""
+
     def observe(self) -> None:
         """See Role."""
 

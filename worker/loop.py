@@ -264,6 +264,7 @@ class EngineLoop:
             self._role.observe()
             metrics = exposition(self._registry)
         load = load_to_proto(stats, draining=self._draining, leases=self._role.leases)
+        self._role.report(load)
         self._pipe.send(
             ipc_pb2.EngineEvent(heartbeat=ipc_pb2.Heartbeat(load=load, metrics=metrics))
         )

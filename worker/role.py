@@ -119,6 +119,10 @@ class Role(Protocol):
         """Longest the loop may sleep when the engine is idle, in seconds."""
         ...
 
+    def report(self, load: worker_pb2.LoadReport) -> None:
+        """Add to a load report what only the role knows."""
+        ...
+
     def observe(self) -> None:
         """Bring metrics up to date; called before they are rendered."""
         ...

@@ -28,16 +28,18 @@ class LinkHello(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., layout: _Optional[_Union[_worker_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., transport: _Optional[str] = ..., transport_metadata: _Optional[bytes] = ..., lease_ttl_ms: _Optional[int] = ...) -> None: ...
 
 class DecodeMessage(_message.Message):
-    __slots__ = ("hello", "claim", "renew", "release")
+    __slots__ = ("hello", "claim", "renew", "release", "probe")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     CLAIM_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     hello: LinkHello
     claim: Claim
     renew: Renew
     release: Release
-    def __init__(self, hello: _Optional[_Union[LinkHello, _Mapping]] = ..., claim: _Optional[_Union[Claim, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+    probe: Probe
+    def __init__(self, hello: _Optional[_Union[LinkHello, _Mapping]] = ..., claim: _Optional[_Union[Claim, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ...) -> None: ...
 
 class PrefillMessage(_message.Message):
     __slots__ = ("hello", "offer", "progress", "commit", "revoke", "renewed", "refused")
@@ -70,6 +72,16 @@ class Claim(_message.Message):
     request_id: str
     attempt: int
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class Probe(_message.Message):
+    __slots__ = ("request_id", "attempt", "num_blocks")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    num_blocks: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., num_blocks: _Optional[int] = ...) -> None: ...
 
 class Renew(_message.Message):
     __slots__ = ("seq",)

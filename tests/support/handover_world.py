@@ -16,8 +16,9 @@ from core.errors import ErrorCode
 from core.kv_layout import KvLayout
 from kvtransfer import actions as act
 from kvtransfer.export import ExportMachine
-from kvtransfer.handover import HandoverConfig, HandoverMachine
-from kvtransfer.messages import Claim, DecodeMessage, Hello, Key, PrefillMessage, Release
+from kvtransfer.handover import HandoverMachine
+from kvtransfer.handover_config import HandoverConfig
+from kvtransfer.messages import Claim, DecodeMessage, Hello, Key, PrefillMessage, Probe, Release
 
 TTL = 6
 GARBAGE = (Key("nobody", 0), 0)
@@ -35,7 +36,7 @@ def hello(worker_id: str, ttl_s: float) -> Hello:
         epoch=1,
         model_digest=b"d",
         layout=LAYOUT,
-        num_blocks=16,
+        num_blocks=64,
         transport="model",
         lease_ttl_s=ttl_s,
     )
@@ -80,6 +81,11 @@ class Scenario:
     offered: bool = False
     """Begin when the link is up and renewed, and the lease offered."""
     drift_ratio: float = 0.05
+    probes: bool = False
+    """Decode measures the link whenever it may. Begin when the first key was delivered; others are
+    submitted to decode at any moment."""
+    decode_is_full: bool = False
+    """It has no blocks for a probe."""
 
 
 @dataclass
@@ -110,6 +116,8 @@ class World:
     """Key to number of blocks complete, while its engine works on it."""
     prefilled: set[Key] = field(default_factory=set)
     decode_memory: dict[int, tuple[Key, int]] = field(default_factory=dict)
+    asked: set[Key] = field(default_factory=set)
+    """What decode was told to fetch."""
     waiting: set[Key] = field(default_factory=set)
     reserved: set[Key] = field(default_factory=set)
     reads: list[PendingRead] = field(default_factory=list)
@@ -120,6 +128,9 @@ class World:
     aborted: set[Key] = field(default_factory=set)
     failed: set[Key] = field(default_factory=set)
     ended: dict[Key, str] = field(default_factory=dict)
+    probing: Key | None = None
+    """The probe that has not ended yet."""
+    probe_ends: list[act.ProbeOutcome] = field(default_factory=list)
     prefill_turn: float = 0
     decode_turn: float = 0
 
@@ -133,22 +144,15 @@ class World:
             read_timeout_s=3,
             max_inflight_blocks=NUM_BLOCKS,
             idle_link_s=5,
+            probe_blocks=NUM_BLOCKS if self.scenario.probes else 0,
+            probe_interval_s=2,
         )
         self.handover = HandoverMachine(hello("D", 0), config)
         self.export.counters = NoCounter()  # type: ignore[assignment]
         self.handover.counters = NoCounter()  # type: ignore[assignment]
         for key in self.keys:
-            self.decode(
-                self.handover.submitted(
-                    key,
-                    worker_id="P",
-                    epoch=1,
-                    address="a",
-                    num_tokens=NUM_BLOCKS,
-                    deadline=100,
-                    now=self.decode_now,
-                )
-            )
+            if not (self.scenario.probes and key.attempt):
+                self.submit_decode(key)
             if not self.scenario.late_submit:
                 self.submit_prefill(key)
 
@@ -168,6 +172,8 @@ class World:
                     self.prefill_hears(link)
                 elif self.to_decode[link]:
                     self.decode_hears(link)
+        while self.scenario.probes and self.settle():
+            pass
         return self
 
     # What may happen next.
@@ -208,7 +214,9 @@ class World:
                 yield "commit", World.commit
         if self.scenario.prefill_fails and key not in self.failed:
             yield "prefill fails", World.fail_prefill
-        if self.scenario.decode_aborts and key not in self.aborted:
+        if key not in self.asked:
+            yield "decode is asked", World.submit_decode
+        elif self.scenario.decode_aborts and key not in self.aborted:
             yield "decode aborts", World.abort_decode
         if key in self.waiting:
             yield "reserve", World.reserve
@@ -224,7 +232,8 @@ class World:
         self.prefill(self.export.submitted(key, "D", NUM_BLOCKS, self.time))
 
     def blocks_of(self, key: Key) -> list[int]:
-        return [key.attempt * NUM_BLOCKS + i for i in range(NUM_BLOCKS)]
+        first = NUM_BLOCKS * (key.attempt if key in self.keys else self.scenario.num_keys)
+        return [first + i for i in range(NUM_BLOCKS)]
 
     def progress(self, key: Key) -> None:
         index = self.computing[key]
@@ -255,6 +264,9 @@ class World:
                 for block in self.blocks_of(key):
                     if not self.held.get(block):
                         self.prefill_memory[block] = GARBAGE
+        for block in [block for block, holds in self.held.items() if not holds]:
+            if self.prefill_memory[block][0] not in self.keys:
+                self.prefill_memory[block] = GARBAGE
 
     def turn_prefill(self) -> None:
         self.prefill_turn = self.time
@@ -281,9 +293,38 @@ class World:
                         self.require(self.held[block] >= 0, f"block {block} freed twice")
                     self.reuse_free_blocks()
                 case act.CancelPrefill(key, _, _):
+                    self.require(key in self.keys, "a probe was taken for a prompt")
                     self.stop_computing(key)
+                case act.ReserveScratch(key, _):
+                    self.lend_scratch(key)
+
+    def lend_scratch(self, key: Key) -> None:
+        """Blocks of no content, if the ones for probes are not leased already."""
+        blocks = self.blocks_of(key)
+        if any(self.held.get(block) for block in blocks):
+            self.prefill(self.export.failed(key, ErrorCode.OVERLOADED, "none", self.time))
+            return
+        for index, block in enumerate(blocks):
+            self.held[block] = 1
+            self.prefill_memory[block] = (key, index)
+        self.prefill(self.export.progressed(key, blocks, self.time))
+        self.prefill(self.export.committed(key, 0, None, 0, self.time))
 
     # Decode.
+
+    def submit_decode(self, key: Key) -> None:
+        self.asked.add(key)
+        self.decode(
+            self.handover.submitted(
+                key,
+                worker_id="P",
+                epoch=1,
+                address="a",
+                num_tokens=NUM_BLOCKS,
+                deadline=100,
+                now=self.decode_now,
+            )
+        )
 
     def turn_decode(self) -> None:
         self.decode_turn = self.time
@@ -354,10 +395,30 @@ class World:
                 case act.Deliver(key=key):
                     self.deliver(key)
                 case act.Fail(key, _, _):
+                    self.require(key in self.keys, "a probe failed a request")
                     self.end(key, "failed")
+                case act.ReserveScratch(key, _):
+                    self.decode(self.reserve_scratch(key))
+                case act.ProbeEnded(key, outcome, _):
+                    self.require(key == self.probing, "a probe ended twice, or one that is not")
+                    self.probing = None
+                    self.probe_ends.append(outcome)
+
+    def reserve_scratch(self, key: Key) -> list[act.HandoverAction]:
+        now = self.decode_now
+        if self.scenario.decode_is_full:
+            return self.handover.failed(key, ErrorCode.OVERLOADED, "none", now)
+        self.reserved.add(key)
+        return self.handover.reserved(key, tuple(self.blocks_of(key)), 0, now)
 
     def check_claim(self, link: int, message: DecodeMessage) -> None:
-        if isinstance(message, Claim):
+        if isinstance(message, Probe):
+            self.require(self.probing is None, "two probes at a time")
+            alone = self.asked <= self.ended.keys() | self.aborted
+            self.require(alone, "a probe beside a prompt")
+            self.probing = message.key
+            self.claims[message.key] = link
+        elif isinstance(message, Claim):
             self.require(message.key not in self.claims, "claimed twice")
             self.claims[message.key] = link
         elif isinstance(message, Release):
@@ -406,6 +467,8 @@ class World:
         for key in self.keys:
             if key not in self.prefilled and key not in self.computing:
                 self.submit_prefill(key)
+            if key not in self.asked:
+                self.submit_decode(key)
         for _ in range(4 * TTL):
             while self.settle():
                 pass
@@ -422,6 +485,10 @@ class World:
         self.require(self.handover.num_handovers == 0, "a hand-over is left")
         self.require(not self.reserved and not self.waiting, "a reservation is left")
         self.require(not self.reads, "a READ is left")
+        self.require(self.probing is None, "a probe is left")
+        for key in self.claims.keys() - set(self.keys):
+            owed = self.claims[key] not in self.lost
+            self.require(not owed or key in self.released, "a probe was never released")
 
     def settle(self) -> bool:
         for name, event in list(self.events()):

@@ -12,7 +12,7 @@ from decode.importer import Importer
 from decode.metrics import ImportMetrics
 from engine.engine import Engine
 from engine.metrics import EngineMetrics
-from kvtransfer.handover import HandoverConfig
+from kvtransfer.handover_config import HandoverConfig
 from kvtransfer.messages import Hello
 from kvtransfer.transport import ReadState
 from prefill.exporter import Exporter
@@ -36,6 +36,8 @@ LAYOUT = KvLayout(
     num_layers=1, num_kv_heads=1, head_dim=1, block_size=BLOCK_SIZE, dtype="float32", block_bytes=8
 )
 ROUTER = 1
+COPY_S = 0.001
+"""Said to be the time of every READ."""
 
 
 class ListPipe:
@@ -62,6 +64,7 @@ class CopyRead:
     polls_left: int
     cut: bool = False
     error: str = ""
+    duration_s: float = 0.0
 
     def poll(self) -> ReadState:
         if self.cut:
@@ -71,6 +74,7 @@ class CopyRead:
             self.polls_left -= 1
             return ReadState.PENDING
         self.copy()
+        self.duration_s = COPY_S
         return ReadState.DONE
 
 
@@ -122,6 +126,7 @@ class Side:
     engine: Engine
     executor: FakeExecutor
     role: Role
+    registry: CollectorRegistry
 
     @property
     def balanced(self) -> bool:
@@ -167,6 +172,7 @@ def make_side(
     pools: dict[bytes, FakePool],
     num_blocks: int,
     overlaps: bool = False,
+    probe_blocks: int = 0,
     **config: object,
 ) -> Side:
     """A worker of that role."""
@@ -206,7 +212,7 @@ def make_side(
                     engine=engine,
                     outbox=outbox,
                     hello=hello,
-                    config=HandoverConfig(),
+                    config=HandoverConfig(probe_blocks=probe_blocks),
                     transport=transport,
                     metrics=ImportMetrics(metrics_registry, transport.name),
                     clock=clock,
@@ -231,7 +237,7 @@ def make_side(
         metrics=metrics,
         registry=metrics_registry,
     )
-    return Side(loop, pipe, engine, executor, built[0])
+    return Side(loop, pipe, engine, executor, built[0], metrics_registry)
 
 
 class Pair:

@@ -9,10 +9,12 @@ import pytest
 from core.errors import ErrorCode
 from kvtransfer import actions as act
 from kvtransfer import handover
+from kvtransfer.actions import ProbeOutcome
 from kvtransfer.export import ExportMachine
 from kvtransfer.handover import HandoverMachine
 from kvtransfer.messages import Key
 from kvtransfer.peer_link import PeerLink
+from kvtransfer.probing import ProbeSchedule
 from tests.support.handover_world import TTL, Scenario, Violation, explore, wander
 
 SCENARIOS = {
@@ -38,6 +40,12 @@ SCENARIOS = {
     "frozen peer": Scenario(
         offered=True, last_time=1, time_step=4, never_lands=True, decode_aborts=True
     ),
+    "a probe, then a prompt": Scenario(probes=True, num_keys=2, last_time=1),
+    "a probe of a full worker": Scenario(probes=True, num_keys=2, last_time=1, decode_is_full=True),
+    "a probe whose link breaks": Scenario(probes=True, num_keys=1, last_time=1, link_breaks=True),
+    "a probe of a frozen peer": Scenario(
+        probes=True, num_keys=1, last_time=2, time_step=1.5, never_lands=True
+    ),
 }
 
 
@@ -60,10 +68,14 @@ def test_random_walks_with_every_misfortune_keep_the_promises() -> None:
             reads_fail=seed % 7 == 0,
             late_submit=seed % 2 == 1,
             cached_blocks=seed % 3,
+            probes=seed % 4 == 0,
+            decode_is_full=seed % 16 == 0,
         )
         world = wander(scenario, seed, 150)
         ends.update(world.ended.values())
+        ends.update(world.probe_ends)
     assert min(ends["delivered"], ends["failed"]) > 200, ends
+    assert min(ends[outcome] for outcome in ProbeOutcome) > 5, ends
 
 
 # A checker that can't find a fault proves nothing: each rule is broken once.
@@ -166,6 +178,22 @@ def deliver_without_commit(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(HandoverMachine, "_progressed", progressed)
 
 
+def probe_beside_a_prompt(patch: pytest.MonkeyPatch) -> None:
+    honest = ProbeSchedule.start
+
+    def start(self: Any, link: PeerLink, now: float) -> Any:
+        keys, link.keys = link.keys, {}
+        probe = honest(self, link, now)
+        link.keys = keys
+        return probe
+
+    patch.setattr(ProbeSchedule, "start", start)
+
+
+def probe_ends_as_a_prompt(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(handover, "probe_ended", lambda key, fail: fail)
+
+
 MUTATIONS: dict[str, tuple[Patch, Scenario]] = {
     "skip the validity check": (skip_validity, SCENARIOS["lease runs out"]),
     "ignore drift": (
@@ -183,6 +211,16 @@ MUTATIONS: dict[str, tuple[Patch, Scenario]] = {
     "drop blocks under a READ": (drop_under_a_read, SCENARIOS["decode aborts"]),
     "forget to release": (forget_to_release, SCENARIOS["nothing goes wrong"]),
     "deliver while reading": (deliver_while_reading, SCENARIOS["nothing goes wrong"]),
+    "probe beside a prompt": (
+        probe_beside_a_prompt,
+        Scenario(probes=True, num_keys=2, last_time=2),
+    ),
+    "drop blocks under a probe's READ": (drop_under_a_read, SCENARIOS["a probe, then a prompt"]),
+    "fail a request for a probe": (
+        probe_ends_as_a_prompt,
+        SCENARIOS["a probe whose link breaks"],
+    ),
+    "forget to release a probe": (forget_to_release, SCENARIOS["a probe, then a prompt"]),
     "deliver blocks never read": (deliver_without_commit, SCENARIOS["nothing goes wrong"]),
 }
 

@@ -7,14 +7,16 @@ import pytest
 
 from rpc.v1 import worker_pb2
 from tests.support.engine import undisturbed
-from tests.support.loops import LEASE_TTL_S, Pair
+from tests.support.loops import COPY_S, LEASE_TTL_S, Pair
 
 PROMPT = list(range(1, 31))
 TURNS_OF_A_HANDOVER = 24
 
 
 class MakePair(Protocol):
-    def __call__(self, *, num_blocks: int = 16, **config: object) -> Pair: ...
+    def __call__(
+        self, *, num_blocks: int = 16, probe_blocks: int = 0, **config: object
+    ) -> Pair: ...
 
 
 @pytest.fixture(params=[False, True], ids=["in_turn", "ahead"])
@@ -146,3 +148,78 @@ def test_frozen_prefill_is_given_up_and_its_blocks_are_not_used(make_pair: MakeP
     pair.clock.now += LEASE_TTL_S + 1
     pair.settle(3)
     assert pair.prefill.balanced
+
+
+def probe_ends(pair: Pair) -> dict[str, float]:
+    return {
+        sample.labels["outcome"]: sample.value
+        for metric in pair.decode.registry.collect()
+        for sample in metric.samples
+        if sample.name == "diptych_kv_link_probes_total"
+    }
+
+
+def link_rate(pair: Pair) -> float | None:
+    labels = {"peer": "prefill", "transport": "copy"}
+    return pair.decode.registry.get_sample_value("diptych_kv_link_bytes_per_second", labels)
+
+
+def idle_link(make_pair: MakePair) -> Pair:
+    """A pair whose link has just become unused: decode generates after a prompt of one block."""
+    pair = make_pair(num_blocks=256, probe_blocks=8)
+    pair.submit([1, 2, 3])
+    while not pair.decode.tokens():
+        pair.turn()
+    return pair
+
+
+def test_an_unused_link_is_measured_once_and_routers_are_told(make_pair: MakePair) -> None:
+    pair = idle_link(make_pair)
+    pair.settle(60)
+    assert probe_ends(pair) == {"measured": 1}
+    assert link_rate(pair) == pytest.approx(4 * 8 / COPY_S)  # the largest READ moves half of all
+    (link,) = [event.heartbeat.load for event in pair.decode.pipe.sent][-1].links or [None]
+    assert link is not None
+    assert (link.prefill_worker_id, link.bytes_per_s) == ("prefill", link_rate(pair))
+    assert pair.prefill.balanced
+    assert pair.decode.balanced
+
+
+@pytest.mark.parametrize("turn", range(9))
+def test_a_prompt_preempts_the_probe_and_loses_nothing(make_pair: MakePair, turn: int) -> None:
+    pair = idle_link(make_pair)
+    for _ in range(turn):
+        pair.turn()
+    params = pair.submit(PROMPT, request_id="r2")
+    pair.settle(80)
+    assert pair.decode.tokens("r2") == undisturbed(PROMPT, params)
+    assert probe_ends(pair) == {"preempted": 1}
+    assert pair.prefill.balanced
+    assert pair.decode.balanced
+
+
+@pytest.mark.parametrize("turn", range(1, 12))
+def test_a_peer_frozen_in_a_probe_leaks_nothing(make_pair: MakePair, turn: int) -> None:
+    pair = idle_link(make_pair)
+    for _ in range(turn):
+        pair.turn()
+    for _ in range(40):  # prefill does not turn any more
+        pair.decode.loop.turn()
+        pair.relay()
+        pair.clock.now += 0.5
+    assert not pair.decode.role.leases
+    assert link_rate(pair) is None
+    pair.settle()
+    pair.clock.now += LEASE_TTL_S + 1
+    pair.settle(3)
+    assert pair.prefill.balanced
+    assert pair.decode.balanced
+
+
+def test_a_full_prefill_worker_refuses_a_probe(make_pair: MakePair) -> None:
+    pair = idle_link(make_pair)
+    pair.prefill.engine.reserve = lambda request: None  # type: ignore[method-assign]
+    pair.settle(30)
+    assert probe_ends(pair) == {"refused": 1}
+    assert pair.prefill.balanced
+    assert pair.decode.balanced

@@ -13,6 +13,7 @@ from kvtransfer.messages import (
     DecodeMessage,
     Offer,
     PrefillMessage,
+    Probe,
     Progress,
     Refused,
     Release,
@@ -26,7 +27,7 @@ from tests.support.kv_messages import KEY, make_commit, make_hello
 
 @pytest.mark.parametrize(
     "message",
-    [make_hello(), Claim(KEY), Renew(2**40), Release(KEY)],
+    [make_hello(), Claim(KEY), Renew(2**40), Release(KEY), Probe(KEY, 7)],
     ids=lambda m: type(m).__name__,
 )
 def test_decode_message_round_trip(message: DecodeMessage) -> None:
