@@ -21,7 +21,7 @@ from kvtransfer.transport import ReadState
 from tests.support.kv import HostPool, finish, open_named, peer, ucx_env
 
 BLOCK_BYTES = {"SmolLM2-135M": 737_280, "Llama-3-8B": 2 << 20}
-TRANSPORTS = ("tcp", "nixl", "nixl+tcp")
+TRANSPORTS = ("tcp", "nixl", "nixl+tcp", "mooncake")
 
 
 def sample(call: Callable[[], None], num_bytes: int, repetitions: int) -> list[float]:
