@@ -96,7 +96,10 @@ class RouterSettings(BaseModel):
         0.03, gt=0, description="Decode step assumed of a worker that has not measured its own."
     )
     transfer_bytes_per_s: float = Field(
-        1e9, gt=0, description="Speed assumed for moving KV blocks between workers."
+        1e9,
+        gt=0,
+        description="Speed assumed for moving KV blocks between two workers that have not measured "
+        "their own.",
     )
     prediction_ttl_s: Seconds = Field(
         30.0,

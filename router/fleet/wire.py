@@ -4,6 +4,7 @@ What comes off the wire is checked here: a message that makes no sense raises Pr
 and the link that read it ends.
 """
 
+import math
 from collections.abc import Sequence
 
 from core.block_hash import HASH_BYTES, unpack_hashes
@@ -39,6 +40,8 @@ _REASONS = {
     worker_pb2.FINISH_REASON_HANDED_OVER: FinishReason.HANDED_OVER,
 }
 _MAX_UINT32 = 2**32 - 1
+MAX_LINKS = 1024
+"""Links taken from one load report."""
 
 
 class ProtocolViolation(Exception):
@@ -85,6 +88,11 @@ def load_from_proto(message: worker_pb2.LoadReport) -> WorkerLoad:
         held_blocks=message.held_blocks,
         prefill_tokens_per_s=message.prefill_tokens_per_s,
         decode_step_s=message.decode_step_s,
+        link_bytes_per_s={
+            link.prefill_worker_id: link.bytes_per_s
+            for link in message.links[:MAX_LINKS]
+            if 0 < link.bytes_per_s < math.inf
+        },
     )
 
 

@@ -1,7 +1,7 @@
 """What the router knows of a worker, in its own words. Frozen values, made by fleet.wire."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from core.errors import ErrorCode
@@ -80,6 +80,8 @@ class WorkerLoad:
     held_blocks: int = 0
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0
+    link_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
+    """Prefill worker id to how fast this decode worker reads its KV, as far as measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

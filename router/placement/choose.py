@@ -1,7 +1,7 @@
 """The choice itself: a pure function from what is known of the workers to a Placement.
 
-Cost is separable: a pair costs what its prefill worker costs plus what its decode worker costs, so
-the best pair of a compatible group is its two best workers, and no pair is ever enumerated.
+A pair costs what its prefill worker costs, what its decode worker costs, and the transfer between
+them, at the speed that the decode worker measured or the settings assume (see `pairing.py`).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,9 +16,10 @@ from router.placement.cost import (
     cached_tokens,
     decode_terms,
     prefill_terms,
-    transfer_terms,
+    transfer_bytes,
 )
 from router.placement.decision import MAX_CANDIDATES, Candidate, Mode, Placement, Refusal
+from router.placement.pairing import Scored, cheapest_pair, link_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +35,6 @@ class Demand:
     """Take one of them if there is no other."""
     model_digest: bytes | None = None
     """Only workers with this digest: another model would not continue the output alike."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    view: WorkerView
-    candidate: Candidate
-
-    @property
-    def order(self) -> tuple[float, int, str]:
-        return (self.candidate.cost_s, self.view.placed, self.view.key)
 
 
 def choose(
@@ -111,9 +102,10 @@ def _choose_among(
     def cached(view: WorkerView) -> int:
         return cached_tokens(view, prompt, demand.matched_blocks.get(view.key, 0))
 
-    def score(view: WorkerView, part: str) -> _Scored:
+    def score(view: WorkerView, part: str) -> Scored:
         terms = _terms(view, part, prompt, cached(view), settings)
-        return _Scored(view, Candidate(view.key, part, cached(view), terms))
+        kv_bytes = transfer_bytes(view, prompt, cached(view)) if part == "decode" else 0
+        return Scored(view, Candidate(view.key, part, cached(view), terms), kv_bytes)
 
     prefill = [view for view in views if view.info.role is Role.PREFILL]
     decode = [view for view in views if view.info.role is Role.DECODE]
@@ -129,6 +121,7 @@ def _choose_among(
     pair = _choose_pair(
         [score(view, "prefill") for view in prefill],
         [score(view, "decode") for view in decode],
+        settings.transfer_bytes_per_s,
         refused,
     )
     if pair is not None or not views:
@@ -148,9 +141,7 @@ def _terms(
         case "prefill":
             return prefill_terms(view, prompt, cached, settings)
         case "decode":
-            return transfer_terms(view, prompt, cached, settings) | decode_terms(
-                view, prompt, cached, settings
-            )
+            return decode_terms(view, prompt, cached, settings)
         case _:
             return prefill_terms(view, prompt, cached, settings) | decode_terms(
                 view, prompt, cached, settings
@@ -158,9 +149,9 @@ def _terms(
 
 
 def _choose_pair(
-    prefill: Sequence[_Scored], decode: Sequence[_Scored], refused: list[Refusal]
+    prefill: Sequence[Scored], decode: Sequence[Scored], assumed: float, refused: list[Refusal]
 ) -> Placement | None:
-    groups: dict[tuple[bytes, KvLayout], tuple[list[_Scored], list[_Scored]]] = {}
+    groups: dict[tuple[bytes, KvLayout], tuple[list[Scored], list[Scored]]] = {}
     for side, members in enumerate((prefill, decode)):
         for scored in members:
             info = scored.view.info
@@ -171,23 +162,20 @@ def _choose_pair(
 
     pairs = []
     for exporters, importers in groups.values():
-        if exporters and importers:
-            pairs.append(
-                (
-                    min(exporters, key=lambda each: each.order),
-                    min(importers, key=lambda each: each.order),
-                )
-            )
+        pair = cheapest_pair(exporters, importers, assumed)
+        if pair is not None:
+            pairs.append(pair)
         elif prefill and decode:
             reason = "no worker of the other pool has its model digest and KV layout"
             refused += [Refusal((each.view.key,), reason) for each in (*exporters, *importers)]
     if not pairs:
         return None
-    best = min(pairs, key=lambda pair: pair[0].candidate.cost_s + pair[1].candidate.cost_s)
-    exporter, importer = best
+    best = min(pairs, key=lambda pair: pair.cost_s)
+    exporter, importer = best.exporter, best.importer
+    priced = [each.reading_at(link_rate(exporter, each, assumed)) for each in decode]
     ranked = [
         each.candidate
-        for side in (prefill, decode)
+        for side in (prefill, priced)
         for each in sorted(side, key=lambda each: each.order)[: MAX_CANDIDATES // 2]
     ]
     return Placement(
@@ -198,12 +186,11 @@ def _choose_pair(
         why="least predicted seconds of all matching pairs",
         candidates=ranked,
         refused=tuple(refused[:MAX_CANDIDATES]),
+        transfer=best.rate,
     )
 
 
-def _alone(
-    scored: Sequence[_Scored], mode: Mode, why: str, refused: Sequence[Refusal]
-) -> Placement:
+def _alone(scored: Sequence[Scored], mode: Mode, why: str, refused: Sequence[Refusal]) -> Placement:
     best = scored[0]
     return Placement(
         mode=mode,

@@ -72,13 +72,10 @@ def prefill_terms(
     }
 
 
-def transfer_terms(
-    view: WorkerView, prompt: Prompt, cached: int, settings: CostSettings
-) -> dict[str, float]:
-    """Seconds to move to the decode worker `view` the KV that it does not hold."""
+def transfer_bytes(view: WorkerView, prompt: Prompt, cached: int) -> int:
+    """Bytes of KV that the decode worker `view` does not hold, and would have to read."""
     layout = view.info.layout
-    blocks = -(-(prompt.num_tokens - cached) // layout.block_size)
-    return {"transfer_s": blocks * layout.block_bytes / settings.transfer_bytes_per_s}
+    return -(-(prompt.num_tokens - cached) // layout.block_size) * layout.block_bytes
 
 
 def decode_terms(

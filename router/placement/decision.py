@@ -48,6 +48,18 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferRate:
+    """Speed of a pair's link, as the decode worker measured it or as the settings assume."""
+
+    bytes_per_s: float
+    measured: bool
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {"bytes_per_s": round(self.bytes_per_s), "measured": self.measured}
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """A worker or pair that could not be chosen."""
 
@@ -71,6 +83,8 @@ class Placement:
     why: str
     candidates: Sequence[Candidate]
     refused: Sequence[Refusal]
+    transfer: TransferRate | None = None
+    """How fast KV was expected to move between the two; None where none moves."""
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -80,6 +94,7 @@ class Placement:
             "decode": self.worker,
             "predicted_cached_tokens": self.cached_tokens,
             "why": self.why,
+            "transfer_rate": self.transfer and self.transfer.as_dict(),
             "candidates": [candidate.as_dict() for candidate in self.candidates],
             "refused": [str(refusal) for refusal in self.refused],
         }

@@ -160,3 +160,25 @@ def test_decision_explains_itself_in_json_values() -> None:
         terms = {k: v for k, v in candidate.items() if k.endswith("_s") and k != "cost_s"}
         assert candidate["cost_s"] == pytest.approx(sum(terms.values()), abs=1e-5)
     assert record["mode"] == "disaggregated"
+
+
+def test_measured_link_decides_between_pairs() -> None:
+    """25 KB take 25 ms at the assumed rate, 0.25 s over the slow link and 2.5 ms over the fast."""
+    views = (
+        make_view("p0", "prefill", backlog_tokens=100),
+        make_view("p1", "prefill"),
+        make_view("d0", "decode", running=4, link_bytes_per_s={"p1": 1e7}),
+        make_view("d1", "decode", link_bytes_per_s={"p0": 1e5, "p1": 1e5}),
+    )
+    placement = place(*views, prompt=Prompt(num_tokens=100, max_new_tokens=1))
+    assert (placement.prefill, placement.worker) == ("p1", "d0")
+    assert placement.as_dict()["transfer_rate"] == {"bytes_per_s": 10_000_000, "measured": True}
+    terms = {c.worker: c.terms["transfer_s"] for c in placement.candidates if c.part == "decode"}
+    assert terms == {"d0": pytest.approx(0.0025), "d1": pytest.approx(0.25)}
+
+
+def test_unmeasured_link_goes_at_the_assumed_rate() -> None:
+    decode = make_view("d", "decode", link_bytes_per_s={"other": 1e9})
+    placement = place(make_view("p", "prefill"), decode)
+    assert placement.as_dict()["transfer_rate"] == {"bytes_per_s": 1_000_000, "measured": False}
+    assert place(decode).as_dict()["transfer_rate"] is None
