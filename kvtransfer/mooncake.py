@@ -12,6 +12,7 @@ token seals the metadata, so that a peer's bytes reach Mooncake only if a holder
 import hashlib
 import hmac
 import ipaddress
+import logging
 import secrets
 import threading
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from kvtransfer.mooncake_engine import load_mooncake, new_engine, register
 from kvtransfer.mooncake_metadata import NONCE_BYTES, MooncakePool
 from kvtransfer.peer_reads import PeerPool, Peers, QueuedRead
 from kvtransfer.transport import BlockPool
+
+log = logging.getLogger(__name__)
 
 _SEAL_BYTES = hashlib.sha256().digest_size
 MAX_BLOCKS_PER_READ = 1 << 20
@@ -59,6 +62,10 @@ class MooncakeTransport:
                 "mooncake-transfer-engine instead of its -non-cuda variant, or set kv_transport "
                 "to nixl."
             )
+        log.warning(
+            "Whoever reaches Mooncake's ports, on any interface, can read and write the KV pool: "
+            "keep strangers off the network (docs/transports.md)"
+        )
         self._token = token
         self._pool = pool
         self._nonce = np.frombuffer(secrets.token_bytes(NONCE_BYTES), dtype=np.uint8).copy()
