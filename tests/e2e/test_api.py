@@ -248,15 +248,17 @@ def test_timeline_accounts_for_every_millisecond(
     assert sequence["unattributed_s"] <= max(0.001, 0.01 * total)
 
 
-def test_metrics_follow_the_work(client: openai.OpenAI, model: str, system: Cluster) -> None:
-    def value(port: int, name: str) -> float:
-        text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
-        return sum(
-            float(line.rsplit(" ", 1)[1])
-            for line in text.splitlines()
-            if line.startswith((f"{name} ", f"{name}{{"))
-        )
+def metric(port: int, name: str) -> float:
+    """Sum of a metric's series on a process; 0 without any."""
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith((f"{name} ", f"{name}{{"))
+    )
 
+
+def test_metrics_follow_the_work(client: openai.OpenAI, model: str, system: Cluster) -> None:
     watched = [
         (system.port, "diptych_router_requests_total"),
         (system.port, "diptych_router_time_to_first_token_seconds_count"),
@@ -264,15 +266,39 @@ def test_metrics_follow_the_work(client: openai.OpenAI, model: str, system: Clus
         (system.decode[0].metrics_port, "diptych_kv_transfer_duration_seconds_count"),
         (system.decode[0].metrics_port, "diptych_step_duration_seconds_count"),
     ]
-    before = [value(*one) for one in watched]
+    before = [metric(*one) for one in watched]
     client.completions.create(model=model, prompt="metrics", max_tokens=4)
     for one, past in zip(watched, before, strict=True):
-        wait_until(lambda one=one, past=past: value(*one) > past, 5, f"{one} to grow")
+        wait_until(lambda one=one, past=past: metric(*one) > past, 5, f"{one} to grow")
     for worker in system.workers:
-        assert value(worker.metrics_port, "diptych_cache_config_info") == 1
-        assert value(worker.metrics_port, "diptych_engine_heartbeat_age_seconds") < 5
+        assert metric(worker.metrics_port, "diptych_cache_config_info") == 1
+        assert metric(worker.metrics_port, "diptych_engine_heartbeat_age_seconds") < 5
         assert httpx.get(f"http://127.0.0.1:{worker.metrics_port}/healthz").status_code == 200
         assert httpx.get(f"http://127.0.0.1:{worker.metrics_port}/readyz").status_code == 200
+
+
+def test_placement_reckons_with_the_measured_link(
+    client: openai.OpenAI, model: str, system: Cluster
+) -> None:
+    client.completions.create(model=model, prompt="link", max_tokens=4)
+    port = system.decode[0].metrics_port
+    wait_until(
+        lambda: metric(port, 'diptych_kv_link_probes_total{outcome="measured",transport="nixl"}'),
+        10,
+        "the link to be measured",
+    )
+    wait_until(lambda: metric(port, "diptych_kv_link_bytes_per_second"), 5, "the rate")
+    rate = metric(port, "diptych_kv_link_bytes_per_second")
+    assert 1e6 < rate < 1e12
+    assert 1e-7 < metric(port, "diptych_kv_link_latency_seconds") < 0.1
+
+    def measured() -> bool:
+        response = client.completions.create(model=model, prompt="link", max_tokens=1)
+        (sequence,) = system.get(f"/v1/requests/{response.id}/timeline").json()["sequences"]
+        transfer = sequence["attempts"][0]["decision"]["transfer_rate"]
+        return bool(transfer["measured"]) and transfer["bytes_per_s"] > 1e6
+
+    wait_until(measured, 5, "a placement by the measured rate")
 
 
 def test_health_and_ready(system: Cluster) -> None:

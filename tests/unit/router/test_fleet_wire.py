@@ -110,3 +110,10 @@ def test_unknown_words_fail_closed() -> None:
 def test_matched_stop_of_zero_is_not_absence() -> None:
     assert leg_end_from_proto(worker_pb2.Finished(matched_stop=0)).matched_stop == 0
     assert leg_end_from_proto(worker_pb2.Finished()).matched_stop is None
+
+
+def test_links_that_make_no_sense_are_left_out() -> None:
+    report = worker_pb2.LoadReport(state=worker_pb2.WORKER_STATE_READY)
+    for name, rate in {"p0": 2e9, "p1": 0.0, "p2": float("inf"), "p3": float("nan")}.items():
+        report.links.add(prefill_worker_id=name, bytes_per_s=rate)
+    assert load_from_proto(report).link_bytes_per_s == {"p0": 2e9}
