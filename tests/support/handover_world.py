@@ -1,15 +1,12 @@
 """Both state machines of the hand-over, joined by FIFO links over a model of block memory.
 
-Explores every interleaving of what the world may do (messages delayed or lost with their link,
-READs landing late or never, loops that stand still while time passes, aborts on either side) and
-checks the design's promises after each step. Used by tests/property/kvtransfer.
+Knows what the world may do (messages delayed or lost with their link, READs landing late or never,
+loops that stand still while time passes, aborts on either side) and checks the design's promises
+after each step. Explored by tests/support/handover_explorer.py.
 """
 
-import pickle
-import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from core.errors import ErrorCode
@@ -40,10 +37,6 @@ def hello(worker_id: str, ttl_s: float) -> Hello:
         transport="model",
         lease_ttl_s=ttl_s,
     )
-
-
-_WEIGHTS = {"break": 0.01, "lose": 0.01, "decode aborts": 0.02, "prefill fails": 0.02, "time": 0.1}
-"""Of events in random walks; others have 1."""
 
 
 class Violation(AssertionError):
@@ -77,7 +70,7 @@ class Scenario:
     late_submit: bool = False
     """Prefill may learn of the request at any moment, also after decode's Claim; else before."""
     never_lands: bool = False
-    """No READ lands: the peer is frozen."""
+    """No READ lands once it has begun: the peer is frozen."""
     offered: bool = False
     """Begin when the link is up and renewed, and the lease offered."""
     drift_ratio: float = 0.05
@@ -128,6 +121,7 @@ class World:
     aborted: set[Key] = field(default_factory=set)
     failed: set[Key] = field(default_factory=set)
     ended: dict[Key, str] = field(default_factory=dict)
+    frozen: bool = False
     probing: Key | None = None
     """The probe that has not ended yet."""
     probe_ends: list[act.ProbeOutcome] = field(default_factory=list)
@@ -174,6 +168,7 @@ class World:
                     self.decode_hears(link)
         while self.scenario.probes and self.settle():
             pass
+        self.frozen = self.scenario.never_lands
         return self
 
     # What may happen next.
@@ -190,7 +185,7 @@ class World:
                 yield f"break {link}", lambda w, n=link: w.break_link(n, True)  # type: ignore[misc]
                 yield f"lose {link}", lambda w, n=link: w.break_link(n, False)  # type: ignore[misc]
         for i, read in enumerate(self.reads):
-            if not read.landed and not self.scenario.never_lands:
+            if not (read.landed or self.frozen):
                 yield f"land {i}", lambda w, n=i: w.land(n)  # type: ignore[misc]
             if read.landed or self.scenario.reads_fail:
                 yield f"poll {i}", lambda w, n=i: w.poll(n)  # type: ignore[misc]
@@ -503,65 +498,3 @@ class World:
 
     def landed(self, name: str) -> bool:
         return self.reads[int(name.split()[1])].landed
-
-
-def explore(scenario: Scenario, max_states: int = 30_000) -> int:
-    """Visit every state, breadth first; returns how many there were.
-
-    Raises:
-        Violation: with the shortest sequence of events that leads to it.
-    """
-    start = pickle.dumps(World(scenario).prepared(), -1)
-    parents: dict[bytes, tuple[bytes, str] | None] = {start: None}
-    todo = deque([start])
-    while todo:
-        state = todo.popleft()
-        names = [name for name, _ in pickle.loads(state).events()]
-        for name in names:
-            world = pickle.loads(state)
-            with _told(lambda n=name, s=state: _path(parents, s, n)):  # type: ignore[misc]
-                dict(world.events())[name](world)
-            after = pickle.dumps(world, -1)
-            if after not in parents:
-                parents[after] = (state, name)
-                todo.append(after)
-        if scenario.last_time == 0 or not names:
-            with _told(lambda s=state: _path(parents, s, "drain")):  # type: ignore[misc]
-                pickle.loads(state).drain()
-        assert len(parents) <= max_states, f"more than {max_states} states"
-    return len(parents)
-
-
-def wander(scenario: Scenario, seed: int, steps: int) -> World:
-    """Take random steps from the start, then drain; returns the last state."""
-    rng = random.Random(seed)
-    world = World(scenario).prepared()
-    names = []
-    with _told(lambda: names):
-        for _ in range(steps):
-            events = list(world.events())
-            if not events:
-                break
-            weights = [_WEIGHTS.get(name.rstrip(" 0123456789"), 1) for name, _ in events]
-            name, event = rng.choices(events, weights)[0]
-            names.append(name)
-            event(world)
-        names.append("drain")
-        world.drain()
-    return world
-
-
-@contextmanager
-def _told(path: Callable[[], list[str]]) -> Iterator[None]:
-    try:
-        yield
-    except AssertionError as error:
-        raise Violation(f"{error}\n  " + "\n  ".join(path())) from error
-
-
-def _path(parents: dict[bytes, tuple[bytes, str] | None], state: bytes, last: str) -> list[str]:
-    names = [last]
-    while (parent := parents[state]) is not None:
-        state, name = parent
-        names.append(name)
-    return names[::-1]

@@ -15,7 +15,8 @@ from kvtransfer.handover import HandoverMachine
 from kvtransfer.messages import Key
 from kvtransfer.peer_link import PeerLink
 from kvtransfer.probing import ProbeSchedule
-from tests.support.handover_world import TTL, Scenario, Violation, explore, wander
+from tests.support.handover_explorer import explore, wander
+from tests.support.handover_world import TTL, Scenario, Violation
 
 SCENARIOS = {
     "nothing goes wrong": Scenario(),
@@ -44,7 +45,7 @@ SCENARIOS = {
     "a probe of a full worker": Scenario(probes=True, num_keys=2, last_time=1, decode_is_full=True),
     "a probe whose link breaks": Scenario(probes=True, num_keys=1, last_time=1, link_breaks=True),
     "a probe of a frozen peer": Scenario(
-        probes=True, num_keys=1, last_time=2, time_step=1.5, never_lands=True
+        probes=True, num_keys=2, last_time=2, time_step=2, never_lands=True
     ),
 }
 
