@@ -191,6 +191,7 @@ def cluster(
     transport: str = "nixl",
     worker: Mapping[str, object] | None = None,
     prefill_worker: Mapping[str, object] | None = None,
+    decode_worker: Mapping[str, object] | None = None,
     router: Mapping[str, object] | None = None,
     wait: bool = True,
 ) -> Iterator[Cluster]:
@@ -203,6 +204,7 @@ def cluster(
         transport: how KV moves.
         worker: settings of every worker, by field name.
         prefill_worker: settings of prefill workers alone.
+        decode_worker: settings of decode workers alone.
         router: settings of the router, by field name.
         wait: wait until all is ready.
     """
@@ -211,7 +213,7 @@ def cluster(
             role: [_worker(role, model, transport, settings) for _ in range(count)]
             for role, count, settings in (
                 ("prefill", prefill, {**(worker or {}), **(prefill_worker or {})}),
-                ("decode", decode, worker or {}),
+                ("decode", decode, {**(worker or {}), **(decode_worker or {})}),
             )
         }
         for one in [*pools["prefill"], *pools["decode"]]:
