@@ -2,10 +2,41 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
 
 from core.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20
+
+StructureKind: TypeAlias = Literal["json_object", "json_schema", "regex", "ebnf", "choice"]
+MAX_DEFINITION_BYTES = 256 * 1024
+"""Longest definition of a structure, in UTF-8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutput:
+    """What the whole text of an output must be. Hashable, so that what is compiled can be kept."""
+
+    kind: StructureKind
+    definition: str = ""
+    """Text of the JSON schema, the regular expression or the grammar; for `choice` a JSON list of
+    strings; empty for `json_object`. Whoever compiles it checks it."""
+
+    def __post_init__(self) -> None:
+        kinds = get_args(StructureKind)
+        _require("structured", self.kind in kinds, f"one of {', '.join(kinds)}", self.kind)
+        size = len(self.definition.encode("utf-8", "surrogatepass"))
+        if size > MAX_DEFINITION_BYTES:
+            raise InvalidRequestError(
+                f"The definition of the structured output is {size} bytes long; at most "
+                f"{MAX_DEFINITION_BYTES} are taken.",
+                param="structured",
+            )
+        if bool(self.definition) == (self.kind == "json_object"):
+            wants = "no definition" if self.definition else f"a definition: the {self.kind}"
+            raise InvalidRequestError(
+                f"Structured output of kind {self.kind} takes {wants}.", param="structured"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +75,8 @@ class SamplingParams:
     """Ids that end the output besides the model's end-of-sequence ids."""
     ignore_eos: bool = False
     """Go on past the model's end-of-sequence ids."""
+    structured: StructuredOutput | None = None
+    """What the output must be; None: anything."""
 
     def __post_init__(self) -> None:
         _require("max_tokens", self.max_tokens >= 1, "at least 1", self.max_tokens)
