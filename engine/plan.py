@@ -28,7 +28,8 @@ class TokenMask(Protocol):
     def words(self) -> "Words":
         """int32, [ceil(vocab_size / 32)]; token t is allowed if bit t % 32 of word t // 32 is set.
 
-        If a token is pending, this waits for it. So who can queue the model's work before, should.
+        Read while the step is submitted, after the model's work was queued where that is possible:
+        if a token is pending, this waits for it.
         """
 
 

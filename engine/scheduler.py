@@ -176,9 +176,10 @@ class Scheduler:
             sequence.num_computed = chunk.start + len(chunk.token_ids)
             if token_id is not None:
                 sequence.num_pending -= 1
-                if sequence.grammar is not None and sequence.grammar.error is not None:
+                error = sequence.unusable_token
+                if error is not None:
                     ended.append(sequence)
-                    outputs.append(self._end_failed(sequence, sequence.grammar.error))
+                    outputs.append(self._end_failed(sequence, error))
                     continue
                 if sequence.append(token_id) is not None:
                     sequence.status = SequenceStatus.ENDED

@@ -93,6 +93,11 @@ class SequenceState:
         return self.grammar is not None and not self.grammar.begun
 
     @property
+    def unusable_token(self) -> DiptychError | None:
+        """Why the token that was sampled next can't be appended; None if it can."""
+        return None if self.grammar is None else self.grammar.error_at(len(self.output_ids))
+
+    @property
     def ends_when_known(self) -> bool:
         """True if the pending token is the last one, whatever it will be."""
         return self.prefill_only or len(self.token_ids) + self.num_pending >= self.max_len

@@ -67,8 +67,16 @@ class Ticket:
 class GrammarCompiler:
     """Tickets for definitions. One thread calls it."""
 
-    def __init__(self, backend: GrammarBackend, *, clock: Clock = monotonic) -> None:
+    def __init__(
+        self,
+        backend: GrammarBackend,
+        *,
+        clock: Clock = monotonic,
+        num_threads: int = NUM_THREADS,
+    ) -> None:
+        """Args: without threads nothing is compiled but by `compile_next`."""
         self._backend = backend
+        self._num_threads = num_threads
         self._clock = clock
         self._log = logging.getLogger(__name__)
         self._jobs: queue.Queue[_Job] = queue.Queue(MAX_QUEUED)
@@ -98,24 +106,28 @@ class GrammarCompiler:
         self._kept.move_to_end(structured)
         return Ticket(future, self._clock() + COMPILE_TIMEOUT_S, self._clock)
 
+    def compile_next(self) -> None:
+        """Settle the definition that waits longest, or wait for one. Threads do nothing else."""
+        structured, future = self._jobs.get()
+        future.set_running_or_notify_cancel()
+        try:
+            grammar = self._backend.compile(structured)
+        except DiptychError as error:
+            future.set_exception(error)
+        except Exception as error:
+            self._log.exception("a %s failed to compile", structured.kind)
+            reason = f"{type(error).__name__}: {error}"
+            future.set_exception(DiptychError(f"The structured output failed: {reason}"))
+        else:
+            future.set_result(grammar)
+
     def _staff(self) -> None:
         # Daemons, since nobody can end a compile that hangs; an executor would wait for it at exit.
-        if len(self._threads) < NUM_THREADS:
+        if len(self._threads) < self._num_threads:
             name = f"grammar-{len(self._threads)}"
             self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
             self._threads[-1].start()
 
     def _work(self) -> None:
         while True:
-            structured, future = self._jobs.get()
-            future.set_running_or_notify_cancel()
-            try:
-                grammar = self._backend.compile(structured)
-            except DiptychError as error:
-                future.set_exception(error)
-            except Exception as error:
-                self._log.exception("a %s failed to compile", structured.kind)
-                reason = f"{type(error).__name__}: {error}"
-                future.set_exception(DiptychError(f"The structured output failed: {reason}"))
-            else:
-                future.set_result(grammar)
+            self.compile_next()

@@ -50,8 +50,8 @@ class OutputGrammar:
         """
         self.ticket = ticket
         self.num_accepted = 0
-        self.error: DiptychError | None = None
-        """Why no further token can be sampled. The masks then allow everything."""
+        self._error: DiptychError | None = None
+        self._error_position = 0
         self._output_ids = output_ids
         self._end_ids = np.array(end_ids, np.int64)
         self._min_tokens = min_tokens
@@ -79,7 +79,7 @@ class OutputGrammar:
     def words(self, position: int) -> Words:
         """Compute that mask, [ceil(vocab_size / 32)]."""
         words = np.full(self._num_words, -1, np.int32)
-        if self.error is None:
+        if self._error is None:
             try:
                 matcher = self._advance(position)
                 if matcher is not None:
@@ -87,9 +87,17 @@ class OutputGrammar:
                     if position < self._min_tokens:
                         self._forbid_ends(words)
             except GrammarFailure as error:
-                self.error = DiptychError(f"The structured output can't go on: {error}")
+                self._error = DiptychError(f"The structured output can't go on: {error}")
+                self._error_position = position
                 words.fill(-1)
         return words
+
+    def error_at(self, position: int) -> DiptychError | None:
+        """Why the token sampled at `position` must not be used, if so: its mask allowed anything.
+
+        A step planned ahead may have met the error that the token before it knows nothing of.
+        """
+        return self._error if position >= self._error_position else None
 
     def _advance(self, position: int) -> Matcher | None:
         """The matcher, having accepted the output up to `position`; None if it never gets there."""
