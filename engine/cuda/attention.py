@@ -11,7 +11,7 @@ takes one context whole when there are more of them than programs fit on the GPU
 the short ones fill the gaps at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.cuda.decode_plan import DecodePlan
+from engine.cuda.inputs import Int32s, StepInputs
 from engine.cuda.kernels.qkv import prepare_qkv_
 from engine.cuda.support import has_dependent_launch
 from engine.kv.pool import KVPool
@@ -29,8 +31,6 @@ _WORKSPACE_BYTES = 256 << 20
 """For partial results of contexts that are split between programs."""
 _PLAN_BYTES = 8 << 20
 """FlashInfer's own size for a plan."""
-_PROGRAMS_PER_PROCESSOR = 2
-"""As many as FlashInfer splits contexts into. Source: PrefillPlan in its scheduler.cuh, 0.6.13."""
 
 
 class FlashInferAttention:
@@ -42,7 +42,6 @@ class FlashInferAttention:
 
         layout, device = pool.layout, pool.tensor.device
         self._flashinfer = flashinfer
-        self._device = device
         self._num_heads = num_heads
         self._num_kv_heads = layout.num_kv_heads
         self._head_dim = layout.head_dim
@@ -50,8 +49,6 @@ class FlashInferAttention:
         self._dtype = pool.tensor.dtype
         self.layers = [pool.tensor[:, layer] for layer in range(layout.num_layers)]
         self._overlap = has_dependent_launch(device)
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._num_programs = _PROGRAMS_PER_PROCESSOR * processors
         self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._decode_plan = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=device)
         self._resumed_prompts = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
@@ -64,27 +61,37 @@ class FlashInferAttention:
             self._workspace, "HND", use_tensor_cores=True
         )
 
-    def decodes(self, batch_size: int, block_ids: torch.Tensor) -> "DecodeAttention":
+    def decodes(self, batch_size: int, inputs: StepInputs) -> "DecodeAttention":
         """Attention of steps of exactly `batch_size` single tokens, for one CUDA graph.
 
         Args:
             batch_size: rows, padding included.
-            block_ids: [n] int32, where each step's tables will lie on the device.
+            inputs: where each step's tables will lie on the device.
         """
+        starts = inputs.device_table_starts[: batch_size + 1]
+        last_lens = inputs.device_last_lens[:batch_size]
+        block_ids = inputs.device_block_ids
         wrapper = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace,
             "HND",
             use_cuda_graph=True,
             use_tensor_cores=True,
-            paged_kv_indptr_buffer=self._int32(batch_size + 1),
+            paged_kv_indptr_buffer=starts,
             paged_kv_indices_buffer=block_ids,
-            paged_kv_last_page_len_buffer=self._int32(batch_size),
+            paged_kv_last_page_len_buffer=last_lens,
         )
         # One of them is in use at a time, so they need not have a plan buffer each.
         wrapper.reset_workspace_buffer(self._workspace, self._decode_plan)
-        # FlashInfer would split none of so many either, but would merge one part of each.
-        whole = batch_size >= self._num_programs // self._num_kv_heads
-        return DecodeAttention(self, wrapper, whole)
+        one_each = torch.arange(batch_size + 1, dtype=torch.int32)
+        self._plan_decodes(wrapper, one_each, block_ids[:batch_size], torch.ones_like(one_each[1:]))
+        plan = DecodePlan(
+            wrapper,
+            num_heads=self._num_heads,
+            num_kv_heads=self._num_kv_heads,
+            head_dim=self._head_dim,
+            block_size=self._block_size,
+        )
+        return DecodeAttention(AttentionParts(self, None, (wrapper, None, None)), plan)
 
     def plan_mixed(
         self, rows: "RowCounts", context_lens: npt.NDArray[np.int32], block_ids: torch.Tensor
@@ -102,7 +109,7 @@ class FlashInferAttention:
         if first := rows.num_decodes:
             decode = self._mixed_decodes
             tables = torch.from_numpy(starts[: first + 1])
-            self.plan_decodes(decode, tables, block_ids[: starts[first]], last_lens[:first])
+            self._plan_decodes(decode, tables, block_ids[: starts[first]], last_lens[:first])
         last = first + rows.num_resumed
         heads = (self._num_heads, self._num_kv_heads, self._head_dim)
         types = {"q_data_type": self._dtype, "kv_data_type": self._dtype}
@@ -124,19 +131,14 @@ class FlashInferAttention:
             fresh.plan(ends, ends, *heads, causal=True, **types)
         return AttentionParts(self, rows.ends, (decode, resumed, fresh))
 
-    def plan_decodes(
+    def _plan_decodes(
         self,
         wrapper: Any,
         starts: torch.Tensor,
         block_ids: torch.Tensor,
         last_lens: torch.Tensor,
-        *,
-        whole: bool = False,
     ) -> None:
-        """Have FlashInfer divide decodes among programs; the three arrays as it names them.
-
-        Args: whole says that no context is split. A graph has it as it was at capture.
-        """
+        """Have FlashInfer divide decodes among programs; the three arrays as it names them."""
         wrapper.plan(
             starts,
             block_ids,
@@ -147,7 +149,6 @@ class FlashInferAttention:
             self._block_size,
             q_data_type=self._dtype,
             kv_data_type=self._dtype,
-            disable_split_kv=whole,
         )
 
     def run(self, wrapper: Any, query: torch.Tensor, layer: int, out: torch.Tensor) -> None:
@@ -166,28 +167,14 @@ class FlashInferAttention:
         """Query heads of this rank."""
         return self._num_heads
 
-    def _int32(self, size: int) -> torch.Tensor:
-        return torch.zeros(size, dtype=torch.int32, device=self._device)
 
-
+@dataclass(frozen=True, slots=True)
 class DecodeAttention:
     """Attention of decode steps of one size, in buffers of fixed address."""
 
-    def __init__(self, owner: FlashInferAttention, wrapper: Any, whole: bool) -> None:
-        self._owner = owner
-        self._wrapper = wrapper
-        self._whole = whole
-        self.parts = AttentionParts(owner, None, (wrapper, None, None))
-
-    def plan(self, starts: torch.Tensor, block_ids: torch.Tensor, last_lens: torch.Tensor) -> None:
-        """Plan one step.
-
-        Args:
-            starts: [B + 1] int32, host: where each table begins in block_ids.
-            block_ids: the buffer given at first, cut to its used part.
-            last_lens: [B] int32, host: tokens in each last block.
-        """
-        self._owner.plan_decodes(self._wrapper, starts, block_ids, last_lens, whole=self._whole)
+    parts: "AttentionParts"
+    plan: Callable[[Int32s, Int32s], None]
+    """Plans one step, see DecodePlan."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,7 @@ class CudaRunner:
         if size > count:
             num_blocks = pad_rows(inputs, count, size, num_blocks)
         inputs.send(num_blocks)
-        self._decodes.plan(size, num_blocks)
+        self._decodes.plan(size)
         inputs.sent()
         return _Queued(order, specs, self._decodes.run(size)[:count])
 

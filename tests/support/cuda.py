@@ -21,6 +21,7 @@ from engine.cuda.attention import (
     blocks_of,
     last_block_lens,
 )
+from engine.cuda.inputs import Int32s, StepInputs
 from engine.cuda.runner import CudaRunner, StepLimits
 from engine.kv.pool import KVPool
 from engine.layers.rope import cos_sin_table
@@ -45,21 +46,27 @@ class WrittenOutAttention(FlashInferAttention):
         self._num_heads, self._num_kv_heads = num_heads, layout.num_kv_heads
         self._block_size = layout.block_size
 
-    def decodes(self, batch_size: int, block_ids: torch.Tensor) -> DecodeAttention:
-        return DecodeAttention(self, _Plan(), whole=False)
+    def decodes(self, batch_size: int, inputs: StepInputs) -> DecodeAttention:
+        step = _Plan()
 
-    def plan_decodes(
+        def plan(starts: Int32s, last_lens: Int32s) -> None:
+            # What the device has must be what is planned: graphs read tables there.
+            assert torch.equal(inputs.device_table_starts[: batch_size + 1], torch.tensor(starts))
+            assert torch.equal(inputs.device_last_lens[:batch_size], torch.tensor(last_lens))
+            self._fill(step, torch.tensor(starts), inputs.device_block_ids, torch.tensor(last_lens))
+
+        return DecodeAttention(AttentionParts(self, None, (step, None, None)), plan)
+
+    def _fill(
         self,
-        wrapper: Any,
+        step: _Plan,
         starts: torch.Tensor,
         block_ids: torch.Tensor,
         last_lens: torch.Tensor,
-        *,
-        whole: bool = False,
     ) -> None:
-        wrapper.starts, wrapper.last_lens = starts.clone(), last_lens.clone()
-        wrapper.block_ids = block_ids.clone()
-        wrapper.lengths = [1] * len(last_lens)
+        step.starts, step.last_lens = starts.clone(), last_lens.clone()
+        step.block_ids = block_ids.clone()
+        step.lengths = [1] * len(last_lens)
 
     def plan_mixed(
         self, rows: RowCounts, context_lens: Any, block_ids: torch.Tensor
@@ -73,7 +80,7 @@ class WrittenOutAttention(FlashInferAttention):
             if begin == end:
                 return None
             part = _Plan()
-            self.plan_decodes(part, starts[begin : end + 1], block_ids, last_lens[begin:end])
+            self._fill(part, starts[begin : end + 1], block_ids, last_lens[begin:end])
             part.lengths = rows.lengths[begin:end].tolist()
             return part
 
