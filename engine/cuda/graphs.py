@@ -92,7 +92,7 @@ class DecodeSteps:
                 self.rehearse(size)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 rung.logits = _borrow(self._compute(self._inputs, rung.context, size))
             rung.graph = graph
         torch.cuda.synchronize()
