@@ -4,8 +4,8 @@
 
 Both libraries over the demo model's vocabulary of 49,152 tokens, along texts that fit each
 definition. A mask is computed for every token of every sequence that has a structure: on a GPU
-while the device computes the logits that it is for, on a CPU in turn with them. Its peer is choosing
-a token from a plain row of logits, measured in the same run.
+while the device computes the logits that it is for, on a CPU in turn with them. Its peer is
+choosing a token from a plain row of logits, measured in the same run.
 """
 
 import argparse
