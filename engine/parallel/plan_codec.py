@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from core.errors import InvalidRequestError
 from core.sampling import SamplingParams
 from engine.plan import Chunk, SampleSpec, StepPlan
 
@@ -173,7 +174,7 @@ class PlanDecoder:
         """
         try:
             return self._decode(message)
-        except (IndexError, struct.error, UnicodeDecodeError) as error:
+        except (IndexError, struct.error, UnicodeDecodeError, InvalidRequestError) as error:
             raise ValueError(f"This is no step plan: {error}.") from error
 
     def _decode(self, message: bytes) -> StepPlan:
