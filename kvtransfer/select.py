@@ -17,7 +17,14 @@ log = logging.getLogger(__name__)
 TransportName = Literal["auto", "nixl", "mooncake", "tcp"]
 
 
-def open_transport(name: TransportName, pool: BlockPool, *, host: str, token: str) -> Transport:
+def open_transport(
+    name: TransportName,
+    pool: BlockPool,
+    *,
+    host: str,
+    token: str,
+    descriptor_bytes: int | None = None,
+) -> Transport:
     """Make a pool readable by peers, and peers' pools readable from here.
 
     Args:
@@ -28,6 +35,7 @@ def open_transport(name: TransportName, pool: BlockPool, *, host: str, token: st
         pool: outlives the transport.
         host: name or IP address of this machine at which peers reach it.
         token: shared secret; peers without it can't read. Empty where there is none.
+        descriptor_bytes: see NixlTransport; the others have no descriptors.
 
     Raises:
         TransferError: the transport can't be opened; ConfigError: there is none of that name.
@@ -39,12 +47,12 @@ def open_transport(name: TransportName, pool: BlockPool, *, host: str, token: st
     if name not in ("auto", "nixl"):
         raise ConfigError(f"kv_transport must be auto, nixl, mooncake or tcp, not {name!r}.")
     if name == "nixl" or pool.device_id is not None:
-        return NixlTransport(pool, token=token.encode())
+        return NixlTransport(pool, token=token.encode(), descriptor_bytes=descriptor_bytes)
     address = _address(host)
     reason = "this host has no RDMA device and its peers are elsewhere"
     if has_rdma() or ipaddress.ip_address(address).is_loopback:
         try:
-            return NixlTransport(pool, token=token.encode())
+            return NixlTransport(pool, token=token.encode(), descriptor_bytes=descriptor_bytes)
         except TransferError as error:
             reason = error.message
     log.warning("KV moves by tcp instead of nixl: %s", reason)

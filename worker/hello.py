@@ -19,6 +19,7 @@ def own_transport(settings: WorkerSettings, pool: BlockPool) -> Transport:
         pool,
         host=settings.advertise_host or settings.host,
         token=settings.auth_token.get_secret_value() if settings.auth_token else "",
+        descriptor_bytes=settings.descriptor_bytes,
     )
 
 
