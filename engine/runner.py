@@ -63,6 +63,10 @@ class TorchRunner:
         return self._pool
 
     @property
+    def ranks(self) -> None:
+        """See Executor. Who knows of other ranks is MultiProcessExecutor."""
+
+    @property
     def overlaps(self) -> bool:
         """See Executor. A step is computed when it is submitted."""
         return False

@@ -6,7 +6,7 @@ from exactly one rank of the peer, whose pool holds the same head of the same la
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from core.errors import TransferError
 from core.kv_layout import KvLayout
@@ -56,9 +56,7 @@ def rank_layout(layout: KvLayout, size: int) -> KvLayout:
     Raises:
         TransferError: see `rank_heads`.
     """
-    count = len(rank_heads(layout.num_kv_heads, size, 0))
-    block_bytes = layout.block_bytes // layout.num_kv_heads * count
-    return replace(layout, num_kv_heads=count, block_bytes=block_bytes)
+    return layout.with_heads(len(rank_heads(layout.num_kv_heads, size, 0)))
 
 
 def plan_slices(

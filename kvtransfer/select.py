@@ -4,7 +4,7 @@ import ipaddress
 import logging
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from core.errors import ConfigError, TransferError
 from kvtransfer.mooncake import MooncakeTransport
@@ -15,6 +15,17 @@ from kvtransfer.transport import BlockPool, Transport
 log = logging.getLogger(__name__)
 
 TransportName = Literal["auto", "nixl", "mooncake", "tcp"]
+
+
+def known_transport(name: str) -> TransportName:
+    """A transport's name out of a message.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name in get_args(TransportName):
+        return cast(TransportName, name)
+    raise ConfigError(f"kv_transport must be auto, nixl, mooncake or tcp, not {name!r}.")
 
 
 def open_transport(
@@ -44,9 +55,7 @@ def open_transport(
         return TcpTransport(pool, host=_address(host), token=token.encode())
     if name == "mooncake":
         return MooncakeTransport(pool, host=_address(host), token=token.encode())
-    if name not in ("auto", "nixl"):
-        raise ConfigError(f"kv_transport must be auto, nixl, mooncake or tcp, not {name!r}.")
-    if name == "nixl" or pool.device_id is not None:
+    if known_transport(name) == "nixl" or pool.device_id is not None:
         return NixlTransport(pool, token=token.encode(), descriptor_bytes=descriptor_bytes)
     address = _address(host)
     reason = "this host has no RDMA device and its peers are elsewhere"

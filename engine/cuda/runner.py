@@ -102,6 +102,10 @@ class CudaRunner:
         return self._pool
 
     @property
+    def ranks(self) -> None:
+        """See Executor. Who knows of other ranks is MultiProcessExecutor."""
+
+    @property
     def overlaps(self) -> bool:
         """See Executor."""
         return True

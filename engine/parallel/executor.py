@@ -6,7 +6,7 @@ tokens and nothing is sent back but failures.
 
 import atexit
 
-from engine.executor import Executor, PendingStep
+from engine.executor import Executor, OtherRanks, PendingStep
 from engine.kv.pool import KVPool
 from engine.models.config import ModelConfig
 from engine.parallel.children import RankProcesses
@@ -49,6 +49,11 @@ class MultiProcessExecutor:
     def pool(self) -> KVPool:
         """See Executor. Rank 0's; the others hold the same blocks of the other heads."""
         return self._local.pool
+
+    @property
+    def ranks(self) -> OtherRanks:
+        """See Executor."""
+        return self._ranks.side
 
     @property
     def overlaps(self) -> bool:

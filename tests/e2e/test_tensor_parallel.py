@@ -1,59 +1,64 @@
-"""Workers whose model lies on two ranks, in the whole system."""
+"""Workers whose model lies on several ranks, in the whole system."""
 
-import os
-import signal
-import threading
 from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import Cluster, Worker, cluster
+from tests.support.cluster import Cluster, cluster
+from tests.support.models import make_checkpoint
 from tests.support.oracle import Oracle
-from tests.support.process import alive, command_line, descendants, wait_until
 
-PROMPT = "The quick brown fox jumps over"
-MAX_TOKENS = 400
+PROMPT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 4
+MAX_TOKENS = 24
+WORKER = {"max_step_tokens": 32}
 
 
-def ids_of(system: Cluster) -> list[int]:
+@pytest.fixture(scope="module")
+def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose KV heads four ranks can share."""
+    return make_checkpoint(tmp_path_factory.mktemp("four-heads"), num_key_value_heads=4)
+
+
+@pytest.fixture(scope="module")
+def expected(four_heads: Path) -> list[int]:
+    oracle = Oracle(four_heads)
+    return oracle.greedy(oracle.tokenizer(PROMPT)["input_ids"], MAX_TOKENS, ignore_eos=True)
+
+
+def answer(system: Cluster) -> tuple[str, list[int]]:
+    """How a request was served, and its tokens."""
     with system.openai() as client:
-        response = client.completions.create(
+        response = client.completions.with_raw_response.create(
             model=client.models.list().data[0].id,
             prompt=PROMPT,
             max_tokens=MAX_TOKENS,
             temperature=0,
             extra_body={"return_token_ids": True, "ignore_eos": True},
         )
-    return list(response.choices[0].token_ids)
-
-
-def running_worker(system: Cluster) -> Worker | None:
-    return next((one for one in system.workers if one.describe().load.running), None)
+    ids = list(response.parse().choices[0].token_ids)  # type: ignore[attr-defined]
+    return response.headers["x-diptych-mode"], ids
 
 
 @pytest.mark.slow
-def test_two_ranks_serve_whole_requests_and_a_lost_rank_costs_no_token(tiny_llama: Path) -> None:
-    oracle = Oracle(tiny_llama)
-    expected = oracle.greedy(oracle.tokenizer(PROMPT)["input_ids"], MAX_TOKENS, ignore_eos=True)
-    with cluster(tiny_llama, worker={"tensor_parallel_size": 2}) as system:
+@pytest.mark.parametrize(
+    ("prefill", "decode", "transport"),
+    [(1, 2, "nixl"), (2, 1, "nixl"), (2, 2, "nixl"), (2, 4, "tcp")],
+)
+def test_kv_moves_between_workers_of_any_number_of_ranks(
+    four_heads: Path, expected: list[int], prefill: int, decode: int, transport: str
+) -> None:
+    with cluster(
+        four_heads,
+        transport=transport,
+        worker=WORKER,
+        prefill_worker={"tensor_parallel_size": prefill},
+        decode_worker={"tensor_parallel_size": decode},
+    ) as system:
         for worker in system.workers:
             description = worker.describe().worker
-            assert description.layout.num_kv_heads == 1
-            assert not description.kv_address and not description.transports
-        assert ids_of(system) == expected
-        answers: list[list[int]] = []
-        request = threading.Thread(target=lambda: answers.append(ids_of(system)))
-        request.start()
-        # Either worker may have it, since both serve whole requests.
-        busy = wait_until(lambda: running_worker(system), 20, "the request to run")
-        process = busy.process
-        assert process is not None
-        below = descendants(process.pid)
-        (rank,) = [pid for pid in below if "engine.parallel.rank" in command_line(pid)]
-        os.kill(rank, signal.SIGKILL)
-        request.join(60)
-        assert answers == [expected]
-        assert process.wait(20) != 0
-        assert "was ended by signal SIGKILL" in process.log
-        assert not any(alive(pid) for pid in below)
-        busy.kill()
+            assert description.layout.num_kv_heads == 4, "of all ranks"
+            assert description.kv_address and list(description.transports) == [transport]
+        assert answer(system) == ("disaggregated", expected)
+        # Again with the first blocks cached on both sides.
+        assert answer(system) == ("disaggregated", expected)
+        system.wait_balanced()
