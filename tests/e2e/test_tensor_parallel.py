@@ -1,36 +1,39 @@
 """Workers whose model lies on several ranks, in the whole system."""
 
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import Cluster, cluster
+from tests.support.cluster import Cluster, Worker, cluster
 from tests.support.models import make_checkpoint
 from tests.support.oracle import Oracle
+from tests.support.process import alive, command_line, descendants, wait_until
 
-PROMPT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 4
+PROMPT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. "
 MAX_TOKENS = 24
-WORKER = {"max_step_tokens": 32}
+STEP = {"max_step_tokens": 64}
+QUICK = {"worker_silence_s": "2s", "no_worker_grace_s": "2s"}
+LONG = 12
+"""Repetitions of the prompt whose computing takes long enough to be interrupted."""
 
 
-@pytest.fixture(scope="module")
-def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose KV heads four ranks can share."""
-    return make_checkpoint(tmp_path_factory.mktemp("four-heads"), num_key_value_heads=4)
+def expected(model: Path, prompt: str) -> list[int]:
+    oracle = Oracle(model)
+    return oracle.greedy(oracle.tokenizer(prompt)["input_ids"], MAX_TOKENS, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def expected(four_heads: Path) -> list[int]:
-    oracle = Oracle(four_heads)
-    return oracle.greedy(oracle.tokenizer(PROMPT)["input_ids"], MAX_TOKENS, ignore_eos=True)
-
-
-def answer(system: Cluster) -> tuple[str, list[int]]:
+def answer(system: Cluster, prompt: str) -> tuple[str, list[int]]:
     """How a request was served, and its tokens."""
     with system.openai() as client:
         response = client.completions.with_raw_response.create(
             model=client.models.list().data[0].id,
-            prompt=PROMPT,
+            prompt=prompt,
             max_tokens=MAX_TOKENS,
             temperature=0,
             extra_body={"return_token_ids": True, "ignore_eos": True},
@@ -39,26 +42,94 @@ def answer(system: Cluster) -> tuple[str, list[int]]:
     return response.headers["x-diptych-mode"], ids
 
 
+def tensor_parallel(*sizes: int) -> list[dict[str, object]]:
+    return [{"tensor_parallel_size": size} for size in sizes]
+
+
+@contextmanager
+def alone(system: Cluster, *chosen: Worker) -> Iterator[None]:
+    """All other workers take no requests meanwhile."""
+    others = [worker for worker in system.workers if worker not in chosen]
+    for worker in others:
+        worker.drain()
+    roles = ("prefill", "decode")
+    wait_until(
+        lambda: [system.num_attached(role) for role in roles] == [1, 1],
+        10,
+        "one of each to be left",
+    )
+    yield
+    for worker in others:
+        worker.drain(resume=True)
+
+
+@pytest.fixture(scope="module")
+def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose KV heads four ranks can share."""
+    return make_checkpoint(tmp_path_factory.mktemp("four-heads"), num_key_value_heads=4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("prefill", "decode", "transport"),
-    [(1, 2, "nixl"), (2, 1, "nixl"), (2, 2, "nixl"), (2, 4, "tcp")],
+    ("transport", "prefill", "decode"), [("nixl", (1, 2), (1, 2)), ("tcp", (2,), (4,))]
 )
 def test_kv_moves_between_workers_of_any_number_of_ranks(
-    four_heads: Path, expected: list[int], prefill: int, decode: int, transport: str
+    four_heads: Path, transport: str, prefill: tuple[int, ...], decode: tuple[int, ...]
 ) -> None:
     with cluster(
         four_heads,
         transport=transport,
-        worker=WORKER,
-        prefill_worker={"tensor_parallel_size": prefill},
-        decode_worker={"tensor_parallel_size": decode},
+        worker=STEP,
+        prefill_worker=tensor_parallel(*prefill),
+        decode_worker=tensor_parallel(*decode),
     ) as system:
         for worker in system.workers:
             description = worker.describe().worker
             assert description.layout.num_kv_heads == 4, "of all ranks"
             assert description.kv_address and list(description.transports) == [transport]
-        assert answer(system) == ("disaggregated", expected)
-        # Again with the first blocks cached on both sides.
-        assert answer(system) == ("disaggregated", expected)
+        for number, pair in enumerate(product(system.prefill, system.decode)):
+            prompt = f"{number}. {PROMPT * 2}"
+            with alone(system, *pair):
+                assert answer(system, prompt) == ("disaggregated", expected(four_heads, prompt))
         system.wait_balanced()
+
+
+@pytest.mark.slow
+def test_a_lost_rank_on_either_side_of_a_transfer_costs_no_token(slow_llama: Path) -> None:
+    with cluster(
+        slow_llama,
+        worker={**STEP, "tensor_parallel_size": 2},
+        prefill_worker={"lease_ttl_s": "4s"},
+        router=QUICK,
+    ) as system:
+        (prefill,), (decode,) = system.prefill, system.decode
+        for number, (victim, survivor, mode) in enumerate(
+            ((decode, prefill, "prefill_only"), (prefill, decode, "decode_only"))
+        ):
+            prompt = f"{number}. {PROMPT * LONG}"
+            answers: list[tuple[str, list[int]]] = []
+            request = threading.Thread(target=lambda: answers.append(answer(system, prompt)))
+            request.start()
+            wait_until(lambda: _transferring(prefill, decode), 30, "KV to be on its way")
+            process = victim.process
+            assert process is not None
+            below = descendants(process.pid)
+            (rank,) = [pid for pid in below if "worker.rank" in command_line(pid)]
+            os.kill(rank, signal.SIGKILL)
+            request.join(60)
+            assert [ids for _, ids in answers] == [expected(slow_llama, prompt)]
+            assert process.wait(20) != 0
+            assert "was ended by signal SIGKILL" in process.log
+            assert not any(alive(pid) for pid in below)
+            victim.kill()
+            system.wait_balanced()
+            assert answer(system, "Hello")[0] == mode
+            if victim is decode:
+                victim.start()
+                system.wait_ready()
+
+
+def _transferring(prefill: Worker, decode: Worker) -> bool:
+    """Decode has reserved blocks and prefill is not done yet."""
+    computing, reading = prefill.describe().load, decode.describe().load
+    return bool(reading.leases and reading.held_blocks and computing.backlog_tokens)

@@ -6,45 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from core.errors import TransferError
 from core.kv_layout import KvLayout
 from kvtransfer.head_slices import RankSlice, layout_mismatch, plan_slices, rank_heads, rank_layout
 from kvtransfer.transport import Piece
+from tests.support.kv_ranks import BLOCK_SIZE, HEAD_DIM, fits, share, whole_layout
 
-BLOCK_SIZE, HEAD_DIM = 2, 3
 MAX_SIZE = 8
-
-
-def layout(num_layers: int, num_kv_heads: int, dtype: str = "float16") -> KvLayout:
-    elements = num_layers * 2 * num_kv_heads * BLOCK_SIZE * HEAD_DIM
-    return KvLayout(
-        num_layers=num_layers,
-        num_kv_heads=num_kv_heads,
-        head_dim=HEAD_DIM,
-        block_size=BLOCK_SIZE,
-        dtype=dtype,
-        block_bytes=elements * np.dtype(dtype).itemsize,
-    )
 
 
 def plan(whole: KvLayout, source_size: int, own_size: int, rank: int) -> tuple[RankSlice, ...]:
     return plan_slices(whole, whole, source_size=source_size, own_size=own_size, own_rank=rank)
-
-
-def fits(num_kv_heads: int, size: int) -> bool:
-    return num_kv_heads % size == 0 or size % num_kv_heads == 0
-
-
-def share(block: NDArray[Any], size: int, rank: int) -> NDArray[np.uint8]:
-    """The bytes of a whole block [layers, 2, heads, block_size, head_dim] that a rank holds."""
-    heads = block.shape[2]
-    if size <= heads:
-        part = np.split(block, size, axis=2)[rank]
-    else:
-        part = np.repeat(block, size // heads, axis=2)[:, :, rank : rank + 1]
-    return np.ascontiguousarray(part).view(np.uint8).reshape(-1)
 
 
 CASES = [
@@ -60,10 +33,10 @@ CASES = [
 def test_slices_copied_from_the_ranks_equal_sharding_the_whole_block_anew(dtype: str) -> None:
     rng = np.random.default_rng(3)
     for layers, heads, source_size, own_size in CASES:
-        whole = layout(layers, heads, dtype)
-        shape = (layers, 2, heads, BLOCK_SIZE, HEAD_DIM)
+        whole = whole_layout(layers, heads, dtype)
+        shape = (1, layers, 2, heads, BLOCK_SIZE, HEAD_DIM)
         block = rng.permutation(np.arange(np.prod(shape))).astype(dtype).reshape(shape)
-        sources = [share(block, source_size, rank) for rank in range(source_size)]
+        sources = [share(block, source_size, rank)[0] for rank in range(source_size)]
         own_bytes = rank_layout(whole, own_size).block_bytes
         for rank in range(own_size):
             own = np.zeros(own_bytes, np.uint8)
@@ -83,17 +56,17 @@ def test_slices_copied_from_the_ranks_equal_sharding_the_whole_block_anew(dtype:
                     own[at : at + length] = source[remote : remote + length]
                     written[at : at + length] += 1
             assert (written == 1).all(), "each byte once"
-            assert (own == share(block, own_size, rank)).all()
+            assert (own == share(block, own_size, rank)[0]).all()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_equal_sizes_read_whole_blocks_from_the_same_rank(size: int) -> None:
     for heads, rank in product((1, 2, 4, 8), range(size)):
-        assert plan(layout(2, heads), size, size, rank) == (RankSlice(rank, None),)
+        assert plan(whole_layout(2, heads), size, size, rank) == (RankSlice(rank, None),)
 
 
 def test_runs_are_as_long_as_they_can_be() -> None:
-    whole = layout(3, 4)
+    whole = whole_layout(3, 4)
     head = BLOCK_SIZE * HEAD_DIM * 2
     (from_one,) = plan(whole, 1, 2, 1)
     assert from_one.pieces is not None
@@ -107,7 +80,7 @@ def test_runs_are_as_long_as_they_can_be() -> None:
 
 
 def test_ranks_that_hold_the_same_heads_are_read_evenly() -> None:
-    whole = layout(1, 2)
+    whole = whole_layout(1, 2)
     read = [plan(whole, 8, 8, rank)[0].source_rank for rank in range(8)]
     assert read == list(range(8))
     read = [plan(whole, 4, 8, rank)[0].source_rank for rank in range(8)]
@@ -127,7 +100,7 @@ def test_ranks_that_hold_the_same_heads_are_read_evenly() -> None:
     ],
 )
 def test_blocks_that_do_not_hold_the_same_are_refused(change: dict[str, Any], said: str) -> None:
-    own = layout(2, 4)
+    own = whole_layout(2, 4)
     peer = replace(own, **change)
     assert said in layout_mismatch(own, peer)
     assert layout_mismatch(own, own) == ""
@@ -137,7 +110,7 @@ def test_blocks_that_do_not_hold_the_same_are_refused(change: dict[str, Any], sa
 
 @pytest.mark.parametrize(("heads", "size"), [(4, 3), (3, 2), (2, 3), (6, 4), (4, 0), (4, -1)])
 def test_sizes_that_do_not_fit_the_heads_are_refused(heads: int, size: int) -> None:
-    whole = layout(1, heads)
+    whole = whole_layout(1, heads)
     with pytest.raises(TransferError, match=f"{heads} KV heads can't be shared by {size} ranks"):
         rank_heads(heads, size, 0)
     with pytest.raises(TransferError, match="shared"):
