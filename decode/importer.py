@@ -299,24 +299,28 @@ class Importer:
             self._outbox.finish(submission, ended.finish_reason, matched_stop=ended.matched_stop)
 
 
+def handover_config(settings: DecodeSettings, hello: Hello) -> HandoverConfig:
+    """Bounds in blocks that follow from settings in bytes; a block counts with all ranks' heads."""
+    block_bytes = hello.layout.block_bytes
+    return HandoverConfig(
+        peer_silence_s=settings.peer_silence_s,
+        max_inflight_blocks=max(1, settings.max_inflight_bytes // block_bytes),
+        probe_blocks=min(settings.probe_bytes // block_bytes, hello.num_blocks // PROBE_SHARE),
+        probe_interval_s=settings.probe_interval_s,
+    )
+
+
 def build_importer(settings: DecodeSettings) -> BuildRole:
     """How a decode worker's engine process makes its role."""
 
     def build(context: RoleContext) -> Role:
         transport = own_transport(settings, context)
         hello = own_hello(context.description, transport)
-        block_bytes = hello.layout.block_bytes
-        config = HandoverConfig(
-            peer_silence_s=settings.peer_silence_s,
-            max_inflight_blocks=max(1, settings.max_inflight_bytes // block_bytes),
-            probe_blocks=min(settings.probe_bytes // block_bytes, hello.num_blocks // PROBE_SHARE),
-            probe_interval_s=settings.probe_interval_s,
-        )
         return Importer(
             engine=context.engine,
             outbox=context.outbox,
             hello=hello,
-            config=config,
+            config=handover_config(settings, hello),
             transport=transport,
             metrics=ImportMetrics(context.registry, transport.name),
             clock=monotonic,

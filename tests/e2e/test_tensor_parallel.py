@@ -42,6 +42,18 @@ def answer(system: Cluster, prompt: str) -> tuple[str, list[int]]:
     return response.headers["x-diptych-mode"], ids
 
 
+class Answering(threading.Thread):
+    """A request in the background."""
+
+    def __init__(self, system: Cluster, prompt: str, answers: list[tuple[str, list[int]]]) -> None:
+        super().__init__(daemon=True)
+        self._arguments = (system, prompt)
+        self._answers = answers
+
+    def run(self) -> None:
+        self._answers.append(answer(*self._arguments))
+
+
 def tensor_parallel(*sizes: int) -> list[dict[str, object]]:
     return [{"tensor_parallel_size": size} for size in sizes]
 
@@ -52,15 +64,19 @@ def alone(system: Cluster, *chosen: Worker) -> Iterator[None]:
     others = [worker for worker in system.workers if worker not in chosen]
     for worker in others:
         worker.drain()
-    roles = ("prefill", "decode")
-    wait_until(
-        lambda: [system.num_attached(role) for role in roles] == [1, 1],
-        10,
-        "one of each to be left",
-    )
+    wait_attached(system, 1, 1)
     yield
     for worker in others:
         worker.drain(resume=True)
+    wait_attached(system, len(system.prefill), len(system.decode))
+
+
+def wait_attached(system: Cluster, *numbers: int) -> None:
+    wait_until(
+        lambda: tuple(system.num_attached(role) for role in ("prefill", "decode")) == numbers,
+        10,
+        f"the router to have {numbers} workers",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +87,7 @@ def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("transport", "prefill", "decode"), [("nixl", (1, 2), (1, 2)), ("tcp", (2,), (4,))]
+    ("transport", "prefill", "decode"), [("nixl", (1, 2), (1, 2)), ("tcp", (1,), (4,))]
 )
 def test_kv_moves_between_workers_of_any_number_of_ranks(
     four_heads: Path, transport: str, prefill: tuple[int, ...], decode: tuple[int, ...]
@@ -87,7 +103,8 @@ def test_kv_moves_between_workers_of_any_number_of_ranks(
             description = worker.describe().worker
             assert description.layout.num_kv_heads == 4, "of all ranks"
             assert description.kv_address and list(description.transports) == [transport]
-        for number, pair in enumerate(product(system.prefill, system.decode)):
+        pairs = list(product(system.prefill, system.decode))
+        for number, pair in enumerate(pairs[-3:]):  # all but the one without ranks
             prompt = f"{number}. {PROMPT * 2}"
             with alone(system, *pair):
                 assert answer(system, prompt) == ("disaggregated", expected(four_heads, prompt))
@@ -103,12 +120,10 @@ def test_a_lost_rank_on_either_side_of_a_transfer_costs_no_token(slow_llama: Pat
         router=QUICK,
     ) as system:
         (prefill,), (decode,) = system.prefill, system.decode
-        for number, (victim, survivor, mode) in enumerate(
-            ((decode, prefill, "prefill_only"), (prefill, decode, "decode_only"))
-        ):
-            prompt = f"{number}. {PROMPT * LONG}"
+        for victim, mode in ((decode, "prefill_only"), (prefill, "decode_only")):
+            prompt = f"{mode}. {PROMPT * LONG}"
             answers: list[tuple[str, list[int]]] = []
-            request = threading.Thread(target=lambda: answers.append(answer(system, prompt)))
+            request = Answering(system, prompt, answers)
             request.start()
             wait_until(lambda: _transferring(prefill, decode), 30, "KV to be on its way")
             process = victim.process
