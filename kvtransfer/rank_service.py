@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from core.errors import DiptychError, TransferError
+from kvtransfer.cuda_context import use_gpu
 from kvtransfer.rank_transport import RankTransport
 from kvtransfer.select import known_transport, open_transport
 from kvtransfer.transport import BlockPool, Read, ReadState
@@ -97,6 +98,8 @@ class RankService:
 
     def _open(self, opening: pb.RankOpen) -> pb.RankOpened:
         try:
+            if self._pool.device_id is not None:
+                use_gpu(self._pool.device_id)
             transport = open_transport(
                 known_transport(opening.transport),
                 self._pool,

@@ -1,7 +1,9 @@
 """The executor of several ranks on one host: this process is rank 0, its children are the others.
 
 Every rank gets every plan, computes its share and gathers the same logits, so each samples the same
-tokens and nothing is sent back but failures.
+tokens and nothing is sent back but failures. Invariant: when rank 0 knows a step's result, every
+rank has read and written all KV of that step, since the last layer's sums need each rank's
+attention. So blocks may be handed over, or filled from elsewhere, as with one rank.
 """
 
 import atexit
