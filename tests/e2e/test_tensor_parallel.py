@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.cluster import Cluster, Worker, cluster
 from tests.support.models import make_checkpoint
@@ -19,7 +20,7 @@ PROMPT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. "
 MAX_TOKENS = 24
 STEP = {"max_step_tokens": 64}
 QUICK = {"worker_silence_s": "2s", "no_worker_grace_s": "2s"}
-LONG = 12
+LONG = 8
 """Repetitions of the prompt whose computing takes long enough to be interrupted."""
 
 
@@ -79,21 +80,21 @@ def wait_attached(system: Cluster, *numbers: int) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose KV heads four ranks can share."""
-    return make_checkpoint(tmp_path_factory.mktemp("four-heads"), num_key_value_heads=4)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("transport", "prefill", "decode"), [("nixl", (1, 2), (1, 2)), ("tcp", (1,), (4,))]
+    ("num_kv_heads", "transport", "prefill", "decode"),
+    [(4, "nixl", (1, 2), (1, 2)), (2, "tcp", (1,), (4,))],
 )
 def test_kv_moves_between_workers_of_any_number_of_ranks(
-    four_heads: Path, transport: str, prefill: tuple[int, ...], decode: tuple[int, ...]
+    tmp_path: Path,
+    num_kv_heads: int,
+    transport: str,
+    prefill: tuple[int, ...],
+    decode: tuple[int, ...],
 ) -> None:
+    model = make_checkpoint(tmp_path, num_key_value_heads=num_kv_heads)
     with cluster(
-        four_heads,
+        model,
         transport=transport,
         worker=STEP,
         prefill_worker=tensor_parallel(*prefill),
@@ -101,13 +102,32 @@ def test_kv_moves_between_workers_of_any_number_of_ranks(
     ) as system:
         for worker in system.workers:
             description = worker.describe().worker
-            assert description.layout.num_kv_heads == 4, "of all ranks"
+            assert description.layout.num_kv_heads == num_kv_heads, "of all ranks"
             assert description.kv_address and list(description.transports) == [transport]
         pairs = list(product(system.prefill, system.decode))
         for number, pair in enumerate(pairs[-3:]):  # all but the one without ranks
             prompt = f"{number}. {PROMPT * 2}"
             with alone(system, *pair):
-                assert answer(system, prompt) == ("disaggregated", expected(four_heads, prompt))
+                assert answer(system, prompt) == ("disaggregated", expected(model, prompt))
+        system.wait_balanced()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 2), (2, 1)])
+def test_kv_moves_between_gpus_of_workers_of_unequal_ranks(
+    tmp_path: Path, prefill: int, decode: int
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = make_checkpoint(tmp_path)
+    with cluster(
+        model,
+        # Exact arithmetic, so that tokens are those of the oracle however heads are shared.
+        worker={**STEP, "device": "cuda:0", "dtype": "float32"},
+        prefill_worker=tensor_parallel(prefill),
+        decode_worker=tensor_parallel(decode),
+    ) as system:
+        assert answer(system, PROMPT * 2) == ("disaggregated", expected(model, PROMPT * 2))
         system.wait_balanced()
 
 
