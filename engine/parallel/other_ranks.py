@@ -12,6 +12,8 @@ from engine.executor import ExecutorLostError
 from engine.parallel.pipe import Frame, PipeClosedError
 
 _MAX_INBOX = 1 << 16
+_VERDICT_S = 1.0
+"""How long a failed send waits for the watch, which can say why the rank is gone."""
 
 
 class Ranks(Protocol):
@@ -60,6 +62,8 @@ class PipesToRanks:
         try:
             self._ranks.send(Frame.SIDE, message)
         except PipeClosedError as error:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ranks.error, _VERDICT_S)
             self.fail(f"A rank takes no message: {error}.")
 
     def receive(self, timeout_s: float = 0.0) -> list[tuple[int, bytes]]:

@@ -20,7 +20,7 @@ PROMPT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. "
 MAX_TOKENS = 24
 STEP = {"max_step_tokens": 64}
 QUICK = {"worker_silence_s": "2s", "no_worker_grace_s": "2s"}
-LONG = 8
+LONG = 24
 """Repetitions of the prompt whose computing takes long enough to be interrupted."""
 
 

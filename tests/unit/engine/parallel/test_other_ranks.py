@@ -96,11 +96,33 @@ def children() -> Children:
 
 
 @pytest.fixture
-def pipes(children: Children) -> PipesToRanks:
-    return PipesToRanks(children, threading.Condition())
+def changed() -> threading.Condition:
+    return threading.Condition()
 
 
-def test_a_rank_that_takes_no_message_is_lost(children: Children, pipes: PipesToRanks) -> None:
+@pytest.fixture
+def pipes(children: Children, changed: threading.Condition) -> PipesToRanks:
+    return PipesToRanks(children, changed)
+
+
+def test_what_the_watch_saw_is_told_before_a_send_that_failed(
+    children: Children, pipes: PipesToRanks, changed: threading.Condition
+) -> None:
+    def see() -> None:
+        with changed:
+            children.fail("Rank 1 was ended")
+            changed.notify_all()
+
+    children.takes = False
+    threading.Timer(0.05, see).start()
+    with pytest.raises(ExecutorLostError, match="Rank 1 was ended"):
+        pipes.send(b"a")
+
+
+def test_a_rank_that_takes_no_message_is_lost(
+    children: Children, pipes: PipesToRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(other_ranks, "_VERDICT_S", 0.01)
     pipes.send(b"a")
     assert children.sent == [(Frame.SIDE, b"a")]
     children.takes = False
