@@ -177,6 +177,14 @@ def test_a_rank_that_can_not_open_its_transport_says_why(monkeypatch: pytest.Mon
         raise AssertionError("not reached")
 
 
+def test_a_rank_that_can_not_go_on_ends_the_engine(own: RankedWorker) -> None:
+    own.ranks.channels[1].inbox.put(b"\xff\xff")
+    deadline = time.monotonic() + 5
+    with pytest.raises(WorkerLostError, match="parsing"):
+        while time.monotonic() < deadline:
+            own.transport.check()
+
+
 @dataclass
 class Part:
     """A part of a READ that a test ends."""
