@@ -227,6 +227,8 @@ class NixlChannel:
                 self._indices(own_ids, self._own.num_blocks),
                 self._peer_side,
                 self._indices(remote_ids, self._peer.num_blocks),
+                # NIXL would join what was cut on purpose: UCX copies one descriptor at a time.
+                skip_desc_merge=self._own.device_id is not None,
             )
             state = self._agent.transfer(transfer)
             looks = 0
