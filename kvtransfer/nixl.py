@@ -227,8 +227,6 @@ class NixlChannel:
                 self._indices(own_ids, self._own.num_blocks),
                 self._peer_side,
                 self._indices(remote_ids, self._peer.num_blocks),
-                # NIXL would join what was cut on purpose: UCX copies one descriptor at a time.
-                skip_desc_merge=self._own.device_id is not None,
             )
             state = self._agent.transfer(transfer)
             looks = 0
@@ -261,9 +259,13 @@ class NixlChannel:
         assert sys.getrefcount(native) <= _SOLE_OWNER, "held elsewhere, its READs would go on"
 
     def _indices(self, ids: Sequence[int], num_blocks: int) -> NDArray[np.int32]:
-        """Descriptors of whole blocks in order, [num_ids * num_pieces]."""
+        """Descriptors of whole blocks, [num_pieces * num_ids]: the first piece of each, and so on.
+
+        Not block by block: NIXL joins descriptors in a row whose bytes are neighbours, and one that
+        was cut for device memory would be whole again.
+        """
         pieces = np.arange(len(self._pieces), dtype=np.int32) * np.int32(num_blocks)
-        return (np.asarray(ids, dtype=np.int32)[:, None] + pieces[None, :]).reshape(-1)
+        return (pieces[:, None] + np.asarray(ids, dtype=np.int32)[None, :]).reshape(-1)
 
 
 def descriptor_limit(pool: BlockPool, wanted: int | None) -> int:
