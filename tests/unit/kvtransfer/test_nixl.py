@@ -41,7 +41,7 @@ def test_a_row_stands_for_one_run_of_every_block() -> None:
     ]
 
 
-def test_device_memory_is_cut_unless_told_otherwise() -> None:
+def test_blocks_are_moved_whole_unless_told_otherwise() -> None:
     host, device = HostPool(1, 1 << 18), DevicePool(1, 1 << 18)
     assert descriptor_limit(host, None) == 1 << 18
     assert descriptor_limit(device, None) == 1 << 18
