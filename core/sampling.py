@@ -2,10 +2,45 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
 
 from core.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20
+
+StructureKind: TypeAlias = Literal["json_object", "json_schema", "regex", "ebnf", "choice"]
+MAX_DEFINITION_BYTES = 256 * 1024
+"""Longest definition of a structure, in UTF-8."""
+MAX_GRAMMAR_BYTES = 16 * 1024
+"""The same of `ebnf`. A grammar converted from GBNF, or one with a mistake at the end of a chain of
+rules, takes time with the square of its length or worse: seconds at this one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutput:
+    """What the whole text of an output must be. Hashable, so that what is compiled can be kept."""
+
+    kind: StructureKind
+    definition: str = ""
+    """Text of the JSON schema, the regular expression or the grammar; for `choice` a JSON list of
+    strings; empty for `json_object`. Whoever compiles it checks it."""
+
+    def __post_init__(self) -> None:
+        kinds = get_args(StructureKind)
+        _require("structured", self.kind in kinds, f"one of {', '.join(kinds)}", self.kind)
+        size = len(self.definition.encode("utf-8", "surrogatepass"))
+        limit = MAX_GRAMMAR_BYTES if self.kind == "ebnf" else MAX_DEFINITION_BYTES
+        if size > limit:
+            raise InvalidRequestError(
+                f"The {self.kind} of the structured output is {size} bytes long; at most {limit} "
+                "are taken.",
+                param="structured",
+            )
+        if bool(self.definition) == (self.kind == "json_object"):
+            wants = "no definition" if self.definition else f"a definition: the {self.kind}"
+            raise InvalidRequestError(
+                f"Structured output of kind {self.kind} takes {wants}.", param="structured"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +79,8 @@ class SamplingParams:
     """Ids that end the output besides the model's end-of-sequence ids."""
     ignore_eos: bool = False
     """Go on past the model's end-of-sequence ids."""
+    structured: StructuredOutput | None = None
+    """What the output must be; None: anything."""
 
     def __post_init__(self) -> None:
         _require("max_tokens", self.max_tokens >= 1, "at least 1", self.max_tokens)
@@ -63,6 +100,12 @@ class SamplingParams:
         )
         for token_id, bias in self.logit_bias.items():
             _require("logit_bias", -100 <= bias <= 100, "in [-100, 100]", f"{token_id}: {bias}")
+        if self.structured is not None and self.ignore_eos:
+            raise InvalidRequestError(
+                "ignore_eos goes on past the end of the output, and a structured output ends with "
+                "its structure; send one of them.",
+                param="ignore_eos",
+            )
         if self.logprobs is not None:
             _require("logprobs", 0 <= self.logprobs <= MAX_LOGPROBS, "in [0, 20]", self.logprobs)
 

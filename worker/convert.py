@@ -1,9 +1,11 @@
 """Between the wire's messages and the engine's own values. Checks what came off the wire."""
 
+from typing import cast
+
 from core.block_hash import unpack_hashes
 from core.errors import DiptychError, ErrorCode, InvalidRequestError
 from core.finish import FinishReason
-from core.sampling import SamplingParams
+from core.sampling import SamplingParams, StructuredOutput, StructureKind
 from core.tokens import TokenLogprobs
 from engine.request import EngineRequest, EngineStats
 from rpc.v1 import worker_pb2
@@ -34,6 +36,12 @@ def sampling_from_proto(message: worker_pb2.SamplingParams) -> SamplingParams:
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        structured=StructuredOutput(
+            kind=cast(StructureKind, message.structured.kind),  # checked by the class
+            definition=message.structured.definition,
+        )
+        if message.HasField("structured")
+        else None,
     )
 
 

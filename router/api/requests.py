@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from core.errors import InvalidRequestError
 from router.api.parsing import Parsed, known_fields, validate
+from router.api.structured import StructureFields
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
@@ -24,16 +25,12 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "best_of": (1,),
         "chat_template": (),
         "documents": ([],),
-        "ebnf": (),
         "function_call": ("none",),
         "functions": ([],),
-        "guided_choice": (),
         "guided_decoding": (),
-        "guided_grammar": (),
-        "guided_json": (),
-        "guided_regex": (),
+        "guided_decoding_backend": (),
+        "guided_whitespace_pattern": (),
         "input_ids": (),
-        "json_schema": (),
         "kv_transfer_params": (),
         "length_penalty": (1, 1.0),
         "lora_path": (),
@@ -48,12 +45,9 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "prompt_cache_retention": (),
         "prompt_logprobs": (),
         "reasoning_effort": ("none",),
-        "regex": (),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "spaces_between_special_tokens": (True,),
         "store": (False,),
-        "structured_outputs": (),
         "suffix": ("",),
         "tool_choice": ("none", "auto"),  # likewise
         "tools": ([],),
@@ -183,7 +177,7 @@ def _stream_options(value: Any) -> Any:
     return validate(StreamOptions, fields, where="stream_options.")
 
 
-class GenerateRequest(_Strict):
+class GenerateRequest(StructureFields):
     """What both ways of asking for text share."""
 
     model: str | None = None

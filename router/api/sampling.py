@@ -134,6 +134,7 @@ def sampling_params(
         logprobs=wanted_logprobs(request),
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
+        structured=request.structured,
     )
 
 

@@ -168,6 +168,11 @@ def sampling_to_proto(sampling: SamplingParams) -> worker_pb2.SamplingParams:
         logprobs=sampling.logprobs,
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
+        structured=worker_pb2.StructuredOutput(
+            kind=sampling.structured.kind, definition=sampling.structured.definition
+        )
+        if sampling.structured is not None
+        else None,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from core.sampling import SamplingParams
+from engine.grammar.backend import Words, mask_of
 from engine.plan import SampleSpec
 from engine.sampler.logits import modify_
 from engine.sampler.philox import uniform
@@ -18,9 +19,20 @@ def make_spec(
     prompt: tuple[int, ...] | list[int] = (),
     output: tuple[int, ...] | list[int] = (),
     banned: tuple[int, ...] = (),
+    mask: "AllowedIds | None" = None,
     **params: Any,
 ) -> SampleSpec:
-    return SampleSpec(SamplingParams(**params), position, prompt, output, banned)
+    return SampleSpec(SamplingParams(**params), position, prompt, output, banned, mask)
+
+
+class AllowedIds:
+    """A TokenMask that allows the ids it was given."""
+
+    def __init__(self, vocab_size: int, *allowed: int) -> None:
+        self._words = mask_of(allowed, vocab_size)
+
+    def words(self) -> Words:
+        return self._words
 
 
 def assert_drawn(row: torch.Tensor, spec: SampleSpec, token_id: int) -> None:

@@ -2,7 +2,7 @@ import pytest
 
 from core.errors import ErrorCode
 from core.finish import FinishReason
-from core.sampling import SamplingParams
+from core.sampling import SamplingParams, StructuredOutput
 from core.tokens import TokenLogprobs
 from router.fleet.wire import (
     ProtocolViolation,
@@ -18,6 +18,7 @@ from router.fleet.wire import (
 from router.fleet.worker import Phase, WorkerState
 from rpc.v1 import worker_pb2
 from tests.support.router_placement import make_info
+from worker.convert import sampling_from_proto
 
 SAMPLING = SamplingParams(
     max_tokens=7,
@@ -35,6 +36,9 @@ SAMPLING = SamplingParams(
     stop_token_ids=(9, 8),
     ignore_eos=True,
 )
+STRUCTURED = SamplingParams(
+    structured=StructuredOutput(kind="json_schema", definition='{"type": "object"}')
+)
 
 
 def test_every_sampling_value_is_sent() -> None:
@@ -46,10 +50,22 @@ def test_every_sampling_value_is_sent() -> None:
             assert dict(value) == wanted
         elif field.name == "stop_token_ids":
             assert tuple(value) == wanted
-        else:
+        elif field.name != "structured":
             assert value == wanted, field.name
     assert sent.HasField("logprobs")
+    structured = sampling_to_proto(STRUCTURED).structured
+    assert STRUCTURED.structured is not None
+    assert (structured.kind, structured.definition) == (
+        STRUCTURED.structured.kind,
+        STRUCTURED.structured.definition,
+    )
     assert not sampling_to_proto(SamplingParams()).HasField("logprobs")
+    assert not sampling_to_proto(SamplingParams()).HasField("structured")
+
+
+def test_a_worker_reads_what_the_router_sent() -> None:
+    for sampling in (SAMPLING, STRUCTURED, SamplingParams()):
+        assert sampling_from_proto(sampling_to_proto(sampling)) == sampling
 
 
 def submit(remaining_s: float = 1.5) -> worker_pb2.Submit:

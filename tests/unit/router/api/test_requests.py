@@ -51,7 +51,7 @@ def _refused(model: type[Any], **fields: Any) -> InvalidRequestError:
         ({"stream_options": 1}, "stream_options", "object"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"functions": [{}]}, "functions", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"guided_decoding_backend": "x"}, "guided_decoding_backend", "not supported"),
         ({"audio": {}}, "audio", "not supported"),
         ({"max_token": 5}, "max_token", "did you mean max_tokens"),
         ({"zzzz": None}, "zzzz", "Unknown field"),
