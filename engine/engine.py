@@ -17,13 +17,14 @@ What a holder may rely on:
   held before stay right; the table may name other blocks of equal content for the same tokens.
 
 Invariant: every block is free, cached or held, and every reference has an owner: a sequence, a
-reservation or a hold (`check_integrity`).
+reservation, a hold or a load from the tier below (`check_integrity`).
 """
 
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import sleep
 from typing import TYPE_CHECKING
 
 from core.block_hash import root_hash
@@ -35,7 +36,7 @@ from engine.config import EngineConfig
 from engine.executor import Executor
 from engine.in_flight import StepsInFlight
 from engine.intake import Intake
-from engine.kv.allocator import BlockAllocator
+from engine.kv.tier_copies import build_tiers
 from engine.limits import engine_limits
 from engine.metrics import EngineMetrics
 from engine.plan import StepResult
@@ -44,6 +45,7 @@ from engine.request import (
     CacheChange,
     EngineRequest,
     EngineStats,
+    HostTierStats,
     SequenceOutput,
     StepOutputs,
 )
@@ -58,6 +60,10 @@ WATERMARK_RATIO = 0.01
 
 Source: the default of vLLM's scheduler (Apache-2.0).
 """
+
+
+_LOAD_POLL_S = 0.0005
+"""Sleep between two looks at blocks that come back while there is nothing else to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +110,21 @@ class Engine:
             eos_token_ids=model.eos_token_ids,
             root_hash=root_hash(model_digest) if config.prefix_caching else None,
         )
-        self._blocks = BlockAllocator(pool.num_blocks)
+        self._limits = engine_limits(config, gpu=pool.device_id is not None)
+        self._rates = StepRates()
+        self._blocks, self._copies = build_tiers(
+            pool.host_memory,
+            pool.num_blocks,
+            block_size=block_size,
+            step_tokens=self._limits.max_step_tokens,
+            rates=self._rates,
+            clock=clock,
+        )
         self._tables = BlockTables(
-            self._blocks, block_size=block_size, caching=config.prefix_caching
+            self._blocks, block_size=block_size, caching=config.prefix_caching, copies=self._copies
         )
         watermark = max(1, int(pool.num_blocks * WATERMARK_RATIO))
-        self._limits = engine_limits(config, gpu=pool.device_id is not None)
         self._scheduler = Scheduler(config, self._limits, self._tables, watermark, clock)
-        self._rates = StepRates()
         self._live: dict[str, SequenceState] = {}
         self._ended: dict[str, SequenceState] = {}
         self._leaving: list[SequenceState] = []
@@ -153,6 +166,8 @@ class Engine:
         again when one of those ends.
         """
         if self._ended or self._in_flight:
+            return True
+        if self._copies is not None and self._copies.num_loads:
             return True
         return bool(self._live) and not self._stuck
 
@@ -210,9 +225,22 @@ class Engine:
         A failing executor fails the sequences of this step only; the error is in their outputs.
         """
         self.reap()
+        self.tend()
         while self._in_flight.has_room and self._launch():
             pass
-        return self._land() if self._in_flight else StepOutputs()
+        if self._in_flight:
+            return self._land()
+        if self._copies is not None and self._copies.num_loads:
+            sleep(_LOAD_POLL_S)
+        return StepOutputs()
+
+    def tend(self) -> None:
+        """Take in block copies that have ended and start those that are due. Never waits.
+
+        `step` does it too; call it when there is nothing to compute, which is the best time.
+        """
+        if self._copies is not None and self._copies.tend():
+            self._stuck = False
 
     def settle(self) -> list[StepOutputs]:
         """Wait for what is in flight without starting a step. Returns what it did, in order.
@@ -266,7 +294,8 @@ class Engine:
         What the prefix cache holds is in the table already. Running sequences keep the watermark.
 
         Returns:
-            None if there is no room now; ask again after a step, or once something was released.
+            None if there is no room now, or blocks come back from host memory; ask again after a
+            step, or once something was released.
 
         Raises:
             InvalidRequestError: it can never be served, or its id is in use.
@@ -334,6 +363,7 @@ class Engine:
             preemptions=scheduler.num_preemptions,
             cached_tokens=self._tables.cached_tokens,
             lookup_tokens=self._tables.lookup_tokens,
+            host=HostTierStats() if self._copies is None else self._copies.stats(),
         )
 
     def drain_cache_changes(self) -> CacheChange:
@@ -344,8 +374,14 @@ class Engine:
         """Every hash that the prefix cache can serve: a snapshot. Drain changes with it."""
         return self._blocks.hashes()
 
+    def host_hashes(self) -> list[bytes]:
+        """Every hash that the tier in host memory can give back, as above."""
+        return self._blocks.host_hashes()
+
     def flush_cache(self) -> int:
-        """Forget every cached block that nothing holds. Returns how many."""
+        """Forget every cached block that nothing holds, in every tier. Returns how many."""
+        if self._copies is not None:
+            self._copies.flush()
         return self._blocks.flush()
 
     def check_integrity(self) -> None:
@@ -356,6 +392,8 @@ class Engine:
         ended = (*self._ended.values(), *self._leaving)
         for sequence in (*self._live.values(), *ended, *reserved):
             owners.update(sequence.block_table)
+        if self._copies is not None:
+            owners.update(self._copies.held_blocks())
         for block_id in range(self._blocks.num_blocks):
             counted, owned = self._blocks.references(block_id), owners[block_id]
             assert counted == owned, f"block {block_id}: {counted} references, {owned} owners"
