@@ -390,9 +390,12 @@ class WatchedEngine(Engine):
             *self._leaving,
             *(sequence for _, sequence in self._reserved.values()),
         )
+        copies = self._copies
+        loading = {b for load in copies._loads for b in load.block_ids} if copies else set()
         for step in executor.in_flight:
             for chunk in step.plan.chunks:
                 table = chunk.block_table
+                assert not loading & set(table), "a step in flight uses a block on its way back"
                 assert all(self._blocks.references(block_id) for block_id in table), (
                     "a step in flight uses a block that is free"
                 )
