@@ -104,7 +104,7 @@ class CopyTransport:
 
         def copy() -> None:
             for remote, local in pairs:
-                self.pool.blocks[local] = list(source.blocks[remote])
+                self.pool.blocks[local][:] = source.blocks[remote]
 
         read = CopyRead(copy, self.read_polls)
         self.reads.setdefault(peer_id, []).append(read)
@@ -175,10 +175,13 @@ def make_side(
     num_blocks: int,
     overlaps: bool = False,
     probe_blocks: int = 0,
+    num_host_blocks: int = 0,
     **config: object,
 ) -> Side:
     """A worker of that role."""
-    executor = FakeExecutor(num_blocks, BLOCK_SIZE, overlaps=overlaps)
+    executor = FakeExecutor(
+        num_blocks, BLOCK_SIZE, overlaps=overlaps, num_host_blocks=num_host_blocks
+    )
     metrics_registry = CollectorRegistry()
     metrics = EngineMetrics(metrics_registry)
     engine = WatchedEngine(make_config(**config), executor, model_digest=DIGEST, clock=clock)
