@@ -24,12 +24,11 @@ from engine.engine import Engine
 from engine.executor import PendingStep
 from engine.plan import PENDING, Chunk, SampleSpec, StepPlan, StepResult
 from engine.request import EngineRequest, SequenceOutput
+from tests.support.host_memory import POISON, FakeHostMemory
 
 VOCAB_SIZE = 97
 EOS = 0
 DIGEST = b"fake model"
-POISON = -7
-"""Content of slots that a step under way writes, and of those that a failed step would have."""
 _MASK = (1 << 61) - 1
 
 
@@ -83,7 +82,7 @@ class FakePool:
     block_size: int
     blocks: list[list[int]] = field(init=False)
     device_id: int | None = None
-    host_memory: "FakeHostMemory | None" = None
+    host_memory: FakeHostMemory | None = None
 
     def __post_init__(self) -> None:
         self.blocks = [[-1] * self.block_size for _ in range(self.num_blocks)]
@@ -96,72 +95,6 @@ class FakePool:
         """KV of positions [0, length)."""
         size = self.block_size
         return [self.blocks[table[i // size]][i % size] for i in range(length)]
-
-
-@dataclass
-class FakeCopy:
-    """A BlockCopy that happens block by block, at any time before its end is seen."""
-
-    targets: list[list[int]]
-    sources: list[list[int]]
-    polls_left: int
-    fails: bool
-    done: int = 0
-
-    def run(self, count: int) -> None:
-        """Copy up to so many blocks more, as they are now."""
-        pairs = list(zip(self.targets, self.sources, strict=True))[self.done :]
-        for target, source in pairs[:count]:
-            target[:] = source
-            self.done += 1
-
-    def poll(self) -> float | None:
-        if self.polls_left:
-            self.polls_left -= 1
-            return None
-        if self.fails:
-            raise RuntimeError("the copy failed")
-        self.run(len(self.targets))
-        return 0.001
-
-
-class FakeHostMemory:
-    """Implements `engine.executor.HostMemory`. Targets of a load are spoilt when it starts."""
-
-    def __init__(self, pool: FakePool, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self.block_bytes = 8 * pool.block_size
-        self.blocks = [[-1] * pool.block_size for _ in range(num_blocks)]
-        self.copies: list[FakeCopy] = []
-        self.delay = 0
-        """Polls before the end of a copy is seen."""
-        self.fails = False
-        self._pool = pool
-
-    def save(self, block_ids: Sequence[int], host_ids: Sequence[int]) -> FakeCopy:
-        sources = [self._pool.blocks[block_id] for block_id in block_ids]
-        return self._start([self.blocks[host_id] for host_id in host_ids], sources)
-
-    def load(self, host_ids: Sequence[int], block_ids: Sequence[int]) -> FakeCopy:
-        targets = [self._pool.blocks[block_id] for block_id in block_ids]
-        for target in targets:
-            target[:] = [POISON] * len(target)
-        return self._start(targets, [self.blocks[host_id] for host_id in host_ids])
-
-    def run(self, count: int) -> None:
-        """Let the copies under way get on with up to `count` blocks each."""
-        for copy in self.copies:
-            copy.run(count)
-
-    def close(self) -> None:
-        pass
-
-    def _start(self, targets: list[list[int]], sources: list[list[int]]) -> FakeCopy:
-        assert len(targets) == len(sources) > 0
-        copy = FakeCopy(targets, sources, self.delay, self.fails)
-        self.copies = [each for each in self.copies if each.done < len(each.targets)]
-        self.copies.append(copy)
-        return copy
 
 
 @dataclass
@@ -211,7 +144,7 @@ class FakeExecutor:
     ) -> None:
         self.pool = FakePool(num_blocks, block_size)
         if num_host_blocks:
-            self.pool.host_memory = FakeHostMemory(self.pool, num_host_blocks)
+            self.pool.host_memory = FakeHostMemory(self.pool.blocks, num_host_blocks)
         self.overlaps = overlaps
         self.model_digest = DIGEST
         self.model_config = SimpleNamespace(

@@ -14,13 +14,13 @@ from tests.support.engine import (
     DIGEST,
     FakeClock,
     FakeExecutor,
-    FakeHostMemory,
     Transcript,
     WatchedEngine,
     make_config,
     make_request,
     undisturbed,
 )
+from tests.support.host_memory import FakeHostMemory
 
 BLOCK_SIZE = 4
 STEM = [9, 8, 7, 6, 5, 4, 3, 2]

@@ -3,7 +3,8 @@ import pytest
 from engine.kv.allocator import BlockAllocator
 from engine.kv.tier_copies import MAX_WAIT_S, TierCopies, build_tiers
 from engine.rates import StepRates
-from tests.support.engine import FakeClock, FakeHostMemory, FakePool
+from tests.support.engine import FakeClock, FakePool
+from tests.support.host_memory import FakeHostMemory
 
 HASHES = [bytes([i]) for i in range(6)]
 BLOCK_SIZE = 4
@@ -14,7 +15,7 @@ class World:
 
     def __init__(self, num_blocks: int, num_host: int = 12) -> None:
         self.pool = FakePool(num_blocks, BLOCK_SIZE)
-        self.memory = FakeHostMemory(self.pool, num_host)
+        self.memory = FakeHostMemory(self.pool.blocks, num_host)
         self.clock = FakeClock()
         self.rates = StepRates()
         self.blocks: BlockAllocator
