@@ -98,11 +98,6 @@ def check_host_settings(config: EngineConfig) -> None:
             "host_kv_memory keeps what the prefix cache evicts: turn prefix_caching on, or leave "
             "host_kv_memory out."
         )
-    if config.host_kv_bytes and config.tensor_parallel_size > 1:
-        raise ConfigError(
-            "host_kv_memory needs a model on one device: set tensor_parallel_size to 1, or leave "
-            "host_kv_memory out."
-        )
 
 
 def make_host_memory(config: EngineConfig, pool: KVPool) -> HostMemory | None:
@@ -122,19 +117,23 @@ def make_host_memory(config: EngineConfig, pool: KVPool) -> HostMemory | None:
 
 
 def num_host_blocks(config: EngineConfig, layout: KvLayout) -> int:
-    """Blocks of host memory that the settings ask for; 0: no tier below the pool.
+    """Blocks of host memory, on each rank, that the settings ask for; 0: no tier below the pool.
+
+    Args:
+        config: of the engine; ranks share what it says.
+        layout: of a rank's blocks.
 
     Raises:
         ConfigError: the size doesn't fit the layout or the machine.
     """
-    size = config.host_kv_bytes
-    if size == 0:
+    if config.host_kv_bytes == 0:
         return 0
+    size = config.host_kv_bytes // config.tensor_parallel_size
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if not layout.block_bytes <= size <= installed:
         raise ConfigError(
-            f"host_kv_memory is {size} bytes; give at least the {layout.block_bytes} of one KV "
-            f"block and less than the {installed} that this machine has, or 0 for none."
+            f"host_kv_memory is {size} bytes a rank; give at least the {layout.block_bytes} of one "
+            f"KV block and less than the {installed} that this machine has, or 0 for none."
         )
     return size // layout.block_bytes
 

@@ -67,8 +67,12 @@ def test_a_size_that_makes_no_sense_is_refused(size: int) -> None:
         num_host_blocks(EngineConfig(model="m", host_kv_bytes=size), LAYOUT)
 
 
-@pytest.mark.parametrize("settings", [{"prefix_caching": False}, {"tensor_parallel_size": 2}])
-def test_settings_that_exclude_it_are_refused(settings: dict[str, int]) -> None:
-    check_host_settings(EngineConfig(model="m", **settings))
+def test_ranks_share_what_the_setting_says() -> None:
+    config = EngineConfig(model="m", host_kv_bytes=8 * 768, tensor_parallel_size=2)
+    assert num_host_blocks(config, LAYOUT) == 4
+
+
+def test_without_a_prefix_cache_it_is_refused() -> None:
+    check_host_settings(EngineConfig(model="m", prefix_caching=False))
     with pytest.raises(ConfigError, match="host_kv_memory"):
-        check_host_settings(EngineConfig(model="m", host_kv_bytes=1 << 20, **settings))
+        check_host_settings(EngineConfig(model="m", host_kv_bytes=1 << 20, prefix_caching=False))
