@@ -95,8 +95,8 @@ class PrefixIndex:
         member.known.update(change.stored)
         member.host.update(change.host_stored)
         for block in chain(change.removed, change.host_removed):
+            member.predicted.pop(block, None)
             if block not in member.known and block not in member.host:
-                member.predicted.pop(block, None)
                 self._clear(block, member.bit)
         for block in chain(change.stored, change.host_stored):
             member.predicted.pop(block, None)

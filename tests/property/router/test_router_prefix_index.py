@@ -107,10 +107,8 @@ class IndexAgainstModel(RuleBasedStateMachine):
             self.sequence[worker] = (epoch, seq)
             self.known[worker] = (self.known[worker] - set(removed)) | set(stored)
             self.host[worker] = (self.host[worker] - set(host_removed)) | set(host_stored)
-            here = self.known[worker] | self.host[worker]
             for block in (*stored, *removed, *host_stored, *host_removed):
-                if block in (*stored, *host_stored) or block not in here:
-                    self.predicted[worker].pop(block, None)
+                self.predicted[worker].pop(block, None)
 
     @rule(worker=workers, hashes=blocks)
     def predict(self, worker: str, hashes: list[bytes]) -> None:
