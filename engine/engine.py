@@ -162,12 +162,10 @@ class Engine:
     def has_work(self) -> bool:
         """True if a step would do something: compute, admit, wait, or free what has ended.
 
-        False too while sequences wait but held or reserved blocks leave them no room; it turns true
-        again when one of those ends.
+        False too while sequences wait but held or reserved blocks leave them no room, or a load
+        that takes too long; it turns true again when one of those ends (of a load, `tend` tells).
         """
-        if self._ended or self._in_flight:
-            return True
-        if self._copies is not None and self._copies.num_loads:
+        if self._ended or self._in_flight or self._awaits_load:
             return True
         return bool(self._live) and not self._stuck
 
@@ -230,7 +228,7 @@ class Engine:
             pass
         if self._in_flight:
             return self._land()
-        if self._copies is not None and self._copies.num_loads:
+        if self._awaits_load:
             sleep(_LOAD_POLL_S)
         return StepOutputs()
 
@@ -403,13 +401,18 @@ class Engine:
             assert counted == expected, f"{sequence.request_id}: {expected} steps in flight"
         assert not in_flight, "a step in flight computes a sequence that nobody owns"
 
+    @property
+    def _awaits_load(self) -> bool:
+        return self._copies is not None and self._copies.num_loads > 0
+
     def _launch(self) -> bool:
         """Plan a step and start it, if there is anything to do."""
         started_at = self._clock()
         ahead = bool(self._in_flight)
         step = self._scheduler.schedule(ahead=ahead)
         if step is None:
-            self._stuck = not ahead
+            # The end of a load, or of the patience with one, is noticed by asking again.
+            self._stuck = not ahead and not self._awaits_load
             return False
         self._in_flight.submit(step, started_at)
         return True

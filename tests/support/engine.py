@@ -358,10 +358,17 @@ def make_engine(
     block_size: int = 4,
     max_len: int = 4096,
     overlaps: bool = False,
+    num_host_blocks: int = 0,
     **settings: object,
 ) -> tuple[Engine, FakeExecutor]:
     """An engine on a fake executor."""
-    executor = FakeExecutor(num_blocks, block_size, max_position=max_len, overlaps=overlaps)
+    executor = FakeExecutor(
+        num_blocks,
+        block_size,
+        max_position=max_len,
+        overlaps=overlaps,
+        num_host_blocks=num_host_blocks,
+    )
     config = make_config(**settings)
     engine = WatchedEngine(config, executor, model_digest=DIGEST, clock=FakeClock())
     return engine, executor

@@ -47,6 +47,9 @@ class FakeHostMemory:
         self.delay = 0
         """Polls before the end of a copy is seen."""
         self.fails = False
+        """Copies started from now on fail."""
+        self.refuses = False
+        """No copy can be started."""
         self._pool_blocks = pool_blocks
 
     def save(self, block_ids: Sequence[int], host_ids: Sequence[int]) -> FakeCopy:
@@ -69,6 +72,8 @@ class FakeHostMemory:
 
     def _start(self, targets: list[list[int]], sources: list[list[int]]) -> FakeCopy:
         assert len(targets) == len(sources) > 0
+        if self.refuses:
+            raise RuntimeError("no copy can be started")
         copy = FakeCopy(targets, sources, self.delay, self.fails)
         self.copies = [each for each in self.copies if each.done < len(each.targets)]
         self.copies.append(copy)

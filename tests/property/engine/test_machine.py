@@ -331,6 +331,8 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.cancel(reservation)
             self.forget(request)
         for _ in range(2000):
+            for _ in range(40 if not self.engine.has_work else 0):
+                self.engine.tend()  # a copy that nobody waits for any more may be in the way
             if not self.engine.has_work:
                 break
             self.step()
