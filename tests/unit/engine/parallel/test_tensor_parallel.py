@@ -100,9 +100,9 @@ def test_blocks_come_back_from_host_memory_on_every_rank(one_rank: LLM, two_rank
             assert list(done.token_ids) == list(wanted.token_ids)
     after = two_ranks.engine.stats().host
     assert after.hit_tokens > before.hit_tokens
-    assert after.loaded_bytes - before.loaded_bytes == (
-        (after.hit_tokens - before.hit_tokens) // 8 * one_rank.engine.pool.layout.block_bytes
-    )
+    blocks = (after.hit_tokens - before.hit_tokens) // 8
+    block_bytes = 2 * two_ranks.engine.pool.layout.block_bytes
+    assert after.loaded_bytes - before.loaded_bytes == blocks * block_bytes
     two_ranks.engine.check_integrity()
 
 
