@@ -40,6 +40,7 @@ class IdleExecutor:
                 num_blocks=num_blocks,
                 layout=SimpleNamespace(block_size=BLOCK_SIZE),
                 device_id=None,
+                host_memory=None,
             ),
         )
         self.model_config = cast(

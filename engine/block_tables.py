@@ -8,14 +8,24 @@ block table covers num_scheduled tokens, with no block to spare.
 from collections.abc import Iterable, Sequence
 
 from engine.kv.allocator import BlockAllocator
+from engine.kv.tier_copies import TierCopies
 from engine.sequence import SequenceState
 
 
 class BlockTables:
     """The block side of sequences."""
 
-    def __init__(self, blocks: BlockAllocator, *, block_size: int, caching: bool) -> None:
+    def __init__(
+        self,
+        blocks: BlockAllocator,
+        *,
+        block_size: int,
+        caching: bool,
+        copies: TierCopies | None = None,
+    ) -> None:
+        """Args: copies bring blocks back that the pool has evicted, if there is a tier below."""
         self._blocks = blocks
+        self._copies = copies
         self._block_size = block_size
         self._caching = caching
         self.cached_tokens = 0
@@ -32,14 +42,32 @@ class BlockTables:
         Unless the `whole` may be matched, because no token has to be computed here, at least one
         token is left to compute.
         """
-        if not self._caching:
-            return []
-        most = (len(sequence.token_ids) - (not whole)) // self._block_size
-        return self._blocks.match(sequence.block_hashes[:most])
+        return self._blocks.match(self._wanted(sequence, whole=whole))
 
     def cached_prefix(self, sequence: SequenceState) -> int:
-        """Tokens that `match` finds now."""
-        return len(self.match(sequence)) * self._block_size
+        """Tokens that `match` finds now, or will once `fetch` has brought them back."""
+        count = len(self.match(sequence))
+        if self._copies is not None:
+            count += self._copies.reachable(self._wanted(sequence)[count:])
+        return count * self._block_size
+
+    def fetch(
+        self, sequence: SequenceState, matched: Sequence[int], *, whole: bool = False, busy: bool
+    ) -> bool:
+        """Bring back what the tier below has of a prefix. True: on its way, so admit later.
+
+        The sequence must fit: this takes blocks, of those that it needs.
+
+        Args:
+            sequence: without blocks.
+            matched: from `match`.
+            whole: as for `match`.
+            busy: other sequences run.
+        """
+        if self._copies is None:
+            return False
+        wanted = self._wanted(sequence, whole=whole)
+        return self._copies.fetch(sequence.request_id, wanted, matched, busy=busy)
 
     def spare_after(
         self, sequence: SequenceState, matched: Sequence[int], others: Iterable[SequenceState]
@@ -95,6 +123,8 @@ class BlockTables:
     def release(self, sequence: SequenceState) -> None:
         """Take a sequence's blocks away. Those registered stay cached until they are evicted."""
         assert not sequence.steps_in_flight, "a step in flight writes to these blocks"
+        if self._copies is not None:
+            self._copies.forget(sequence.request_id)
         self._blocks.release(sequence.block_table)
         sequence.block_table = []  # a plan may still show the old list
         sequence.num_registered = 0
@@ -114,6 +144,12 @@ class BlockTables:
             and other.block_hashes[index] == hashes[index]
             for other in others
         )
+
+    def _wanted(self, sequence: SequenceState, *, whole: bool = False) -> list[bytes]:
+        if not self._caching:
+            return []
+        most = (len(sequence.token_ids) - (not whole)) // self._block_size
+        return sequence.block_hashes[:most]
 
     def _register(self, sequence: SequenceState, full: int) -> None:
         sequence.extend_hashes(full, self._block_size)

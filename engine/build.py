@@ -15,6 +15,7 @@ from engine.cuda.memory import explained
 from engine.devices import usable_device
 from engine.executor import Executor
 from engine.kernels.decode import make_compiled_decode
+from engine.kv.host_memory import check_host_settings, make_host_memory
 from engine.kv.pool import KVPool, kv_layout, num_pool_blocks
 from engine.layers.rope import RotaryEmbedding
 from engine.loader.load import load_model
@@ -42,6 +43,7 @@ def build_executor(
         ConfigError: the model can't be found, is not supported or does not fit the settings.
         WorkerLostError: another rank could not do its part.
     """
+    check_host_settings(config)
     config = replace(config, device=usable_device(config.device))
     if config.tensor_parallel_size == 1:
         return build_rank(config, Alone(), progress)
@@ -104,6 +106,7 @@ def build_rank(
     )
     # Not in inference mode: whoever fills blocks from outside must be allowed to write the tensor.
     pool = KVPool(layout, group.smallest(num_pool_blocks(config, layout)), device)
+    pool.host_memory = make_host_memory(config, pool)
     attention = TorchNativeBackend(pool, share.num_heads)
     compiled = None
     if config.attention_backend == "auto" and group.size == 1:

@@ -30,6 +30,8 @@ class EngineConfig:
     """Blocks in the KV pool; None: as many as fit kv_cache_bytes."""
     kv_cache_bytes: int | None = None
     """Of each rank; None: with flashinfer what gpu_memory_utilization leaves, else 1 GiB."""
+    host_kv_bytes: int = 0
+    """Of host memory, all ranks together, for blocks that the prefix cache evicts; 0: none."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's whole memory, in (0, 1], that weights, KV pool and computing of this engine
     may take together. Engines that share a GPU need shares that sum to less than one."""

@@ -17,13 +17,14 @@ What a holder may rely on:
   held before stay right; the table may name other blocks of equal content for the same tokens.
 
 Invariant: every block is free, cached or held, and every reference has an owner: a sequence, a
-reservation or a hold (`check_integrity`).
+reservation, a hold or a load from the tier below (`check_integrity`).
 """
 
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import sleep
 from typing import TYPE_CHECKING
 
 from core.block_hash import root_hash
@@ -37,7 +38,8 @@ from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.desk import GrammarDesk
 from engine.in_flight import StepsInFlight
 from engine.intake import Intake
-from engine.kv.allocator import BlockAllocator
+from engine.integrity import check_ownership
+from engine.kv.tier_copies import build_tiers
 from engine.limits import engine_limits
 from engine.metrics import EngineMetrics
 from engine.plan import StepResult
@@ -46,6 +48,7 @@ from engine.request import (
     CacheChange,
     EngineRequest,
     EngineStats,
+    HostTierStats,
     SequenceOutput,
     StepOutputs,
 )
@@ -60,6 +63,10 @@ WATERMARK_RATIO = 0.01
 
 Source: the default of vLLM's scheduler (Apache-2.0).
 """
+
+
+_LOAD_POLL_S = 0.0005
+"""Sleep between two looks at blocks that come back while there is nothing else to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,14 +116,21 @@ class Engine:
             eos_token_ids=model.eos_token_ids,
             root_hash=root_hash(model_digest) if config.prefix_caching else None,
         )
-        self._blocks = BlockAllocator(pool.num_blocks)
+        self._limits = engine_limits(config, gpu=pool.device_id is not None)
+        self._rates = StepRates()
+        self._blocks, self._copies = build_tiers(
+            pool.host_memory,
+            pool.num_blocks,
+            block_size=block_size,
+            step_tokens=self._limits.max_step_tokens,
+            rates=self._rates,
+            clock=clock,
+        )
         self._tables = BlockTables(
-            self._blocks, block_size=block_size, caching=config.prefix_caching
+            self._blocks, block_size=block_size, caching=config.prefix_caching, copies=self._copies
         )
         watermark = max(1, int(pool.num_blocks * WATERMARK_RATIO))
-        self._limits = engine_limits(config, gpu=pool.device_id is not None)
         self._scheduler = Scheduler(config, self._limits, self._tables, watermark, clock)
-        self._rates = StepRates()
         self._live: dict[str, SequenceState] = {}
         self._ended: dict[str, SequenceState] = {}
         self._leaving: list[SequenceState] = []
@@ -154,10 +168,10 @@ class Engine:
     def has_work(self) -> bool:
         """True if a step would do something: compute, admit, wait, or free what has ended.
 
-        False too while sequences wait but held or reserved blocks leave them no room; it turns true
-        again when one of those ends.
+        False too while sequences wait but held or reserved blocks leave them no room, or a load
+        that takes too long; it turns true again when one of those ends (of a load, `tend` tells).
         """
-        if self._ended or self._in_flight:
+        if self._ended or self._in_flight or self._awaits_load:
             return True
         return bool(self._live) and (not self._stuck or self._grammars.has_news)
 
@@ -227,11 +241,25 @@ class Engine:
         """
         self.reap()
         refused = self._take_grammars() if self._grammars else []
+        self.tend()
         while self._in_flight.has_room and self._launch():
             pass
-        outputs = self._land() if self._in_flight else StepOutputs()
+        if self._in_flight:
+            outputs = self._land()
+        else:
+            outputs = StepOutputs()
+            if self._awaits_load and not refused:
+                sleep(_LOAD_POLL_S)
         outputs.outputs[:0] = refused
         return outputs
+
+    def tend(self) -> None:
+        """Take in block copies that have ended and start those that are due. Never waits.
+
+        `step` does it too; call it when there is nothing to compute, which is the best time.
+        """
+        if self._copies is not None and self._copies.tend():
+            self._stuck = False
 
     def settle(self) -> list[StepOutputs]:
         """Wait for what is in flight without starting a step. Returns what it did, in order.
@@ -285,7 +313,8 @@ class Engine:
         What the prefix cache holds is in the table already. Running sequences keep the watermark.
 
         Returns:
-            None if there is no room now; ask again after a step, or once something was released.
+            None if there is no room now, or blocks come back from host memory; ask again after a
+            step, or once something was released.
 
         Raises:
             InvalidRequestError: it can never be served, or its id is in use.
@@ -356,6 +385,7 @@ class Engine:
             preemptions=scheduler.num_preemptions,
             cached_tokens=self._tables.cached_tokens,
             lookup_tokens=self._tables.lookup_tokens,
+            host=HostTierStats() if self._copies is None else self._copies.stats(),
         )
 
     def drain_cache_changes(self) -> CacheChange:
@@ -366,26 +396,30 @@ class Engine:
         """Every hash that the prefix cache can serve: a snapshot. Drain changes with it."""
         return self._blocks.hashes()
 
+    def host_hashes(self) -> list[bytes]:
+        """Every hash that the tier in host memory can give back, as above."""
+        return self._blocks.host_hashes()
+
     def flush_cache(self) -> int:
-        """Forget every cached block that nothing holds. Returns how many."""
+        """Forget every cached block that nothing holds, in every tier. Returns how many."""
+        if self._copies is not None:
+            self._copies.flush()
         return self._blocks.flush()
 
     def check_integrity(self) -> None:
         """Assert that every block is in one state and every reference has its owner."""
-        self._blocks.check_integrity()
-        owners = Counter(self._holds)
         reserved = [sequence for _, sequence in self._reserved.values()]
-        ended = (*self._ended.values(), *self._leaving)
-        for sequence in (*self._live.values(), *ended, *reserved):
-            owners.update(sequence.block_table)
-        for block_id in range(self._blocks.num_blocks):
-            counted, owned = self._blocks.references(block_id), owners[block_id]
-            assert counted == owned, f"block {block_id}: {counted} references, {owned} owners"
-        in_flight = Counter(sequence for step in self._in_flight for sequence in step.sequences)
-        for sequence in (*self._live.values(), *ended, *reserved):
-            counted, expected = sequence.steps_in_flight, in_flight.pop(sequence, 0)
-            assert counted == expected, f"{sequence.request_id}: {expected} steps in flight"
-        assert not in_flight, "a step in flight computes a sequence that nobody owns"
+        loading = self._copies.held_blocks() if self._copies is not None else ()
+        check_ownership(
+            self._blocks,
+            (*self._live.values(), *self._ended.values(), *self._leaving, *reserved),
+            (*self._holds.elements(), *loading),
+            self._in_flight,
+        )
+
+    @property
+    def _awaits_load(self) -> bool:
+        return self._copies is not None and self._copies.num_loads > 0
 
     def _enter(self, sequence: SequenceState) -> None:
         self._live[sequence.request_id] = sequence
@@ -407,7 +441,8 @@ class Engine:
         ahead = bool(self._in_flight)
         step = self._scheduler.schedule(ahead=ahead)
         if step is None:
-            self._stuck = not ahead
+            # The end of a load, or of the patience with one, is noticed by asking again.
+            self._stuck = not ahead and not self._awaits_load
             return False
         self._in_flight.submit(step, started_at)
         return True

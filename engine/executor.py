@@ -1,5 +1,6 @@
 """What the engine asks of whatever computes its steps, on however many devices."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
@@ -70,6 +71,51 @@ class DoneStep:
     def wait(self) -> StepResult:
         """See PendingStep."""
         return self.result
+
+
+class BlockCopy(Protocol):
+    """Blocks on their way between the pool and host memory."""
+
+    def poll(self) -> float | None:
+        """Seconds that the copy took once it has ended, None before. Never waits.
+
+        Raises:
+            Exception: the copy failed; what its targets hold is unknown.
+        """
+        ...
+
+
+class HostMemory(Protocol):
+    """Host memory for blocks of the pool's layout, and the way there and back.
+
+    Copies run beside steps and are not ordered with them or with each other: whoever starts one
+    keeps its source as it is, and its target unread, until it was polled to its end.
+    """
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that it holds."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        ...
+
+    def save(self, block_ids: Sequence[int], host_ids: Sequence[int]) -> BlockCopy:
+        """Start to copy blocks of the pool here. Does not wait.
+
+        The content of the sources has been seen complete: the steps that wrote it were waited for.
+        """
+        ...
+
+    def load(self, host_ids: Sequence[int], block_ids: Sequence[int]) -> BlockCopy:
+        """Start to copy blocks from here into the pool. Does not wait."""
+        ...
+
+    def close(self) -> None:
+        """Wait for what is under way; nothing is copied any more. Idempotent."""
+        ...
 
 
 class Executor(Protocol):

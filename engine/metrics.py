@@ -5,7 +5,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
-from engine.request import EngineStats, StepOutputs
+from engine.request import EngineStats, HostTierStats, StepOutputs
 from telemetry.metrics import STEP_BUCKETS_S
 
 STEP_TOKENS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -50,6 +50,36 @@ class EngineMetrics:
         self._hit_tokens = Counter(
             "diptych_prefix_cache_hit_tokens_total",
             "Prompt tokens served from the prefix cache.",
+            registry=registry,
+        )
+        self._tier_blocks = Gauge(
+            "diptych_kv_tier_blocks",
+            "KV blocks of a tier below the device, by state.",
+            ["tier", "state"],
+            registry=registry,
+        )
+        self._tier_hit_tokens = Counter(
+            "diptych_kv_tier_hit_tokens_total",
+            "Tokens whose KV a tier below the device gave back; the prefix cache served them next.",
+            ["tier"],
+            registry=registry,
+        )
+        self._tier_bytes = Counter(
+            "diptych_kv_tier_bytes_total",
+            "Bytes of KV copied into a tier below the device, and out of it again.",
+            ["tier", "direction"],
+            registry=registry,
+        )
+        self._tier_lost_blocks = Counter(
+            "diptych_kv_tier_lost_blocks_total",
+            "KV blocks evicted from the device before the tier below had a copy.",
+            ["tier"],
+            registry=registry,
+        )
+        self._tier_rate = Gauge(
+            "diptych_kv_tier_bytes_per_second",
+            "Measured rate of copies between the device and a tier below, 0 until known.",
+            ["tier"],
             registry=registry,
         )
         self._cache_config = Info(
@@ -97,3 +127,15 @@ class EngineMetrics:
         self._preemptions.inc(stats.preemptions - past.preemptions)
         self._lookup_tokens.inc(stats.lookup_tokens - past.lookup_tokens)
         self._hit_tokens.inc(stats.cached_tokens - past.cached_tokens)
+        if stats.host.total_blocks:
+            self._observe_host_tier(stats.host, past.host)
+
+    def _observe_host_tier(self, now: HostTierStats, past: HostTierStats) -> None:
+        self._tier_blocks.labels("host", "free").set(now.free_blocks)
+        self._tier_blocks.labels("host", "cached").set(now.cached_blocks)
+        self._tier_blocks.labels("host", "held").set(now.held_blocks)
+        self._tier_hit_tokens.labels("host").inc(now.hit_tokens - past.hit_tokens)
+        self._tier_bytes.labels("host", "in").inc(now.saved_bytes - past.saved_bytes)
+        self._tier_bytes.labels("host", "out").inc(now.loaded_bytes - past.loaded_bytes)
+        self._tier_lost_blocks.labels("host").inc(now.lost_blocks - past.lost_blocks)
+        self._tier_rate.labels("host").set(now.bytes_per_s)

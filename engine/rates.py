@@ -37,3 +37,21 @@ class StepRates:
     def decode_step_s(self) -> float:
         """Seconds of a step that only decodes."""
         return self._decode_step_s
+
+
+class CopyRate:
+    """Exponentially weighted rate of copies between the pool and host memory, either way."""
+
+    def __init__(self) -> None:
+        self._bytes = 0.0
+        self._s = 0.0
+
+    def observe(self, num_bytes: int, duration_s: float) -> None:
+        """Take one copy into account."""
+        self._bytes = self._bytes * DECAY + num_bytes
+        self._s = self._s * DECAY + duration_s
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Bytes per second; 0 until known."""
+        return self._bytes / self._s if self._s > 0 else 0.0

@@ -53,6 +53,28 @@ class CacheChange:
 
     stored: Sequence[bytes] = ()
     removed: Sequence[bytes] = ()
+    host_stored: Sequence[bytes] = ()
+    """Of the tier in host memory. What moves between tiers is in two of these."""
+    host_removed: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostTierStats:
+    """The tier in host memory; all zero without one. free + cached + held == total, always."""
+
+    total_blocks: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    held_blocks: int = 0
+    """Copies read or write them."""
+    hit_tokens: int = 0
+    """Tokens whose KV came back from there since start."""
+    lost_blocks: int = 0
+    """Blocks that the pool evicted before they were saved, since start."""
+    saved_bytes: int = 0
+    loaded_bytes: int = 0
+    bytes_per_s: float = 0.0
+    """Measured rate of copies, 0 until known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +96,7 @@ class EngineStats:
     """Prompt tokens served from the prefix cache since start."""
     lookup_tokens: int = 0
     """Prompt tokens looked up in the prefix cache since start."""
+    host: HostTierStats = HostTierStats()
 
 
 @dataclass(slots=True)

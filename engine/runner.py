@@ -79,6 +79,7 @@ class TorchRunner:
     def close(self) -> None:
         """See Executor. The pool's memory stays until nobody refers to it."""
         self._model = self._compiled = None
+        self._pool.close()
 
     def _execute(self, chunks: Sequence[Chunk]) -> StepResult:
         assert self._model is not None, "execute after close"

@@ -32,7 +32,7 @@ from engine.request import SequenceOutput
 from engine.sequence import SequenceState, SequenceStatus
 
 MAX_DEFERRED = 16
-"""Candidates passed over in one step because a running sequence computes their prefix."""
+"""Candidates passed over in one step because their prefix is being computed or copied."""
 _PENDING = (PENDING,)
 
 
@@ -224,7 +224,8 @@ class Scheduler:
         """Give a sequence blocks for all its tokens, so that their KV can be brought in.
 
         Returns:
-            False if there is no room now, or sequences that wait for it come first.
+            False if there is no room now, sequences that wait for it come first, or blocks are on
+            their way back from the tier below.
         """
         if self._preempted or self._blocked is not None or self._num_seats == 0:
             return False
@@ -232,6 +233,8 @@ class Scheduler:
             return False
         matched = self._tables.match(sequence, whole=True)
         if not self._fits(sequence, matched):
+            return False
+        if self._tables.fetch(sequence, matched, whole=True, busy=bool(self._running)):
             return False
         self._tables.take(sequence, matched)
         self._tables.grow(sequence, sequence.num_to_compute)
@@ -314,6 +317,11 @@ class Scheduler:
             if not self._fits(sequence, matched):
                 self._blocked = sequence
                 return
+            if self._tables.fetch(sequence, matched, busy=bool(self._running)):
+                deferred += 1
+                if deferred > MAX_DEFERRED:
+                    return
+                continue
             if sequence.status is SequenceStatus.PREEMPTED:
                 self._preempted.remove(sequence)
             else:

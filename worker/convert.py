@@ -1,8 +1,9 @@
 """Between the wire's messages and the engine's own values. Checks what came off the wire."""
 
+from collections.abc import Sequence
 from typing import cast
 
-from core.block_hash import unpack_hashes
+from core.block_hash import pack_hashes, unpack_hashes
 from core.errors import DiptychError, ErrorCode, InvalidRequestError
 from core.finish import FinishReason
 from core.sampling import SamplingParams, StructuredOutput, StructureKind
@@ -117,3 +118,18 @@ def load_to_proto(stats: EngineStats, *, draining: bool, leases: int) -> worker_
         prefill_tokens_per_s=stats.prefill_tokens_per_s,
         decode_step_s=stats.decode_step_s,
     )
+
+
+def lower_tiers_to_proto(
+    host_stored: Sequence[bytes], host_removed: Sequence[bytes] = ()
+) -> list[worker_pb2.TierChange]:
+    """What changed below the device, for CacheEvents; nothing where nothing did."""
+    if not host_stored and not host_removed:
+        return []
+    return [
+        worker_pb2.TierChange(
+            tier=worker_pb2.CACHE_TIER_HOST,
+            stored=pack_hashes(host_stored),
+            removed=pack_hashes(host_removed),
+        )
+    ]

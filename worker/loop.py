@@ -18,7 +18,7 @@ from engine.metrics import EngineMetrics
 from kvtransfer.messages import Key
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.metrics import exposition
-from worker.convert import load_to_proto, request_from_proto
+from worker.convert import load_to_proto, lower_tiers_to_proto, request_from_proto
 from worker.ipc import EnginePipe
 from worker.role import Outbox, Role, Submission, engine_id
 from worker.submissions import Submissions
@@ -91,6 +91,8 @@ class EngineLoop:
             for output in outputs.outputs:
                 if isinstance(output.error, ExecutorLostError):
                     raise output.error  # its requests were told; others would fare no better
+        else:
+            self._engine.tend()
         self._publish_cache_changes()
         self._keep_time()
 
@@ -231,12 +233,13 @@ class EngineLoop:
             seq=self._cache_seq,
             reset=True,
             stored=pack_hashes(self._engine.cached_hashes()),
+            lower=lower_tiers_to_proto(self._engine.host_hashes()),
         )
         self._submissions.tell(channel, worker_pb2.WorkerMessage(cache=snapshot))
 
     def _publish_cache_changes(self) -> None:
         change = self._engine.drain_cache_changes()
-        if not change.stored and not change.removed:
+        if not any((change.stored, change.removed, change.host_stored, change.host_removed)):
             return
         self._cache_seq += 1
         events = worker_pb2.CacheEvents(
@@ -244,6 +247,7 @@ class EngineLoop:
             seq=self._cache_seq,
             stored=pack_hashes(change.stored),
             removed=pack_hashes(change.removed),
+            lower=lower_tiers_to_proto(change.host_stored, change.host_removed),
         )
         self._submissions.tell(0, worker_pb2.WorkerMessage(cache=events))
 

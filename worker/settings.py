@@ -79,6 +79,12 @@ class WorkerSettings(BaseModel):
         description="Bytes of the KV pool when num_blocks is not set; default: with flashinfer "
         "what gpu_memory_utilization leaves, else 1 GiB.",
     )
+    host_kv_memory: ByteSize = Field(
+        ByteSize(0),
+        ge=0,
+        description="Host memory for blocks that the KV pool evicts, from where they come back "
+        "when a prompt needs them; pinned where there is a GPU. 0: none.",
+    )
     gpu_memory_utilization: float = Field(
         0.9,
         gt=0,
@@ -175,6 +181,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         block_size=settings.block_size,
         num_blocks=settings.num_blocks,
         kv_cache_bytes=settings.kv_cache_memory,
+        host_kv_bytes=settings.host_kv_memory,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,

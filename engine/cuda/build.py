@@ -11,6 +11,7 @@ from engine.cuda.attention import FlashInferAttention
 from engine.cuda.graphs import batch_ladder
 from engine.cuda.memory import affordable_blocks, explained, gpu_memory, peak_bytes
 from engine.cuda.runner import CudaRunner, StepLimits
+from engine.kv.host_memory import make_host_memory
 from engine.kv.pool import KVPool, num_pool_blocks
 from engine.layers.decoder import DecoderModel
 from engine.layers.rope import cos_sin_table
@@ -89,6 +90,9 @@ def build_cuda_runner(parts: CudaParts, progress: Callable[[str], None]) -> Cuda
             KVPool(parts.layout, parts.smallest(num_blocks), device),
             cuda_graphs=config.cuda_graphs,
         )
+    if config.host_kv_bytes:
+        progress("pinning host memory for KV")
+        built.pool.host_memory = make_host_memory(config, built.pool)
     with explained("capturing CUDA graphs", device):
         built.warm_up(progress)
     return built

@@ -132,6 +132,7 @@ class CudaRunner:
     def close(self) -> None:
         """See Executor. The pool's memory stays until nobody refers to it."""
         self._model = None
+        self._pool.close()
 
     def rehearse(self, num_tokens: int, max_len: int) -> None:
         """Run the largest steps on padding, which writes no K and V, and wait for them."""

@@ -6,7 +6,9 @@ evicted) or held (at least one reference). Invariant: free + cached + held == to
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from engine.kv.host_tier import HostTier
 from engine.kv.prefix_cache import EvictionOrder, PrefixCache
 from engine.request import CacheChange
 
@@ -14,10 +16,18 @@ from engine.request import CacheChange
 class BlockAllocator:
     """Hands out the blocks of one pool, by id in [0, num_blocks)."""
 
-    def __init__(self, num_blocks: int, *, order: EvictionOrder | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        order: EvictionOrder | None = None,
+        tier: HostTier | None = None,
+    ) -> None:
+        """Args: tier gets what is evicted here, if there is one."""
         self._refs = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._cache = PrefixCache(num_blocks, order)
+        self._cache = PrefixCache(num_blocks, order, tier)
+        self._tier = tier
 
     @property
     def num_blocks(self) -> int:
@@ -72,6 +82,10 @@ class BlockAllocator:
         """Blocks of the longest cached prefix of `hashes`. Mutates nothing; `hold` what you use."""
         return self._cache.match(hashes)
 
+    def find(self, block_hash: bytes) -> int | None:
+        """The block that is registered under a hash. `hold` it before you use it."""
+        return self._cache.find(block_hash)
+
     def hold(self, block_ids: Iterable[int]) -> None:
         """Add one reference to each block. Only for matched or held blocks, not for free ones."""
         for block_id in block_ids:
@@ -100,18 +114,27 @@ class BlockAllocator:
         return self._cache.insert(block_id, block_hash)
 
     def flush(self) -> int:
-        """Free every cached block. Returns how many."""
+        """Free every cached block, of the tier below as well. Returns how many."""
+        below = 0 if self._tier is None else self._tier.flush()
         freed = self._cache.flush()
         self._free.extend(freed)
-        return len(freed)
+        return below + len(freed)
 
     def drain_changes(self) -> CacheChange:
-        """Net change of the cached hashes since the last call."""
-        return self._cache.drain_changes()
+        """Net change of the cached hashes since the last call, tier by tier."""
+        change = self._cache.drain_changes()
+        if self._tier is None:
+            return change
+        stored, removed = self._tier.drain_changes()
+        return replace(change, host_stored=stored, host_removed=removed)
 
     def hashes(self) -> list[bytes]:
         """Every hash that a match can find now."""
         return self._cache.hashes()
+
+    def host_hashes(self) -> list[bytes]:
+        """Every hash that the tier below can give back."""
+        return [] if self._tier is None else self._tier.hashes()
 
     def references(self, block_id: int) -> int:
         """How many holders a block has."""
@@ -120,6 +143,8 @@ class BlockAllocator:
     def check_integrity(self) -> None:
         """Assert that every block is in exactly one state. O(number of blocks)."""
         self._cache.check_integrity()
+        if self._tier is not None:
+            self._tier.check_integrity(self._cache.idle_blocks())
         free, cached = set(self._free), set(self._cache.idle_blocks())
         assert len(free) == len(self._free), "a block is free twice"
         for block_id, count in enumerate(self._refs):

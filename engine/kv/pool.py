@@ -5,6 +5,7 @@ and sees only addresses. Which block belongs to whom is the allocator's business
 """
 
 import mmap
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from core.errors import ConfigError
 from core.kv_layout import KvLayout
 from engine.config import EngineConfig
 from engine.models.config import ModelConfig
+
+if TYPE_CHECKING:  # it lies below a pool, so it is made from one
+    from engine.executor import HostMemory
 
 _DEFAULT_BYTES = 1 << 30
 """Where nothing else is said and nothing is measured; see engine.cuda.memory."""
@@ -57,6 +61,8 @@ class KVPool:
         """Reserve the memory; host memory is page-aligned and becomes resident as it is used."""
         self.layout = layout
         self.num_blocks = num_blocks
+        self.host_memory: HostMemory | None = None
+        """For blocks that leave the pool; set once, by who builds the runner."""
         dtype: torch.dtype = getattr(torch, layout.dtype)
         shape = (
             num_blocks,
@@ -77,6 +83,11 @@ class KVPool:
             self.tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
         else:
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+
+    def close(self) -> None:
+        """End copies to and from host memory. The memory stays until nobody refers to it."""
+        if self.host_memory is not None:
+            self.host_memory.close()
 
     @property
     def base_address(self) -> int:

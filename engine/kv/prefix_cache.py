@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from engine.kv.host_tier import HostTier
 from engine.request import CacheChange
 
 
@@ -67,8 +68,12 @@ class LeastRecentlyUsed:
 class PrefixCache:
     """Index from block hash to block id, with the idle blocks in eviction order."""
 
-    def __init__(self, num_blocks: int, order: EvictionOrder | None = None) -> None:
+    def __init__(
+        self, num_blocks: int, order: EvictionOrder | None = None, tier: HostTier | None = None
+    ) -> None:
+        """Args: tier is told of what becomes of cached blocks, so that it can have copies."""
         self._order: EvictionOrder = LeastRecentlyUsed() if order is None else order
+        self._tier = tier
         self._block_of: dict[bytes, int] = {}
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._stored: set[bytes] = set()
@@ -93,6 +98,10 @@ class PrefixCache:
             blocks.append(block_id)
         return blocks
 
+    def find(self, block_hash: bytes) -> int | None:
+        """The block that holds this hash."""
+        return self._block_of.get(block_hash)
+
     def insert(self, block_id: int, block_hash: bytes) -> bool:
         """Register a held block whose tokens are complete.
 
@@ -109,6 +118,8 @@ class PrefixCache:
             self._removed.remove(block_hash)
         else:
             self._stored.add(block_hash)
+        if self._tier is not None:
+            self._tier.registered(block_hash)
         return True
 
     def holds(self, block_id: int) -> bool:
@@ -118,20 +129,29 @@ class PrefixCache:
     def make_idle(self, block_id: int) -> None:
         """Nobody holds this registered block any more."""
         self._order.add(block_id)
+        if self._tier is not None:
+            block_hash = self._hash_of[block_id]
+            assert block_hash is not None, f"block {block_id} is idle without a hash"
+            self._tier.became_idle(block_id, block_hash)
 
     def make_held(self, block_id: int) -> None:
         """Somebody holds this idle block again."""
         self._order.remove(block_id)
+        if self._tier is not None:
+            self._tier.became_held(block_id)
 
     def evict(self) -> int:
         """Forget the idle block that is next in the order and return it."""
         block_id = self._order.pop()
-        self._forget(block_id)
+        self._forget(block_id, wanted=True)
         return block_id
 
     def flush(self) -> list[int]:
         """Forget every idle block and return them."""
-        return [self.evict() for _ in range(len(self._order))]
+        blocks = [self._order.pop() for _ in range(len(self._order))]
+        for block_id in blocks:
+            self._forget(block_id, wanted=False)
+        return blocks
 
     def drain_changes(self) -> CacheChange:
         """Net change of the set of hashes since the last call."""
@@ -155,7 +175,7 @@ class PrefixCache:
         registered = sum(block_hash is not None for block_hash in self._hash_of)
         assert registered == len(self._block_of), "two blocks are registered under one hash"
 
-    def _forget(self, block_id: int) -> None:
+    def _forget(self, block_id: int, *, wanted: bool) -> None:
         block_hash = self._hash_of[block_id]
         assert block_hash is not None, f"block {block_id} is idle without a hash"
         self._hash_of[block_id] = None
@@ -164,3 +184,5 @@ class PrefixCache:
             self._stored.remove(block_hash)
         else:
             self._removed.add(block_hash)
+        if self._tier is not None:
+            self._tier.evicted(block_id, wanted=wanted)

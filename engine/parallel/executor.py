@@ -13,6 +13,7 @@ from engine.kv.pool import KVPool
 from engine.models.config import ModelConfig
 from engine.parallel.children import RankProcesses
 from engine.parallel.group import RankGroup
+from engine.parallel.host_memory import RankedHostMemory
 from engine.parallel.pipe import Frame
 from engine.parallel.plan_codec import PlanEncoder, read_masks
 from engine.plan import StepPlan, StepResult
@@ -33,6 +34,9 @@ class MultiProcessExecutor:
         self._group = group
         self._ranks = ranks
         self._encoder = PlanEncoder()
+        own = local.pool.host_memory
+        if own is not None:
+            local.pool.host_memory = RankedHostMemory(own, ranks, group.size)
         self._closed = False
         # Children end with this process in any case; this lets both end in order.
         atexit.register(self.close)

@@ -34,6 +34,10 @@ class Frame(IntEnum):
     """To rank 0: the rank ends for this reason."""
     SIDE = 6
     """Either way: of what shares the pipe with the engine; see side.py."""
+    COPY = 7
+    """To a rank: copy blocks between its pool and its host memory; see host_memory.py."""
+    COPIED = 8
+    """To a rank: a copy has ended on rank 0, and has to have ended there before what follows."""
 
 
 def failure_to(error: Exception) -> bytes:

@@ -18,6 +18,7 @@ from collections import deque
 from engine.build import build_rank
 from engine.config import EngineConfig
 from engine.executor import Executor, PendingStep
+from engine.parallel.host_memory import RankCopies
 from engine.parallel.pipe import Frame, PipeClosedError, RankPipe, failure_to
 from engine.parallel.plan_codec import PlanDecoder
 from engine.parallel.shares import rank_device
@@ -29,8 +30,9 @@ log = logging.getLogger(__name__)
 _START_TIMEOUT_S = 60.0
 _IDLE_S = 0.1
 """How long a step that runs ahead is left alone before its end is waited for."""
-_MAX_INBOX = 64
-"""Rank 0 is at most two steps ahead; more frames than this mean that it has gone astray."""
+_MAX_INBOX = 4096
+"""Rank 0 is at most two steps ahead, with a few copies of blocks for each sequence that waits; more
+frames than this mean that it has gone astray."""
 _MAX_SIDE_INBOX = 1 << 16
 _PARENT_CHECK_S = 2.0
 _EXIT_ORPHANED = 3
@@ -111,13 +113,13 @@ def run_rank(fd: int, start_side: StartSide | None = None) -> int:
     try:
         kind, body = inbox.next(_START_TIMEOUT_S)
         assert kind is Frame.START
-        start = json.loads(body)
-        executor, group = _build(start)
+        config, rank, store_fd = _read_start(body)
+        executor, group = _build(config, rank, store_fd)
         side = None
         if start_side is not None:
-            side = start_side(start["rank"], executor.pool, _Channel(inbox, pipe))
+            side = start_side(rank, executor.pool, _Channel(inbox, pipe))
         pipe.send(Frame.READY)
-        _serve(executor, inbox)
+        _serve(executor, inbox, RankCopies(executor.pool.host_memory, config.rank_timeout_s))
         if side is not None:
             side.close()
         executor.close()
@@ -129,10 +131,14 @@ def run_rank(fd: int, start_side: StartSide | None = None) -> int:
     return 0
 
 
-def _build(start: dict[str, object]) -> tuple[Executor, TorchGroup]:
+def _read_start(body: bytes) -> tuple[EngineConfig, int, int]:
+    start: dict[str, object] = json.loads(body)
     fields, rank, store_fd = start["config"], start["rank"], start["store_fd"]
     assert isinstance(fields, dict) and isinstance(rank, int) and isinstance(store_fd, int)
-    config = EngineConfig(**fields)
+    return EngineConfig(**fields), rank, store_fd
+
+
+def _build(config: EngineConfig, rank: int, store_fd: int) -> tuple[Executor, TorchGroup]:
     group = TorchGroup(
         rank,
         config.tensor_parallel_size,
@@ -144,7 +150,7 @@ def _build(start: dict[str, object]) -> tuple[Executor, TorchGroup]:
     return build_rank(config, group), group
 
 
-def _serve(executor: Executor, inbox: Inbox) -> None:
+def _serve(executor: Executor, inbox: Inbox, copies: RankCopies) -> None:
     decoder = PlanDecoder()
     pending: deque[PendingStep] = deque()
     while True:
@@ -155,6 +161,9 @@ def _serve(executor: Executor, inbox: Inbox) -> None:
             continue
         if kind is Frame.CLOSE:
             break
+        if kind in (Frame.COPY, Frame.COPIED):
+            copies.obey(kind, body)
+            continue
         assert kind is Frame.PLAN, kind
         pending.append(executor.submit(decoder.decode(body)))
         # As rank 0 does: the next step is under way before the one before it is waited for.

@@ -97,9 +97,12 @@ def load_from_proto(message: worker_pb2.LoadReport) -> WorkerLoad:
 
 
 def cache_from_proto(message: worker_pb2.CacheEvents) -> CacheChange:
-    """Raises ProtocolViolation if the hashes are cut short."""
+    """Raises ProtocolViolation if the hashes are cut short. Tiers not known here are left out."""
+    host = [each for each in message.lower if each.tier == worker_pb2.CACHE_TIER_HOST]
     try:
         stored, removed = unpack_hashes(message.stored), unpack_hashes(message.removed)
+        host_stored = [block for each in host for block in unpack_hashes(each.stored)]
+        host_removed = [block for each in host for block in unpack_hashes(each.removed)]
     except ValueError as error:
         raise ProtocolViolation(str(error)) from error
     return CacheChange(
@@ -108,6 +111,8 @@ def cache_from_proto(message: worker_pb2.CacheEvents) -> CacheChange:
         reset=message.reset,
         stored=stored,
         removed=removed,
+        host_stored=host_stored,
+        host_removed=host_removed,
     )
 
 

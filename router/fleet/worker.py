@@ -93,6 +93,9 @@ class CacheChange:
     reset: bool
     stored: Sequence[bytes]
     removed: Sequence[bytes]
+    host_stored: Sequence[bytes] = ()
+    """In the memory of the worker's host, from where blocks come back when they are needed."""
+    host_removed: Sequence[bytes] = ()
 
 
 @dataclass(frozen=True, slots=True)

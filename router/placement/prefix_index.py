@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import chain
 
 from router.fleet.worker import CacheChange
 
@@ -33,6 +34,9 @@ class _Member:
     synced: bool = False
     seq: int = 0
     known: set[bytes] = field(default_factory=set)
+    """On the device."""
+    host: set[bytes] = field(default_factory=set)
+    """In the memory of its host: as good as known, at the price of a copy."""
     predicted: dict[bytes, float] = field(default_factory=dict)
     """Hash to the time when the prediction ends."""
     expiries: deque[tuple[float, Sequence[bytes]]] = field(default_factory=deque)
@@ -86,12 +90,15 @@ class PrefixIndex:
             member.synced = False
             return Applied.NEEDS_RESYNC
         member.seq = change.seq
-        for block in change.removed:
-            member.known.discard(block)
+        member.known.difference_update(change.removed)
+        member.host.difference_update(change.host_removed)
+        member.known.update(change.stored)
+        member.host.update(change.host_stored)
+        for block in chain(change.removed, change.host_removed):
             member.predicted.pop(block, None)
-            self._clear(block, member.bit)
-        for block in change.stored:
-            member.known.add(block)
+            if block not in member.known and block not in member.host:
+                self._clear(block, member.bit)
+        for block in chain(change.stored, change.host_stored):
             member.predicted.pop(block, None)
             self._masks[block] = self._masks.get(block, 0) | member.bit
         return Applied.APPLIED
@@ -102,7 +109,9 @@ class PrefixIndex:
         if member is None:
             return
         until = now + self._ttl_s
-        fresh = [block for block in hashes if block not in member.known]
+        fresh = [
+            block for block in hashes if block not in member.known and block not in member.host
+        ]
         for block in fresh:
             member.predicted[block] = until
             self._masks[block] = self._masks.get(block, 0) | member.bit
@@ -148,11 +157,10 @@ class PrefixIndex:
             mask ^= bit
 
     def _forget(self, member: _Member) -> None:
-        for block in member.known:
-            self._clear(block, member.bit)
-        for block in member.predicted:
+        for block in chain(member.known, member.host, member.predicted):
             self._clear(block, member.bit)
         member.known.clear()
+        member.host.clear()
         member.predicted.clear()
         member.expiries.clear()
 

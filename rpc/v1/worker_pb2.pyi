@@ -28,6 +28,11 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_ABORTED: _ClassVar[FinishReason]
     FINISH_REASON_FAILED: _ClassVar[FinishReason]
     FINISH_REASON_HANDED_OVER: _ClassVar[FinishReason]
+
+class CacheTier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CACHE_TIER_UNSPECIFIED: _ClassVar[CacheTier]
+    CACHE_TIER_HOST: _ClassVar[CacheTier]
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
@@ -41,6 +46,8 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_ABORTED: FinishReason
 FINISH_REASON_FAILED: FinishReason
 FINISH_REASON_HANDED_OVER: FinishReason
+CACHE_TIER_UNSPECIFIED: CacheTier
+CACHE_TIER_HOST: CacheTier
 
 class KvLayout(_message.Message):
     __slots__ = ("num_layers", "num_kv_heads", "head_dim", "block_size", "dtype", "block_bytes")
@@ -381,15 +388,27 @@ class LinkRate(_message.Message):
     def __init__(self, prefill_worker_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class CacheEvents(_message.Message):
-    __slots__ = ("epoch", "seq", "reset", "stored", "removed")
+    __slots__ = ("epoch", "seq", "reset", "stored", "removed", "lower")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
     RESET_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
+    LOWER_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     seq: int
     reset: bool
     stored: bytes
     removed: bytes
-    def __init__(self, epoch: _Optional[int] = ..., seq: _Optional[int] = ..., reset: bool = ..., stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ...) -> None: ...
+    lower: _containers.RepeatedCompositeFieldContainer[TierChange]
+    def __init__(self, epoch: _Optional[int] = ..., seq: _Optional[int] = ..., reset: bool = ..., stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ..., lower: _Optional[_Iterable[_Union[TierChange, _Mapping]]] = ...) -> None: ...
+
+class TierChange(_message.Message):
+    __slots__ = ("tier", "stored", "removed")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    tier: CacheTier
+    stored: bytes
+    removed: bytes
+    def __init__(self, tier: _Optional[_Union[CacheTier, str]] = ..., stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ...) -> None: ...

@@ -81,7 +81,7 @@ class WorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FlushCache(self, request, context):
-        """Forgets every cached block that nothing holds.
+        """Forgets every cached block that nothing holds, in every tier.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

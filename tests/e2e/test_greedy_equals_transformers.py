@@ -35,6 +35,7 @@ class Case:
 
     body: dict[str, Any]
     expected: list[int]
+    num_prompt_tokens: int
 
     @property
     def prompt(self) -> Any:
@@ -47,11 +48,11 @@ def cases_of(oracle: Oracle, max_tokens: int) -> list[Case]:
     for text in TEXTS:
         ids = oracle.tokenizer(text)["input_ids"]
         expected = oracle.greedy(ids, max_tokens, ignore_eos=False)
-        cases.append(Case({"prompt": text, **common}, expected))
+        cases.append(Case({"prompt": text, **common}, expected, len(ids)))
     for messages in CHATS:
         ids = oracle.chat_ids(messages)
         expected = oracle.greedy(ids, max_tokens, ignore_eos=False)
-        cases.append(Case({"messages": messages, **common}, expected))
+        cases.append(Case({"messages": messages, **common}, expected, len(ids)))
     return cases
 
 
@@ -131,6 +132,21 @@ def test_small_random_models(
             one.flush_cache()
         asyncio.run(compare(system, tiny_cases[model], at_once=1))
         system.wait_balanced()
+
+
+def test_out_of_host_memory(
+    tiny_models: dict[str, Path], tiny_cases: dict[str, list[Case]]
+) -> None:
+    """A pool that holds the longest prompt and little more, so that all others leave it."""
+    cases = tiny_cases["llama"]
+    longest = max(len(case.expected) + case.num_prompt_tokens for case in cases)
+    worker = {"num_blocks": longest // 16 + 24, "host_kv_memory": "256MiB", "max_step_tokens": 64}
+    with cluster(tiny_models["llama"], transport="tcp", worker=worker) as system:
+        asyncio.run(compare(system, cases, at_once=4))
+        system.wait_balanced()
+        asyncio.run(compare(system, cases, at_once=1))
+        system.wait_balanced()
+        assert metric(system, "prefill", "diptych_kv_tier_hit_tokens_total") > 0
 
 
 @pytest.mark.slow

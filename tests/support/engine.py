@@ -26,12 +26,11 @@ from engine.grammar.compiler import GrammarCompiler
 from engine.plan import PENDING, Chunk, SampleSpec, StepPlan, StepResult
 from engine.request import EngineRequest, SequenceOutput
 from tests.support.grammar import ReadMask, allowed_by, rule_of
+from tests.support.host_memory import POISON, FakeHostMemory
 
 VOCAB_SIZE = 97
 EOS = 0
 DIGEST = b"fake model"
-POISON = -7
-"""Content of slots that a step under way writes, and of those that a failed step would have."""
 _MASK = (1 << 61) - 1
 
 
@@ -96,6 +95,7 @@ class FakePool:
     block_size: int
     blocks: list[list[int]] = field(init=False)
     device_id: int | None = None
+    host_memory: FakeHostMemory | None = None
 
     def __post_init__(self) -> None:
         self.blocks = [[-1] * self.block_size for _ in range(self.num_blocks)]
@@ -153,8 +153,11 @@ class FakeExecutor:
         *,
         max_position: int = 4096,
         overlaps: bool = False,
+        num_host_blocks: int = 0,
     ) -> None:
         self.pool = FakePool(num_blocks, block_size)
+        if num_host_blocks:
+            self.pool.host_memory = FakeHostMemory(self.pool.blocks, num_host_blocks)
         self.overlaps = overlaps
         self.model_digest = DIGEST
         self.model_config = SimpleNamespace(
@@ -314,7 +317,7 @@ class WatchedEngine(Engine):
 
     _CALLS = (
         *("add", "abort", "step", "settle", "reap", "hold", "release"),
-        *("reserve", "cancel", "adopt", "flush_cache"),
+        *("reserve", "cancel", "adopt", "flush_cache", "tend"),
     )
 
     def __getattribute__(self, name: str) -> object:
@@ -341,9 +344,12 @@ class WatchedEngine(Engine):
             *self._leaving,
             *(sequence for _, sequence in self._reserved.values()),
         )
+        copies = self._copies
+        loading = {b for load in copies._loads for b in load.block_ids} if copies else set()
         for step in executor.in_flight:
             for chunk in step.plan.chunks:
                 table = chunk.block_table
+                assert not loading & set(table), "a step in flight uses a block on its way back"
                 assert all(self._blocks.references(block_id) for block_id in table), (
                     "a step in flight uses a block that is free"
                 )
@@ -374,10 +380,17 @@ def make_engine(
     max_len: int = 4096,
     overlaps: bool = False,
     grammars: GrammarCompiler | None = None,
+    num_host_blocks: int = 0,
     **settings: object,
 ) -> tuple[Engine, FakeExecutor]:
     """An engine on a fake executor."""
-    executor = FakeExecutor(num_blocks, block_size, max_position=max_len, overlaps=overlaps)
+    executor = FakeExecutor(
+        num_blocks,
+        block_size,
+        max_position=max_len,
+        overlaps=overlaps,
+        num_host_blocks=num_host_blocks,
+    )
     config = make_config(**settings)
     engine = WatchedEngine(
         config, executor, model_digest=DIGEST, clock=FakeClock(), grammars=grammars

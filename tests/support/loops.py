@@ -107,7 +107,7 @@ class CopyTransport:
 
         def copy() -> None:
             for remote, local in pairs:
-                self.pool.blocks[local] = list(source.blocks[remote])
+                self.pool.blocks[local][:] = source.blocks[remote]
 
         read = CopyRead(copy, self.read_polls)
         self.reads.setdefault(peer_id, []).append(read)
@@ -179,10 +179,13 @@ def make_side(
     overlaps: bool = False,
     probe_blocks: int = 0,
     grammars: GrammarCompiler | None = None,
+    num_host_blocks: int = 0,
     **config: object,
 ) -> Side:
     """A worker of that role."""
-    executor = FakeExecutor(num_blocks, BLOCK_SIZE, overlaps=overlaps)
+    executor = FakeExecutor(
+        num_blocks, BLOCK_SIZE, overlaps=overlaps, num_host_blocks=num_host_blocks
+    )
     metrics_registry = CollectorRegistry()
     metrics = EngineMetrics(metrics_registry)
     engine = WatchedEngine(

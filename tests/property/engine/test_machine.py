@@ -63,9 +63,14 @@ class EngineMachine(RuleBasedStateMachine):
         prefix_caching=st.sampled_from([True, True, False]),
         policy=st.sampled_from(["fcfs", "longest_prefix"]),
         overlaps=st.sampled_from([False, True, True]),
+        num_host_blocks=st.sampled_from([0, 1, 3, 8, 20]),
     )
-    def start(self, num_blocks: int, overlaps: bool, **limits: object) -> None:
-        self.executor = FakeExecutor(num_blocks, BLOCK_SIZE, overlaps=overlaps)
+    def start(
+        self, num_blocks: int, overlaps: bool, num_host_blocks: int, **limits: object
+    ) -> None:
+        self.executor = FakeExecutor(
+            num_blocks, BLOCK_SIZE, overlaps=overlaps, num_host_blocks=num_host_blocks
+        )
         self.clock = FakeClock()
         config = make_config(max_waiting=4, **limits)
         self.grammars = HeldCompiler(clock=self.clock)
@@ -83,6 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.held: dict[int, list[tuple[int, list[int]]]] = {}
         self.imports: dict[str, tuple[EngineRequest, Reservation]] = {}
         self.known_hashes: set[bytes] = set()
+        self.host_hashes: set[bytes] = set()
         self.count = 0
 
     def new_request(
@@ -191,6 +197,24 @@ class EngineMachine(RuleBasedStateMachine):
     def run_device(self) -> None:
         self.executor.run_device()
 
+    @rule(num_blocks=st.sampled_from([1, 2, 9]), delay=st.sampled_from([0, 1, 4, 30]))
+    def run_copies(self, num_blocks: int, delay: int) -> None:
+        """Copies to and from host memory get on; those to come take longer or less long."""
+        memory = self.executor.pool.host_memory
+        if memory is not None:
+            memory.run(num_blocks)
+            memory.delay = delay
+
+    @rule()
+    def tend(self) -> None:
+        self.engine.tend()
+
+    @rule(really=st.sampled_from([False, False, False, True]))
+    def fail_copies(self, really: bool) -> None:
+        memory = self.executor.pool.host_memory
+        if memory is not None:
+            memory.fails = really and self.count % 4 == 0
+
     def take(self, outputs: StepOutputs) -> None:
         for output in outputs.outputs:
             self.transcript.take(output)
@@ -282,6 +306,7 @@ class EngineMachine(RuleBasedStateMachine):
     def flush(self) -> None:
         assert self.engine.flush_cache() >= 0
         assert self.engine.stats().cached_blocks == 0
+        assert self.engine.stats().host.cached_blocks == 0
 
     @precondition(lambda self: hasattr(self, "engine"))
     @invariant()
@@ -295,6 +320,13 @@ class EngineMachine(RuleBasedStateMachine):
         self.known_hashes |= set(change.stored)
         self.known_hashes -= set(change.removed)
         assert self.known_hashes == set(self.engine.cached_hashes())
+        host = stats.host
+        assert host.free_blocks + host.cached_blocks + host.held_blocks == host.total_blocks
+        assert not self.host_hashes & set(change.host_stored)
+        assert self.host_hashes >= set(change.host_removed)
+        self.host_hashes |= set(change.host_stored)
+        self.host_hashes -= set(change.host_removed)
+        assert self.host_hashes == set(self.engine.host_hashes())
 
     @precondition(lambda self: hasattr(self, "engine"))
     @invariant()
@@ -313,12 +345,17 @@ class EngineMachine(RuleBasedStateMachine):
             self.forget(request)
         self.grammars.release()
         for _ in range(2000):
+            for _ in range(40 if not self.engine.has_work else 0):
+                self.engine.tend()  # a copy that nobody waits for any more may be in the way
             if not self.engine.has_work:
                 break
             self.step()
             self.pool_is_balanced()
         stats = self.engine.stats()
         assert (stats.waiting, stats.running, stats.held_blocks) == (0, 0, 0)
+        for _ in range(100):
+            self.engine.tend()
+        self.pool_is_balanced()
         for request_id, expected in self.expected.items():
             tokens = self.transcript.tokens[request_id]
             end = self.transcript.ends.get(request_id)

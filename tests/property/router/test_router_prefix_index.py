@@ -22,6 +22,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
         self.index = PrefixIndex(prediction_ttl_s=TTL_S)
         self.now = 0.0
         self.known: dict[str, set[bytes]] = {}
+        self.host: dict[str, set[bytes]] = {}
         self.predicted: dict[str, dict[bytes, float]] = {}
         self.sequence: dict[str, tuple[int, int] | None] = {}
 
@@ -31,49 +32,82 @@ class IndexAgainstModel(RuleBasedStateMachine):
     @rule(worker=workers, epoch=st.integers(1, 3))
     def add(self, worker: str, epoch: int) -> None:
         self.index.add(worker, epoch)
-        self.known[worker], self.predicted[worker], self.sequence[worker] = set(), {}, None
+        self.forget(worker)
+
+    def forget(self, worker: str) -> None:
+        self.known[worker], self.host[worker], self.predicted[worker] = set(), set(), {}
+        self.sequence[worker] = None
 
     @rule(worker=workers)
     def drop(self, worker: str) -> None:
         self.index.drop(worker)
-        for table in (self.known, self.predicted, self.sequence):
+        for table in (self.known, self.host, self.predicted, self.sequence):
             table.pop(worker, None)  # type: ignore[attr-defined]
 
-    @rule(worker=workers, epoch=st.integers(1, 3), seq=st.integers(0, 5), stored=blocks)
-    def snapshot(self, worker: str, epoch: int, seq: int, stored: list[bytes]) -> None:
-        change = CacheChange(epoch=epoch, seq=seq, reset=True, stored=stored, removed=[])
+    @rule(
+        worker=workers, epoch=st.integers(1, 3), seq=st.integers(0, 5), stored=blocks, host=blocks
+    )
+    def snapshot(
+        self, worker: str, epoch: int, seq: int, stored: list[bytes], host: list[bytes]
+    ) -> None:
+        change = CacheChange(
+            epoch=epoch, seq=seq, reset=True, stored=stored, removed=[], host_stored=host
+        )
         applied = self.index.apply(worker, change)
         if not self.present(worker):
             assert applied is Applied.IGNORED
             return
         assert applied is Applied.APPLIED
-        self.known[worker], self.predicted[worker] = set(stored), {}
+        self.known[worker], self.host[worker], self.predicted[worker] = set(stored), set(host), {}
         self.sequence[worker] = (epoch, seq)
 
     @rule(
-        worker=workers, skip=st.integers(-1, 1), stored=blocks, removed=blocks, other=st.booleans()
+        worker=workers,
+        skip=st.integers(-1, 1),
+        stored=blocks,
+        removed=blocks,
+        host_stored=blocks,
+        host_removed=blocks,
+        other=st.booleans(),
     )
     def event(
-        self, worker: str, skip: int, stored: list[bytes], removed: list[bytes], other: bool
+        self,
+        worker: str,
+        skip: int,
+        stored: list[bytes],
+        removed: list[bytes],
+        host_stored: list[bytes],
+        host_removed: list[bytes],
+        other: bool,
     ) -> None:
         epoch, seq = self.sequence.get(worker) or (1, 0)
         seq += 1 + skip
         epoch += other
         removed = [block for block in removed if block not in stored]
-        change = CacheChange(epoch=epoch, seq=seq, reset=False, stored=stored, removed=removed)
+        host_removed = [block for block in host_removed if block not in host_stored]
+        change = CacheChange(
+            epoch=epoch,
+            seq=seq,
+            reset=False,
+            stored=stored,
+            removed=removed,
+            host_stored=host_stored,
+            host_removed=host_removed,
+        )
         applied = self.index.apply(worker, change)
         if not self.present(worker):
             assert applied is Applied.IGNORED
         elif self.sequence[worker] is None or other or skip > 0:
             assert applied is Applied.NEEDS_RESYNC
-            self.known[worker], self.predicted[worker], self.sequence[worker] = set(), {}, None
+            self.forget(worker)
         elif skip < 0:
             assert applied is Applied.IGNORED
         else:
             assert applied is Applied.APPLIED
             self.sequence[worker] = (epoch, seq)
             self.known[worker] = (self.known[worker] - set(removed)) | set(stored)
-            for block in (*stored, *removed):
+            self.host[worker] = (self.host[worker] - set(host_removed)) | set(host_stored)
+            for block in (*stored, *removed, *host_stored, *host_removed):
                 self.predicted[worker].pop(block, None)
 
     @rule(worker=workers, hashes=blocks)
@@ -81,7 +115,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
         self.index.predict(worker, hashes, self.now)
         if self.present(worker):
             for block in hashes:
-                if block not in self.known[worker]:
+                if block not in self.known[worker] | self.host[worker]:
                     self.predicted[worker][block] = self.now + TTL_S
 
     @rule(passed=st.floats(0, 7))
@@ -97,7 +131,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
     def match(self, hashes: list[bytes]) -> None:
         wanted = {}
         for worker in self.known:
-            held = self.known[worker] | set(self.predicted[worker])
+            held = self.known[worker] | self.host[worker] | set(self.predicted[worker])
             length = 0
             while length < len(hashes) and hashes[length] in held:
                 length += 1
@@ -107,7 +141,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
 
     @invariant()
     def holds_nothing_else(self) -> None:
-        held = set().union(*self.known.values(), *self.predicted.values())
+        held = set().union(*self.known.values(), *self.host.values(), *self.predicted.values())
         assert len(self.index) == len(held)
 
 

@@ -18,7 +18,12 @@ TURNS_OF_A_HANDOVER = 24
 
 class MakePair(Protocol):
     def __call__(
-        self, *, num_blocks: int = 16, probe_blocks: int = 0, **config: object
+        self,
+        *,
+        num_blocks: int = 16,
+        probe_blocks: int = 0,
+        num_host_blocks: int = 0,
+        **config: object,
     ) -> Pair: ...
 
 
@@ -75,6 +80,25 @@ def test_what_decode_has_cached_is_not_moved_again(make_pair: MakePair) -> None:
     (end,) = pair.decode.finished("r2")
     assert end.kv_bytes == 8  # the last, partial block is never cached
     assert end.cached_tokens == 28
+
+
+def test_blocks_that_came_back_from_host_memory_are_exported_and_imported_over(
+    make_pair: MakePair,
+) -> None:
+    """On prefill they are leased like any others; decode reads none that its own host has."""
+    pair = make_pair(num_blocks=14, num_host_blocks=40)
+    kv_bytes = []
+    for number in range(9):
+        name, prompt = f"r{number}", [1 + number % 3, *PROMPT[1:]]
+        params = pair.submit(prompt, request_id=name, seed=number)
+        pair.settle(40)
+        assert pair.decode.tokens(name) == undisturbed(prompt, params)
+        (end,) = pair.decode.finished(name)
+        kv_bytes.append(end.kv_bytes)
+    for side in (pair.prefill, pair.decode):
+        assert side.balanced
+        assert side.engine.stats().host.hit_tokens > 0
+    assert set(kv_bytes[:3]) == {8 * 8} and max(kv_bytes[3:]) < 8 * 8
 
 
 @pytest.mark.parametrize("turn", range(TURNS_OF_A_HANDOVER))

@@ -61,6 +61,7 @@ def expected(checkpoint: Path) -> list[list[int]]:
         ("chunks of 7", {"max_chunk_tokens": 7, "max_step_tokens": 11}),
         ("preempted", {"num_blocks": 13, "max_step_tokens": 64}),
         ("uncached", {"prefix_caching": False}),
+        ("from host memory", {"num_blocks": 16, "max_num_seqs": 1, "host_kv_bytes": 1 << 20}),
     ],
 )
 def test_greedy_tokens_equal_those_of_transformers(
@@ -79,6 +80,7 @@ def test_greedy_tokens_equal_those_of_transformers(
         stats = llm.engine.stats()
     finally:
         llm.close()
+    assert (stats.host.hit_tokens > 100) == (name == "from host memory")
     assert (stats.preemptions > 0) == (name == "preempted")
     assert (stats.cached_tokens > 0) == (name != "uncached")
 

@@ -2,7 +2,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.engine import Engine
 from engine.metrics import EngineMetrics
-from engine.request import EngineStats, StepOutputs
+from engine.request import EngineStats, HostTierStats, StepOutputs
 from tests.support.engine import DIGEST, FakeExecutor, make_config, make_request, run
 
 
@@ -25,6 +25,29 @@ def test_stats_show_as_gauges_and_counters() -> None:
     assert value("diptych_preemptions_total") == 6
     assert value("diptych_prefix_cache_hit_tokens_total") == 16
     assert value("diptych_prefix_cache_lookup_tokens_total") == 30
+
+
+def test_the_host_tier_shows_by_its_name() -> None:
+    registry = CollectorRegistry()
+    metrics = EngineMetrics(registry)
+    value = registry.get_sample_value
+    metrics.observe_stats(EngineStats(total_blocks=8))
+    assert value("diptych_kv_tier_blocks", {"tier": "host", "state": "free"}) is None
+    for times in (1, 2):
+        host = HostTierStats(
+            total_blocks=9, free_blocks=4, cached_blocks=3, held_blocks=2, hit_tokens=16 * times,
+            lost_blocks=5 * times, saved_bytes=100 * times, loaded_bytes=10 * times,
+            bytes_per_s=1e9,
+        )  # fmt: skip
+        metrics.observe_stats(EngineStats(total_blocks=8, host=host))
+    states = ("free", "cached", "held")
+    named = [{"tier": "host", "state": state} for state in states]
+    assert [value("diptych_kv_tier_blocks", labels) for labels in named] == [4, 3, 2]
+    assert value("diptych_kv_tier_hit_tokens_total", {"tier": "host"}) == 32
+    assert value("diptych_kv_tier_lost_blocks_total", {"tier": "host"}) == 10
+    assert value("diptych_kv_tier_bytes_total", {"tier": "host", "direction": "in"}) == 200
+    assert value("diptych_kv_tier_bytes_total", {"tier": "host", "direction": "out"}) == 20
+    assert value("diptych_kv_tier_bytes_per_second", {"tier": "host"}) == 1e9
 
 
 def test_steps_show_as_histograms_by_phase() -> None:

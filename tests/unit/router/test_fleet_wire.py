@@ -123,6 +123,18 @@ def test_unknown_words_fail_closed() -> None:
         cache_from_proto(worker_pb2.CacheEvents(stored=b"short"))
 
 
+def test_cache_events_name_the_tier() -> None:
+    a, b, c = (bytes([value]) * 16 for value in range(3))
+    host = worker_pb2.TierChange(tier=worker_pb2.CACHE_TIER_HOST, stored=a + b, removed=c)
+    unknown = worker_pb2.TierChange(stored=c)
+    change = cache_from_proto(worker_pb2.CacheEvents(removed=a, lower=[host, unknown]))
+    assert (change.stored, change.removed) == ([], [a])
+    assert (change.host_stored, change.host_removed) == ([a, b], [c])
+    host.stored = b"short"
+    with pytest.raises(ProtocolViolation):
+        cache_from_proto(worker_pb2.CacheEvents(lower=[host]))
+
+
 def test_matched_stop_of_zero_is_not_absence() -> None:
     assert leg_end_from_proto(worker_pb2.Finished(matched_stop=0)).matched_stop == 0
     assert leg_end_from_proto(worker_pb2.Finished()).matched_stop is None

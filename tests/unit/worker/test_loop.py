@@ -21,7 +21,9 @@ def side(clock: FakeClock) -> Side:
     return make_side("decode", clock=clock, pools={}, num_blocks=16)
 
 
-def submit(side: Side, request_id: str = "r", prompt: int = 9, **fields: object) -> SamplingParams:
+def submit(
+    side: Side, request_id: str = "r", prompt: int = 9, *, salt: int = 0, **fields: object
+) -> SamplingParams:
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     message = worker_pb2.Submit(
         request_id=request_id,
@@ -29,7 +31,7 @@ def submit(side: Side, request_id: str = "r", prompt: int = 9, **fields: object)
         prompt_ids=[1 + i % 90 for i in range(prompt)],
         sampling=sampling_to_proto(params),
         deadline_ms=10_000,
-        block_hashes=b"".join(bytes([i]) * 16 for i in range(prompt // 4)),
+        block_hashes=b"".join(bytes([salt, i]) * 8 for i in range(prompt // 4)),
         local=worker_pb2.Local(),
     )
     for name, value in fields.items():
@@ -223,6 +225,43 @@ def test_cache_events_are_numbered_without_gaps_and_add_up_to_a_snapshot(side: S
         known -= cut(event.removed)
         known |= cut(event.stored)
     assert known == set(side.engine.cached_hashes())
+
+
+def test_cache_events_of_the_host_tier_add_up_to_a_snapshot_too(clock: FakeClock) -> None:
+    side = make_side("decode", clock=clock, pools={}, num_blocks=6, num_host_blocks=8)
+    known: dict[str, set[bytes]] = {"device": set(), "host": set()}
+    cut = lambda data: {data[i : i + 16] for i in range(0, len(data), 16)}  # noqa: E731
+    for i in range(8):
+        submit(side, f"r{i}", prompt=13, salt=i % 3)
+        turn(side)
+    assert side.engine.stats().host.hit_tokens > 0
+    for event in (each.worker.message for each in side.pipe.sent):
+        if event.HasField("cache"):
+            known["device"] -= cut(event.cache.removed)
+            known["device"] |= cut(event.cache.stored)
+            for change in event.cache.lower:
+                assert change.tier == worker_pb2.CACHE_TIER_HOST
+                known["host"] -= cut(change.removed)
+                known["host"] |= cut(change.stored)
+    side.pipe.sent.clear()
+    side.router(resync=worker_pb2.Resync())
+    turn(side, 1)
+    (snapshot,) = (e.worker.message.cache for e in side.pipe.sent if e.worker.channel == ROUTER)
+    assert cut(snapshot.stored) == known["device"] == set(side.engine.cached_hashes())
+    (host,) = snapshot.lower
+    assert cut(host.stored) == known["host"] == set(side.engine.host_hashes())
+
+
+def test_blocks_are_saved_while_nothing_is_computed(clock: FakeClock) -> None:
+    side = make_side("decode", clock=clock, pools={}, num_blocks=6, num_host_blocks=8)
+    assert side.executor.pool.host_memory is not None
+    side.executor.pool.host_memory.delay = 30
+    submit(side, prompt=13)
+    turn(side)
+    assert not side.engine.has_work
+    assert side.engine.stats().host.cached_blocks == 0
+    turn(side, 40)
+    assert side.engine.stats().host.cached_blocks > 0
 
 
 def test_drain_waits_for_what_runs_and_refuses_what_comes(side: Side) -> None:

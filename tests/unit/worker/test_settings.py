@@ -20,6 +20,7 @@ def test_nothing_said_leaves_every_choice_to_the_device() -> None:
     plain = EngineConfig(model=config.model)
     assert config.gpu_memory_utilization == plain.gpu_memory_utilization
     assert config.cuda_graphs is plain.cuda_graphs
+    assert config.host_kv_bytes == plain.host_kv_bytes == 0
 
 
 def test_what_was_said_reaches_the_engine() -> None:
@@ -28,10 +29,12 @@ def test_what_was_said_reaches_the_engine() -> None:
             *("--device=cuda:3", "--kv-cache-memory=3GiB", "--gpu-memory-utilization=0.25"),
             *("--attention-backend=torch_native", "--no-cuda-graphs"),
             *("--max-num-seqs=7", "--max-step-tokens=99", "--max-chunk-tokens=33"),
+            "--host-kv-memory=8GiB",
         )
     )
     assert config.device == "cuda:3"
     assert (config.kv_cache_bytes, config.gpu_memory_utilization) == (3 << 30, 0.25)
+    assert config.host_kv_bytes == 8 << 30
     assert (config.attention_backend, config.cuda_graphs) == ("torch_native", False)
     assert (config.max_num_seqs, config.max_step_tokens, config.max_chunk_tokens) == (7, 99, 33)
 
@@ -50,6 +53,7 @@ def test_memory_can_be_left_to_the_device_again() -> None:
         ("--kv-cache-memory=0", "kv_cache_memory"),
         ("--attention-backend=fa3", "'auto', 'torch_native' or 'flashinfer'"),
         ("--max-num-seqs=0", "max_num_seqs"),
+        ("--host-kv-memory=-1", "host_kv_memory"),
     ],
 )
 def test_wrong_values_are_refused_with_what_would_be_right(option: str, hint: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from core.errors import ConfigError, ErrorCode
+from engine.parallel.host_memory import RankCopies
 from engine.parallel.pipe import Frame, failure_from, failure_to
 from engine.parallel.plan_codec import PlanEncoder
 from engine.parallel.rank import _serve
@@ -55,7 +56,8 @@ def serve(overlaps: bool, *gaps: int) -> list[str]:
         plan = StepPlan([Chunk(f"s{index}", [token_id], index, [0], None)])
         frames.append((Frame.PLAN, encoder.encode(plan)))
         frames += [None] * (index in gaps)
-    _serve(recorder, Frames(*frames, (Frame.CLOSE, b"")))  # type: ignore[arg-type]
+    inbox: Any = Frames(*frames, (Frame.CLOSE, b""))
+    _serve(recorder, inbox, RankCopies(None, 1.0))  # type: ignore[arg-type]
     return recorder.events
 
 

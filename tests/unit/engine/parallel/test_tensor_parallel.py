@@ -62,7 +62,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def two_ranks(checkpoint: Path) -> Iterator[LLM]:
-    llm = LLM(settings(checkpoint, tensor_parallel_size=2))
+    llm = LLM(settings(checkpoint, tensor_parallel_size=2, host_kv_bytes=1 << 20))
     yield llm
     llm.close()
 
@@ -89,6 +89,22 @@ def test_greedy_tokens_equal_those_of_one_rank_and_of_transformers(
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
     assert len({token for tokens in expected for token in tokens}) > 10
     assert two_ranks.engine.stats().preemptions > 0
+    two_ranks.engine.check_integrity()
+
+
+def test_blocks_come_back_from_host_memory_on_every_rank(one_rank: LLM, two_ranks: LLM) -> None:
+    sampling = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    expected = one_rank.generate(prompts()[3:], sampling)
+    before = two_ranks.engine.stats().host
+    for _ in range(2):
+        for prompt, wanted in zip(prompts()[3:], expected, strict=True):
+            (done,) = two_ranks.generate([prompt], sampling)
+            assert list(done.token_ids) == list(wanted.token_ids)
+    after = two_ranks.engine.stats().host
+    assert after.hit_tokens > before.hit_tokens
+    blocks = (after.hit_tokens - before.hit_tokens) // 8
+    block_bytes = 2 * two_ranks.engine.pool.layout.block_bytes
+    assert after.loaded_bytes - before.loaded_bytes == blocks * block_bytes
     two_ranks.engine.check_integrity()
 
 
