@@ -247,7 +247,9 @@ class Importer:
                 self._deliver(action)
             case act.Fail(key, code, text):
                 self._metrics.failed(code)
-                self._outbox.fail(key, DiptychError(text, code=code))
+                # To a router a lost worker is the one that says so, which then would be avoided.
+                told = ErrorCode.KV_TRANSFER if code is ErrorCode.WORKER_LOST else code
+                self._outbox.fail(key, DiptychError(text, code=told))
         return ()
 
     def _connect(self, connect: act.ConnectPeer) -> Sequence[act.HandoverAction]:
