@@ -168,6 +168,15 @@ def test_frozen_prefill_is_given_up_and_its_blocks_are_not_used(make_pair: MakeP
     assert pair.prefill.balanced
 
 
+def test_a_pair_that_could_use_nixl_says_so(
+    make_pair: MakePair, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = make_pair()
+    pair.submit(PROMPT)
+    pair.settle(40)
+    assert len([line for line in caplog.messages if "could use NIXL" in line]) == 1
+
+
 def probe_ends(pair: Pair) -> dict[str, float]:
     return {
         sample.labels["outcome"]: sample.value
