@@ -74,7 +74,7 @@ class Importer:
         self._machine = HandoverMachine(hello, config)
         self._block_bytes = hello.layout.block_bytes
         self._block_size = hello.layout.block_size
-        self._rates = LinkRates(self._block_bytes, metrics)
+        self._rates = LinkRates(self._block_bytes, metrics, could_use_nixl=hello.could_use_nixl)
         self._reads: list[_PendingRead] = []
         self._unreserved: dict[Key, Submission] = {}
         self._reservations: dict[Key, Reservation] = {}
@@ -134,6 +134,8 @@ class Importer:
             self._do(self._machine.peer_failed(link, error.message, now))
             return
         self._do(self._machine.received(link, message, now))
+        if isinstance(message, Hello):
+            self._rates.met(message.worker_id, message.could_use_nixl)
 
     def after_step(self, outputs: StepOutputs) -> None:
         """Steps concern only what was delivered already."""
@@ -247,7 +249,9 @@ class Importer:
                 self._deliver(action)
             case act.Fail(key, code, text):
                 self._metrics.failed(code)
-                self._outbox.fail(key, DiptychError(text, code=code))
+                # To a router a lost worker is the one that says so, which then would be avoided.
+                told = ErrorCode.KV_TRANSFER if code is ErrorCode.WORKER_LOST else code
+                self._outbox.fail(key, DiptychError(text, code=told))
         return ()
 
     def _connect(self, connect: act.ConnectPeer) -> Sequence[act.HandoverAction]:

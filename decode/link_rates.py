@@ -38,13 +38,18 @@ class _Pair:
     largest_read: int = 0
     """Bytes of the largest READ over the newest link."""
     warned: bool = False
+    told_of_nixl: bool = False
 
 
 class LinkRates:
     """Every pair of which this decode worker is one half. Single thread."""
 
-    def __init__(self, block_bytes: int, metrics: ImportMetrics) -> None:
+    def __init__(
+        self, block_bytes: int, metrics: ImportMetrics, *, could_use_nixl: bool = False
+    ) -> None:
+        """`could_use_nixl`: this worker moves KV by tcp, and NIXL with RDMA would work here."""
         self._block_bytes = block_bytes
+        self._could_use_nixl = could_use_nixl
         self._metrics = metrics
         self._pairs: OrderedDict[str, _Pair] = OrderedDict()
         self._worker_of: dict[str, str] = {}
@@ -61,6 +66,19 @@ class LinkRates:
         unused = [worker for worker, pair in self._pairs.items() if not pair.links]
         for worker in unused[: max(0, len(self._pairs) - MAX_WORKERS)]:
             del self._pairs[worker]
+
+    def met(self, worker_id: str, could_use_nixl: bool) -> None:
+        """A prefill worker said whether it is as this one is; told once if both could do better."""
+        pair = self._pairs.get(worker_id)
+        if pair is None or pair.told_of_nixl or not (self._could_use_nixl and could_use_nixl):
+            return
+        pair.told_of_nixl = True
+        log.warning(
+            "KV comes from prefill worker %s by %s, though both workers could use NIXL with RDMA: "
+            "set kv_transport to auto or nixl on both",
+            worker_id,
+            self._metrics.transport,
+        )
 
     def closed(self, peer_id: str) -> None:
         """It is not any more. Nothing to do for an unknown one."""

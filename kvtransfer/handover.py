@@ -27,8 +27,6 @@ from kvtransfer.actions import (
     Fail,
     HandoverAction,
     OpenLink,
-    ProbeEnded,
-    ProbeOutcome,
     Reserve,
     ReserveScratch,
     Send,
@@ -434,8 +432,7 @@ class HandoverMachine:
             return []
         if handover.probe:
             handover.ended = True
-            measured = ProbeEnded(handover.key, ProbeOutcome.MEASURED, "")
-            return [measured, *self._finish(handover, now)]
+            return [self._probes.measured(handover, now), *self._finish(handover, now)]
         self._forget(handover, now)
         return [
             Deliver(

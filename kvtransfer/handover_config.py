@@ -27,6 +27,8 @@ class HandoverConfig:
     """A probe takes at most this share of the peer's pool, one block out of so many."""
     probe_interval_s: float = 300.0
     """A link to the same lifetime of a worker is measured at most this often."""
+    probe_retry_s: float = 5.0
+    """And tried again after this long if a prompt cut that short or it could not be done."""
     probe_read_s: float = 0.02
     """A probe ends with the first READ that takes as long: that is enough for a rate, and the next
     one would be twice as long and in the way of a hand-over."""

@@ -36,6 +36,8 @@ class Hello:
     reads them."""
     lease_ttl_s: float = 0.0
     """How long a lease of prefill outlives the latest Renew; 0 from decode."""
+    could_use_nixl: bool = False
+    """It moves KV by tcp, and NIXL with RDMA would work here."""
 
 
 @dataclass(frozen=True, slots=True)

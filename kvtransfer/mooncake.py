@@ -9,8 +9,6 @@ this transport is used only where it was asked for by name, on a network without
 token seals the metadata, so that a peer's bytes reach Mooncake only if a holder of it made them.
 """
 
-import hashlib
-import hmac
 import ipaddress
 import logging
 import secrets
@@ -25,11 +23,11 @@ from kvtransfer.mooncake_channel import MAX_CONNECTING, MooncakeChannel
 from kvtransfer.mooncake_engine import load_mooncake, new_engine, register
 from kvtransfer.mooncake_metadata import NONCE_BYTES, MooncakePool
 from kvtransfer.peer_reads import PeerPool, Peers, QueuedRead
+from kvtransfer.sealing import open_sealed, seal
 from kvtransfer.transport import BlockPieces, BlockPool, Piece
 
 log = logging.getLogger(__name__)
 
-_SEAL_BYTES = hashlib.sha256().digest_size
 MAX_BLOCKS_PER_READ = 1 << 20
 
 
@@ -82,7 +80,7 @@ class MooncakeTransport:
         register(self._served, pool.base_address, pool.num_blocks * pool.layout.block_bytes)
         register(self._served, self._own.nonce_address, NONCE_BYTES)
         content = self._own.pack()
-        self._metadata = self._seal(content) + content
+        self._metadata = seal(content, token)
         self._peers = Peers(pool)
         self._slots = threading.Semaphore(MAX_CONNECTING)
 
@@ -97,12 +95,7 @@ class MooncakeTransport:
 
     def connect(self, peer_id: str, metadata: bytes, pieces: BlockPieces | None = None) -> None:
         """Start connecting. If the peer can't be reached, its READs fail."""
-        seal, content = metadata[:_SEAL_BYTES], metadata[_SEAL_BYTES:]
-        if not hmac.compare_digest(seal, self._seal(content)):
-            raise TransferError(
-                f"The transport metadata of peer {peer_id} are not Mooncake's, or were sealed with "
-                "another token; give both workers the same."
-            )
+        content = open_sealed(metadata, self._token, library="Mooncake", peer_id=peer_id)
         peer = MooncakePool.unpack(content)
 
         def open_channel(checked: Sequence[Piece]) -> MooncakeChannel:
@@ -124,6 +117,3 @@ class MooncakeTransport:
         """Disconnect all peers, stop serving. Idempotent."""
         self._peers.close()
         self._served = None
-
-    def _seal(self, content: bytes) -> bytes:
-        return hmac.digest(self._token, content, "sha256")

@@ -12,8 +12,6 @@ seals the metadata, so that nothing else reaches NIXL's parser; keep strangers o
 
 import contextlib
 import gc
-import hashlib
-import hmac
 import importlib
 import logging
 import os
@@ -33,6 +31,7 @@ from numpy.typing import NDArray
 from core.errors import TransferError
 from kvtransfer.cuda_context import use_gpu
 from kvtransfer.peer_reads import PeerPool, Peers, QueuedRead
+from kvtransfer.sealing import open_sealed, seal
 from kvtransfer.transport import BlockPieces, BlockPool, Piece
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,6 @@ _METADATA = struct.Struct("<8sQIQI")
 _MAGIC = b"DIPTYCHN"
 _HOST = 0xFFFFFFFF
 _LOCAL = "NIXL_INIT_AGENT"
-_SEAL_BYTES = hashlib.sha256().digest_size
 MAX_DESCRIPTORS = (1 << 31) - 1
 """NIXL's indices are signed 32-bit numbers."""
 MAX_BLOCKS_PER_READ = 1 << 20
@@ -324,7 +322,7 @@ class NixlTransport:
         self._peers = Peers(pool)
         self._served: Any = new_agent(self._api, self._own, serves=True)
         content = self._own.pack() + bytes(self._served.get_agent_metadata())
-        self._metadata = self._seal(content) + content
+        self._metadata = seal(content, token)
 
     @property
     def name(self) -> str:
@@ -337,12 +335,7 @@ class NixlTransport:
 
     def connect(self, peer_id: str, metadata: bytes, pieces: BlockPieces | None = None) -> None:
         """Start connecting. If the peer can't be reached, its READs fail."""
-        seal, content = metadata[:_SEAL_BYTES], metadata[_SEAL_BYTES:]
-        if not hmac.compare_digest(seal, self._seal(content)):
-            raise TransferError(
-                f"The transport metadata of peer {peer_id} are not NIXL's, or were sealed with "
-                "another token; give both workers the same."
-            )
+        content = open_sealed(metadata, self._token, library="NIXL", peer_id=peer_id)
         peer = NixlPool.unpack(content)
 
         def open_channel(checked: Sequence[Piece]) -> NixlChannel:
@@ -374,6 +367,3 @@ class NixlTransport:
         """Disconnect all peers, stop serving. Idempotent."""
         self._peers.close()
         self._served = None
-
-    def _seal(self, content: bytes) -> bytes:
-        return hmac.digest(self._token, content, "sha256")

@@ -18,30 +18,27 @@ MAX_PROBED = 4096
 
 
 class ProbeSchedule:
-    """Which pairs were probed, and when."""
+    """When each pair may be probed next."""
 
     def __init__(self, own: Hello, config: HandoverConfig) -> None:
         """`own` is this worker's hello."""
         self._own = own
         self._config = config
         self._count = 0
-        self._probed_at: OrderedDict[tuple[str, int], float] = OrderedDict()
-        """Worker and epoch to when it was probed last, for links open and closed."""
+        self._due_at: OrderedDict[tuple[str, int], float] = OrderedDict()
+        """By worker and epoch, for links open and closed."""
 
     def start(self, link: PeerLink, now: float) -> Handover | None:
         """A probe of this link, if one is due and the link is up and unused."""
-        config, pair = self._config, (link.worker_id, link.epoch)
+        config = self._config
         if link.hello is None or link.keys:
             return None
         count = min(config.probe_blocks, link.hello.num_blocks // config.probe_share)
-        due_at = self._probed_at.get(pair, float("-inf")) + config.probe_interval_s
+        due_at = self._due_at.get((link.worker_id, link.epoch), now)
         holds = link.holds_since(now, now + config.read_margin_s)
         if count < 1 or now < due_at or not holds:
             return None
-        self._probed_at[pair] = now
-        self._probed_at.move_to_end(pair)
-        if len(self._probed_at) > MAX_PROBED:
-            self._probed_at.popitem(last=False)
+        self._wait(link, now + min(config.probe_retry_s, config.probe_interval_s))
         self._count += 1
         return Handover(
             Key(f"probe/{self._own.epoch:x}/{self._count}", 0),
@@ -52,6 +49,18 @@ class ProbeSchedule:
             claimed=True,
             probe=True,
         )
+
+    def measured(self, probe: Handover, now: float) -> ProbeEnded:
+        """A probe has shown what its link can do: the next one has time."""
+        self._wait(probe.link, now + self._config.probe_interval_s)
+        return ProbeEnded(probe.key, ProbeOutcome.MEASURED, "")
+
+    def _wait(self, link: PeerLink, due_at: float) -> None:
+        pair = (link.worker_id, link.epoch)
+        self._due_at[pair] = due_at
+        self._due_at.move_to_end(pair)
+        if len(self._due_at) > MAX_PROBED:
+            self._due_at.popitem(last=False)
 
 
 def probe_ended(key: Key, fail: Fail | None) -> ProbeEnded:

@@ -8,7 +8,7 @@ from typing import Literal, cast, get_args
 
 from core.errors import ConfigError, TransferError
 from kvtransfer.mooncake import MooncakeTransport
-from kvtransfer.nixl import NixlTransport
+from kvtransfer.nixl import NixlTransport, load_nixl
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import BlockPool, Transport
 
@@ -66,6 +66,14 @@ def open_transport(
             reason = error.message
     log.warning("KV moves by tcp instead of nixl: %s", reason)
     return TcpTransport(pool, host=address, token=token.encode())
+
+
+def could_use_nixl() -> bool:
+    """True if NIXL is installed and has a faster path to other hosts than tcp is."""
+    try:
+        return has_rdma() and load_nixl() is not None
+    except TransferError:
+        return False
 
 
 def has_rdma() -> bool:

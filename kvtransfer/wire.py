@@ -186,6 +186,7 @@ def _hello_to_proto(hello: Hello) -> pb.LinkHello:
         transport=hello.transport,
         rank_metadata=hello.rank_metadata,
         lease_ttl_ms=round(hello.lease_ttl_s * 1000),
+        could_use_nixl=hello.could_use_nixl,
     )
 
 
@@ -207,6 +208,7 @@ def _hello_from_proto(hello: pb.LinkHello) -> Hello:
         transport=hello.transport,
         rank_metadata=tuple(hello.rank_metadata),
         lease_ttl_s=hello.lease_ttl_ms / 1000,
+        could_use_nixl=hello.could_use_nixl,
     )
 
 

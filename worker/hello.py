@@ -3,7 +3,7 @@
 from kvtransfer.messages import Hello
 from kvtransfer.rank_transport import RankTransport
 from kvtransfer.ranked_transport import LET_GO_S, RankedTransport
-from kvtransfer.select import open_transport
+from kvtransfer.select import could_use_nixl, open_transport
 from kvtransfer.wire import layout_from_proto
 from kvtransfer.worker_transport import WorkerTransport
 from rpc.v1 import worker_pb2
@@ -64,4 +64,5 @@ def own_hello(
         transport=transport.name,
         rank_metadata=transport.rank_metadata,
         lease_ttl_s=lease_ttl_s,
+        could_use_nixl=transport.name == "tcp" and could_use_nixl(),
     )

@@ -6,6 +6,8 @@ import pytest
 
 from core.modelfile.resolve import resolve_model
 from tests.support.models import make_checkpoint
+from tests.support.oracle import Oracle
+from tests.support.stream import LONG_PROMPT, LONG_TOKENS
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -47,3 +49,12 @@ def slow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
         head_dim=64,
     )
+
+
+@pytest.fixture(scope="session")
+def long_answer(slow_llama: Path) -> list[int]:
+    """What that model must answer to a `Stream`."""
+    oracle = Oracle(slow_llama)
+    ids = oracle.tokenizer(LONG_PROMPT)["input_ids"]
+    assert len(ids) > 600
+    return oracle.greedy(ids, LONG_TOKENS, ignore_eos=True)

@@ -18,7 +18,7 @@ from openai import AsyncOpenAI, OpenAI
 from rpc.auth import Credentials
 from rpc.channel import open_channel
 from rpc.v1 import worker_pb2, worker_pb2_grpc
-from tests.support.process import Process, descendants, free_port, running, wait_until
+from tests.support.process import Process, descendants, free_port, frozen, running, wait_until
 
 Settings = Mapping[str, object]
 TOKEN = "test-token"
@@ -56,6 +56,14 @@ class Worker:
         """SIGKILL to service and engine."""
         self.stack.close()
         self.process = None
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """SIGSTOP to service and engine for the length of the block."""
+        with ExitStack() as stack:
+            for pid in self.pids:
+                stack.enter_context(frozen(pid))
+            yield
 
     def describe(self) -> worker_pb2.DescribeResponse:
         return asyncio.run(self._describe())
@@ -233,22 +241,34 @@ def cluster(
         for one in [*pools["prefill"], *pools["decode"]]:
             stack.callback(one.stack.close)
             one.start()
-        port = free_port()
-        options: dict[str, object] = {"port": port, "model": model, **(router or {})}
-        for role, workers in pools.items():
-            if workers:
-                options[role] = ",".join(one.address for one in workers)
-        process = stack.enter_context(
-            running(
-                [sys.executable, "-m", "router", *_flags(options)],
-                name="router",
-                env={"DIPTYCH_ROUTER_AUTH_TOKEN": TOKEN},
-            )
-        )
-        running_cluster = Cluster(process, port, pools["prefill"], pools["decode"])
+        yield stack.enter_context(routed(model, **pools, router=router, wait=wait))
+
+
+@contextmanager
+def routed(
+    model: Path | str,
+    *,
+    prefill: list[Worker],
+    decode: list[Worker],
+    router: Mapping[str, object] | None = None,
+    wait: bool = True,
+) -> Iterator[Cluster]:
+    """A router in front of workers that were started already; others may be in front of them too.
+
+    See `cluster` for the arguments.
+    """
+    port = free_port()
+    options: dict[str, object] = {"port": port, "model": model, **(router or {})}
+    for role, workers in (("prefill", prefill), ("decode", decode)):
+        if workers:
+            options[role] = ",".join(one.address for one in workers)
+    command = [sys.executable, "-m", "router", *_flags(options)]
+    env = {"DIPTYCH_ROUTER_AUTH_TOKEN": TOKEN}
+    with running(command, name="router", env=env) as process:
+        system = Cluster(process, port, prefill, decode)
         if wait:
-            running_cluster.wait_ready()
-        yield running_cluster
+            system.wait_ready()
+        yield system
 
 
 def _worker(role: str, model: Path | str, transport: str, settings: Mapping[str, object]) -> Worker:

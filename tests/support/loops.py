@@ -203,6 +203,7 @@ def make_side(
         transport=transport.name,
         rank_metadata=transport.rank_metadata,
         lease_ttl_s=LEASE_TTL_S if role == "prefill" else 0.0,
+        could_use_nixl=True,
     )
 
     def build(outbox: Outbox) -> Role:

@@ -83,6 +83,19 @@ def test_a_link_much_slower_than_the_others_is_warned_of_once(
     assert "prefill worker a" in warning and "tcp" in warning
 
 
+def test_a_pair_that_could_use_nixl_is_told_so_once(
+    registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = ImportMetrics(registry, "tcp")
+    for both in ((False, True), (True, False), (True, True)):
+        rates = LinkRates(BLOCK, metrics, could_use_nixl=both[0])
+        for link in range(2):
+            rates.opened(f"a/{link}", "a")
+            rates.met("a", both[1])
+        assert len(caplog.messages) == (both == (True, True))
+    assert "prefill worker a by tcp" in caplog.messages[0]
+
+
 def test_workers_long_gone_are_forgotten(rates: LinkRates, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("decode.link_rates.MAX_WORKERS", 3)
     for i in range(9):

@@ -51,6 +51,16 @@ def test_auto_takes_nixl_only_where_it_copies_one_sidedly(
         select.open_transport("auto", HostPool(2, 4096), host="192.0.2.77", token="")
 
 
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("rdma", [True, False])
+def test_nixl_could_be_used_where_it_is_installed_and_has_rdma(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, rdma: bool
+) -> None:
+    monkeypatch.setattr(select, "has_rdma", lambda: rdma)
+    monkeypatch.setattr(select, "load_nixl", nixl.load_nixl if installed else no_nixl)
+    assert select.could_use_nixl() is (installed and rdma)
+
+
 def test_nixl_by_name_does_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nixl, "load_nixl", no_nixl)
     with pytest.raises(TransferError, match="not installed"):

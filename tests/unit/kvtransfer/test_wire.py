@@ -1,6 +1,7 @@
 """Link messages survive the wire, and the wire can't smuggle in anything unbounded."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,7 @@ def test_decode_message_round_trip(message: DecodeMessage) -> None:
     "message",
     [
         make_hello(ttl_s=12.5),
+        replace(make_hello(), could_use_nixl=True),
         Offer(KEY, 2**50, 7),
         Progress(1, 3, (9, 0, 2**31)),
         make_commit(),
