@@ -61,7 +61,11 @@ def main(argv: Sequence[str]) -> int:
     token = settings.auth_token.get_secret_value() if settings.auth_token else None
     setup(settings.log_level, settings.log_format, "router", secrets=[token] if token else [])
     try:
-        text = load_text(resolve_model(settings.model, log.info))
+        text = load_text(
+            resolve_model(settings.model, log.info),
+            tool_parser=settings.tool_parser,
+            reasoning_parser=settings.reasoning_parser,
+        )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings, text, token))
     except ConfigError as error:

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.errors import InvalidRequestError
-from router.api.answers import Answer, CompletionAnswer
-from router.api.job import Prompt, TextRequest
-from router.api.requests import CompletionRequest, read
+from router.api.answer import Answer, AnswerFacts
+from router.api.choice import Prompt
+from router.api.completion_answer import CompletionAnswer
+from router.api.requests import CompletionRequest, TextRequest, read
+from router.text.message import MessageParser
 from router.text.processor import TextProcessor
 
 
@@ -16,7 +18,6 @@ class CompletionDialect:
     name = "completions"
     id_prefix = "cmpl"
     prompt_field = "prompt"
-    answer: type[Answer] = CompletionAnswer
 
     def read(self, data: Mapping[str, Any]) -> TextRequest:
         """Check the fields of a body."""
@@ -32,6 +33,16 @@ class CompletionDialect:
         """Tokenize the prompts that are text."""
         assert isinstance(request, CompletionRequest)
         return [await _prompt(prompt, request, text) for prompt in request.prompt]
+
+    def parser(
+        self, request: TextRequest, prompt: Prompt, text: TextProcessor
+    ) -> MessageParser | None:
+        """All text is content."""
+        return None
+
+    def answer(self, request: TextRequest, facts: AnswerFacts) -> Answer:
+        """An answer in the endpoint's own shape."""
+        return CompletionAnswer(facts, request)
 
     def default_max_tokens(self, configured: int) -> int | None:
         """A short answer, as in OpenAI's API."""

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from core.errors import InvalidRequestError
-from router.api.answers import Answer, Usage
+from router.api.answer import Answer, AnswerFacts, Usage
+from router.api.choice import Choice, Prompt
 from router.api.exchange import Exchange
 from router.api.output import Output, OutputRules
 from router.api.parts import ApiParts
-from router.api.requests import ChatRequest, CompletionRequest
+from router.api.requests import TextRequest
 from router.api.sampling import (
     check_token_ids,
     choice_seed,
@@ -23,20 +24,8 @@ from router.api.sampling import (
     wanted_tokens,
 )
 from router.generation import GenerationRequest, ServedModel
+from router.text.message import MessageParser
 from router.text.processor import TextProcessor
-
-TextRequest = ChatRequest | CompletionRequest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A prompt, ready to run."""
-
-    token_ids: Sequence[int]
-    echo: str = ""
-    """Text that comes before the output in the answer."""
-    continued: bool = False
-    """True if the output goes on with the prompt's own text instead of starting a new one."""
 
 
 class Dialect(Protocol):
@@ -47,7 +36,6 @@ class Dialect(Protocol):
     id_prefix: str
     prompt_field: str
     """Field that errors about the prompt name."""
-    answer: type[Answer]
 
     def read(self, data: Mapping[str, Any]) -> TextRequest:
         """Check the fields of a body.
@@ -61,19 +49,19 @@ class Dialect(Protocol):
         """Make the prompts of a request that `read` returned."""
         ...
 
+    def parser(
+        self, request: TextRequest, prompt: Prompt, text: TextProcessor
+    ) -> MessageParser | None:
+        """Makes what parts the text of one output; None if all of it is content."""
+        ...
+
     def default_max_tokens(self, configured: int) -> int | None:
         """The output's limit where the client set none; None for the rest of the context."""
         ...
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """One sequence of a request."""
-
-    index: int
-    prompt: Prompt
-    request: GenerationRequest
-    output: Output
+    def answer(self, request: TextRequest, facts: AnswerFacts) -> Answer:
+        """Makes what writes the answer."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,26 +79,29 @@ class Job:
             prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts),
             completion_tokens=sum(choice.output.num_tokens for choice in self.choices),
             cached_tokens=self._cached_tokens(),
+            reasoning_tokens=self._reasoning_tokens(),
         )
-
-    def prompt_ids(self, choice: Choice) -> Sequence[int] | None:
-        """The prompt's ids, if the client wants to see ids."""
-        return choice.prompt.token_ids if self.request.return_token_ids else None
 
     def mode(self) -> str:
         """How the sequences were served, as far as it is known."""
         ends = (choice.output.end for choice in self.choices)
         return ",".join(sorted({end.mode for end in ends if end is not None and end.mode}))
 
+    def _reasoning_tokens(self) -> int:
+        return sum(choice.output.num_reasoning for choice in self.choices)
+
     def _cached_tokens(self) -> int | None:
-        """Of each prompt, what the luckiest of its choices found; None if that is not known."""
+        """Of each prompt, what was cached before the request; None if that is not known.
+
+        Its choices share what the first of them computes, so the least lucky one tells.
+        """
         total = 0
         for prompt in self.prompts:
             ends = [choice.output.end for choice in self.choices if choice.prompt is prompt]
             known = [end.cached_tokens for end in ends if end is not None]
             if not known:
                 return None
-            total += max(known)
+            total += min(known)
         return total
 
 
@@ -186,8 +177,10 @@ class _Planner:
         sampling = sampling_params(
             request, max_tokens=limit, seed=choice_seed(request.seed, copy), model=self.model
         )
+        parser = self.dialect.parser(request, prompt, self.parts.text)
         detokeniser = self.parts.text.detokeniser(
             skip_special_tokens=request.skip_special_tokens,
+            show_markers=parser is not None,
             context=prompt.token_ids if prompt.continued else (),
         )
         return Choice(
@@ -202,7 +195,7 @@ class _Planner:
                 tokenized_at=self.tokenized_at,
                 cache_salt=request.cache_salt,
             ),
-            output=Output(detokeniser, self._rules(), offset=len(prompt.echo)),
+            output=Output(detokeniser, self._rules(), parser=parser, offset=len(prompt.echo)),
         )
 
     def _rules(self) -> OutputRules:

@@ -5,13 +5,14 @@ Ranges of sampling settings are checked by core.sampling.SamplingParams, which k
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, PlainValidator
 
-from core.errors import InvalidRequestError
+from router.api.fields import Strict, wrong
+from router.api.messages import Message, parse_messages
 from router.api.parsing import Parsed, known_fields, validate
+from router.api.tools import Tool, ToolChoice, parse_tool_choice, parse_tools
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
@@ -41,7 +42,6 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "mm_processor_kwargs": ({},),
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (True, False),  # says nothing where there are no tools
         "prediction": (),
         "priority": (0,),
         "prompt_cache_key": (),
@@ -55,8 +55,6 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "store": (False,),
         "structured_outputs": (),
         "suffix": ("",),
-        "tool_choice": ("none", "auto"),  # likewise
-        "tools": ([],),
         "truncate_prompt_tokens": (),
         "use_beam_search": (False,),
         "verbosity": ("medium",),
@@ -64,40 +62,25 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     }
 )
 
-_UNSERVED_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {
-        "annotations": ([],),
-        "audio": (),
-        "function_call": (),
-        "refusal": (),
-        "tool_call_id": (),
-        "tool_calls": ([],),
-    }
-)
-
-
-def _wrong(message: str) -> PydanticCustomError:
-    return PydanticCustomError("wrong_value", "{message}", {"message": message})
-
 
 def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise _wrong("must be a string or a list of strings")
+        raise wrong("must be a string or a list of strings")
     if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise _wrong(f"takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters")
+        raise wrong(f"takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters")
     return tuple(stops)
 
 
 def _biases(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
-        raise _wrong("must be an object of token ids and numbers")
+        raise wrong("must be an object of token ids and numbers")
     biases = {}
     for token_id, bias in value.items():
         if not token_id.isascii() or not token_id.isdigit() or len(token_id) > 10:
-            raise _wrong(f"keys must be token ids, not {token_id[:32]!r}")
+            raise wrong(f"keys must be token ids, not {token_id[:32]!r}")
         if isinstance(bias, bool) or not isinstance(bias, int | float):
-            raise _wrong(f"values must be numbers, not that of {token_id}")
+            raise wrong(f"values must be numbers, not that of {token_id}")
         biases[int(token_id)] = float(bias)
     return biases
 
@@ -117,73 +100,26 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
             return tuple(value)
         if all(isinstance(item, list) and all(_is_id(part) for part in item) for item in value):
             return tuple(tuple(item) for item in value)
-    raise _wrong("must be a string, a list of strings, a list of token ids or a list of such lists")
+    raise wrong("must be a string, a list of strings, a list of token ids or a list of such lists")
 
 
-def _content(value: Any) -> str:
-    """Text of a message: a string, or text parts, one to a line."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise _wrong("must be a string or a list of text parts")
-    texts = []
-    for i, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise _wrong(f"part {i} must be an object with a type")
-        if kind != "text":
-            raise _wrong(f"part {i} is of type {kind[:32]}, which is not supported; send text")
-        if not isinstance(part.get("text"), str):
-            raise _wrong(f"part {i} must have text, a string")
-        if part.keys() - {"type", "text"}:
-            raise _wrong(f"part {i} may only have type and text")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream carries besides text."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class Message(_Strict):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, PlainValidator(_content)]
-    name: str | None = None
-    reasoning_content: str | None = None
-
-
-def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, dict):
-        raise InvalidRequestError(f"{where} must be an object.", param=where)
-    fields = known_fields(value, Message, _UNSERVED_IN_MESSAGES, where=f"{where}.")
-    return validate(Message, fields, where=f"{where}.")
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise _wrong("must be a list of at least one message")
-    return tuple(_message(item, f"messages[{i}]") for i, item in enumerate(value))
-
-
 def _stream_options(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise _wrong("must be an object")
+        raise wrong("must be an object")
     fields = known_fields(
         value, StreamOptions, {"include_obfuscation": (False,)}, where="stream_options."
     )
     return validate(StreamOptions, fields, where="stream_options.")
 
 
-class GenerateRequest(_Strict):
+class GenerateRequest(Strict):
     """What both ways of asking for text share."""
 
     model: str | None = None
@@ -212,10 +148,12 @@ class GenerateRequest(_Strict):
     cache_salt: str = Field(default="", max_length=256)
 
 
-class ConversationFields(_Strict):
+class ConversationFields(Strict):
     """How a conversation becomes a prompt."""
 
-    messages: Annotated[tuple[Message, ...], PlainValidator(_messages)]
+    messages: Annotated[tuple[Message, ...], PlainValidator(parse_messages)]
+    tools: Annotated[tuple[Tool, ...], PlainValidator(parse_tools)] = ()
+    tool_choice: Annotated[ToolChoice, PlainValidator(parse_tool_choice)] = ToolChoice("auto")
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -228,13 +166,26 @@ class ConversationFields(_Strict):
             return not self.continue_final_message
         return self.add_generation_prompt
 
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """The functions that the model is told of."""
+        return () if self.tool_choice.mode == "none" else self.tools
+
 
 class ChatRequest(GenerateRequest, ConversationFields):
     """Body of POST /v1/chat/completions."""
 
     max_completion_tokens: int | None = None
+    parallel_tool_calls: bool = True
+    separate_reasoning: bool = True
+    stream_reasoning: bool = True
     logprobs: bool = False
     top_logprobs: int | None = None
+
+    @property
+    def constrained(self) -> bool:
+        """True if the text of the answer must have a form of its own from its first token on."""
+        return self.tool_choice.forced
 
 
 class CompletionRequest(GenerateRequest):
@@ -246,7 +197,10 @@ class CompletionRequest(GenerateRequest):
     add_special_tokens: bool = True
 
 
-class TokenizeTextRequest(_Strict):
+TextRequest = ChatRequest | CompletionRequest
+
+
+class TokenizeTextRequest(Strict):
     """Body of POST /tokenize with a prompt."""
 
     model: str | None = None
@@ -262,7 +216,7 @@ class TokenizeChatRequest(ConversationFields):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
     model: str | None = None

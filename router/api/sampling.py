@@ -6,8 +6,9 @@ from collections.abc import Iterable
 import xxhash
 
 from core.errors import ErrorCode, InvalidRequestError
-from core.sampling import MAX_LOGPROBS, SamplingParams
-from router.api.requests import ChatRequest, CompletionRequest, GenerateRequest
+from core.sampling import MAX_LOGPROBS, SamplingParams, StructuredOutput
+from router.api.requests import ChatRequest, CompletionRequest, GenerateRequest, TextRequest
+from router.api.tools import call_constraint
 from router.generation import ServedModel
 
 
@@ -82,7 +83,7 @@ def output_limit(
     return wanted
 
 
-def wanted_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
+def wanted_logprobs(request: TextRequest) -> int | None:
     """How many alternatives to report per token; None for no logprobs at all.
 
     Raises:
@@ -104,7 +105,7 @@ def wanted_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
 
 
 def sampling_params(
-    request: ChatRequest | CompletionRequest, *, max_tokens: int, seed: int, model: ServedModel
+    request: TextRequest, *, max_tokens: int, seed: int, model: ServedModel
 ) -> SamplingParams:
     """Sampling settings of one sequence.
 
@@ -134,7 +135,16 @@ def sampling_params(
         logprobs=wanted_logprobs(request),
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
+        structured=_structured(request),
     )
+
+
+def _structured(request: TextRequest) -> StructuredOutput | None:
+    if isinstance(request, ChatRequest) and request.tool_choice.forced:
+        return call_constraint(
+            request.tools, request.tool_choice, parallel=request.parallel_tool_calls
+        )
+    return None
 
 
 def check_token_ids(token_ids: Iterable[int], model: ServedModel, param: str) -> None:

@@ -52,14 +52,25 @@ class CallListParser:
     def feed(self, text: str) -> list[ToolEvent]:
         """Take the next piece of text."""
         events: list[ToolEvent] = []
-        for character in text:
+        for i, character in enumerate(text):
             if self._list.state is CallState.READING:
                 events += self._list.take(character)
-                if self._list.state is CallState.BROKEN and not self._list.announced:
-                    events.append(Content(self._list.raw))
-            elif self._list.state is CallState.BROKEN and not self._list.announced:
-                events.append(Content(character))
+                continue
+            if self._is_text:
+                events.append(Content(self._take_raw() + text[i:]))
+            break
+        else:
+            if self._is_text:
+                events.append(Content(self._take_raw()))
         return merged(events)
+
+    @property
+    def _is_text(self) -> bool:
+        return self._list.state is CallState.BROKEN and not self._list.announced
+
+    def _take_raw(self) -> str:
+        raw, self._list.raw = self._list.raw, ""
+        return raw
 
     def finish(self) -> list[ToolEvent]:
         """The output is over."""

@@ -70,7 +70,7 @@ class CallObject:
         match self._expect, character:
             case _Expect.OBJECT, "{":
                 self._expect = _Expect.FIRST_KEY
-            case (_Expect.FIRST_KEY | _Expect.KEY), '"':
+            case ((_Expect.FIRST_KEY | _Expect.KEY), '"'):
                 return self._begin_value(character)
             case _Expect.COLON, ":":
                 self._expect = _Expect.VALUE
@@ -78,7 +78,7 @@ class CallObject:
                 return self._begin_value(character)
             case _Expect.NEXT, ",":
                 self._expect = _Expect.KEY
-            case (_Expect.FIRST_KEY | _Expect.NEXT), "}":
+            case ((_Expect.FIRST_KEY | _Expect.NEXT), "}"):
                 return self._close()
             case _:
                 self.state = CallState.BROKEN

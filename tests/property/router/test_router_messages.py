@@ -31,8 +31,24 @@ CALLS = st.lists(st.tuples(st.sampled_from(FUNCTIONS), _arguments()), min_size=1
 WORDS = st.text(st.sampled_from("abc ,.\n<[|é"), max_size=12)
 MARKED = st.lists(
     st.sampled_from(
-        ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<think>", "</think>"]
-        + ["{", "}", '{"name": "x"', ', "arguments": {"a": 1}', "[", "]", "[ARGS]", ";", " ", "x"]
+        [
+            "<tool_call>",
+            "</tool_call>",
+            "[TOOL_CALLS]",
+            "<|python_tag|>",
+            "<think>",
+            "</think>",
+            "{",
+            "}",
+            "[",
+            "]",
+            "[ARGS]",
+            ";",
+            "x",
+            '{"name":"x"',
+            ',"arguments":{"a":1}',
+            " ",
+        ]
     ),
     max_size=10,
 ).map("".join)

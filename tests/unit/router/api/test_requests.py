@@ -7,6 +7,8 @@ from router.api.parsing import parse_json
 from router.api.requests import MAX_STOP_CHARS, ChatRequest, CompletionRequest, read
 
 USER = {"role": "user", "content": "hi"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 def _refused(model: type[Any], **fields: Any) -> InvalidRequestError:
@@ -28,7 +30,10 @@ def _refused(model: type[Any], **fields: Any) -> InvalidRequestError:
         ({"messages": [USER, {"role": "user"}]}, "messages[1].content", "is required"),
         ({"messages": [USER | {"content": 5}]}, "messages[0].content", "got 5"),
         ({"messages": [USER | {"role": "robot"}]}, "messages[0].role", "robot"),
-        ({"messages": [USER | {"tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
+        ({"messages": [USER | {"tool_calls": [{}]}]}, "messages[0].tool_calls[0].id", "required"),
+        ({"messages": [USER | {"tool_calls": [CALL]}]}, "messages[0].tool_calls", "assistant"),
+        ({"messages": [USER | {"tool_call_id": "a"}]}, "messages[0].tool_call_id", "of a tool"),
+        ({"messages": [USER | {"role": "tool"}]}, "messages[0].tool_call_id", "is required"),
         ({"messages": [USER | {"contnet": 1}]}, "messages[0].contnet", "did you mean content"),
         ({"temperature": "hot"}, "temperature", '"hot"'),
         ({"temperature": True}, "temperature", "number"),
@@ -49,7 +54,19 @@ def _refused(model: type[Any], **fields: Any) -> InvalidRequestError:
         ({"stream_options": {"usagee": 1}}, "stream_options.usagee", "Unknown field"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "boolean"),
         ({"stream_options": 1}, "stream_options", "object"),
-        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"tools": {}}, "tools", "list"),
+        ({"tools": [TOOL] * 129}, "tools", "at most 128"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name", "twice"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "is required"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
+        ({"tools": [TOOL | {"x": 1}]}, "tools[0].x", "Unknown field"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "tools[0].function.name",
+            "letters",
+        ),
+        ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice", "required"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice", "name"),
         ({"functions": [{}]}, "functions", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"audio": {}}, "audio", "not supported"),
