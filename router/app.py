@@ -7,6 +7,7 @@ x-request-id, every error has OpenAI's shape, and no input makes a 500.
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry
@@ -22,11 +23,15 @@ from router.api.errors import ClientDisconnectedError, HttpError, error_answer
 from router.api.exchange import Endpoint, Exchange
 from router.api.generate import TextEndpoint
 from router.api.metrics import ApiMetrics
+from router.api.native.dialect import NativeDialect
+from router.api.native.endpoints import NativeEndpoints
 from router.api.operations import Operations
 from router.api.parts import ApiParts, Gate, RecentRequests
+from router.api.responses.endpoints import ResponseEndpoints, ResponsesDialect
+from router.api.responses.store import ResponseStore
 from router.api.settings import ApiSettings
 from router.api.token_endpoints import TokenEndpoints
-from router.generation import Generator
+from router.generation import FleetControl, Generator
 from router.text.processor import TextProcessor
 
 MAX_REQUEST_ID_CHARS = 128
@@ -37,6 +42,8 @@ _log = logging.getLogger(__name__)
 def create_app(
     *,
     generator: Generator,
+    fleet: FleetControl,
+    facts: Mapping[str, object],
     text: TextProcessor,
     settings: ApiSettings,
     registry: CollectorRegistry,
@@ -46,6 +53,8 @@ def create_app(
 
     Args:
         generator: runs sequences on the fleet.
+        fleet: the workers as a whole.
+        facts: settings and version of this router, for /get_server_info; free of secrets.
         text: tokenizer and chat template of the served model.
         settings: what the operator decided.
         registry: gets the metrics of the API; GET /metrics shows all of it.
@@ -65,9 +74,23 @@ def create_app(
     )
     operations = Operations(parts, registry=registry, started_at=lambda: int(time.time()))
     tokens = TokenEndpoints(parts)
+    stored = ResponseStore(
+        capacity=settings.stored_responses, capacity_bytes=settings.stored_responses_bytes
+    )
+    responses = ResponseEndpoints(parts, stored)
+    native = NativeEndpoints(parts, fleet, facts=facts)
     routes = [
         _post("/v1/chat/completions", TextEndpoint(parts, ChatDialect())),
         _post("/v1/completions", TextEndpoint(parts, CompletionDialect())),
+        _post("/v1/responses", TextEndpoint(parts, ResponsesDialect(stored))),
+        _get("/v1/responses/{id}", responses.get),
+        _delete("/v1/responses/{id}", responses.delete),
+        _post("/v1/responses/{id}/cancel", responses.cancel),
+        _post("/generate", TextEndpoint(parts, NativeDialect())),
+        _post("/abort_request", native.abort),
+        _post("/flush_cache", native.flush_cache),
+        _get("/get_model_info", native.model_info),
+        _get("/get_server_info", native.server_info),
         _post("/tokenize", tokens.tokenize),
         _post("/v1/tokenize", tokens.tokenize),
         _post("/detokenize", tokens.detokenize),
@@ -133,6 +156,10 @@ def _post(path: str, endpoint: Endpoint) -> Route:
 
 def _get(path: str, endpoint: Endpoint) -> Route:
     return Route(path, _EndpointApp(endpoint), methods=["GET"])
+
+
+def _delete(path: str, endpoint: Endpoint) -> Route:
+    return Route(path, _EndpointApp(endpoint), methods=["DELETE"])
 
 
 async def _answer_error(error: Exception, exchange: Exchange) -> None:

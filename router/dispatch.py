@@ -123,6 +123,18 @@ class Dispatcher:
         timeline = self._timelines.get(request_id)
         return None if timeline is None else timeline.as_dict()
 
+    def abort(self, request_id: str) -> bool:
+        """End a sequence with what it has; see Generator."""
+        run = self._runs.get(request_id)
+        if run is None or run.ledger.state is RequestState.ENDED:
+            return False
+        self._carry_out(run, run.ledger.abort())
+        return True
+
+    def abort_all(self) -> int:
+        """End every sequence with what it has; see Generator."""
+        return sum([self.abort(request_id) for request_id in list(self._runs)])
+
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing more and wait for what runs; end with an error what is left."""
         self._draining = True

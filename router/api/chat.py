@@ -19,7 +19,7 @@ class ChatDialect:
     """Conversations in, messages out."""
 
     name = "chat"
-    id_prefix = "chatcmpl"
+    id_prefix = "chatcmpl-"
     prompt_field = "messages"
 
     def read(self, data: Mapping[str, Any]) -> TextRequest:
@@ -70,6 +70,10 @@ class ChatDialect:
             short_ids=tool_format is not None and tool_format.short_ids,
             one_call=not request.parallel_tool_calls,
         )
+
+    def aliases(self, request: TextRequest) -> list[str]:
+        """The client's own name of the request, if it gave one."""
+        return [request.rid] if request.rid else []
 
     def answer(self, request: TextRequest, facts: AnswerFacts) -> Answer:
         """An answer in the endpoint's own shape."""

@@ -16,7 +16,7 @@ class CompletionDialect:
     """Prompts in, text out."""
 
     name = "completions"
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
     prompt_field = "prompt"
 
     def read(self, data: Mapping[str, Any]) -> TextRequest:
@@ -39,6 +39,10 @@ class CompletionDialect:
     ) -> MessageParser | None:
         """All text is content."""
         return None
+
+    def aliases(self, request: TextRequest) -> list[str]:
+        """The client's own name of the request, if it gave one."""
+        return [request.rid] if request.rid else []
 
     def answer(self, request: TextRequest, facts: AnswerFacts) -> Answer:
         """An answer in the endpoint's own shape."""

@@ -82,8 +82,10 @@ class TextEndpoint:
         async with self._cut_off(deadline):
             job = await make_job(self._parts, self._dialect, request, exchange, deadline)
             names = [choice.request.request_id for choice in job.choices]
-            for name in {exchange.request_id, job.answer_id}:
-                self._parts.recent.remember(name, names)
+            aliases = self._dialect.aliases(request)
+            known_as = {exchange.request_id: names, job.answer_id: names, **job.named(aliases)}
+            for name, parts in known_as.items():
+                self._parts.recent.remember(name, parts)
             self._parts.metrics.prompt_tokens.inc(job.usage().prompt_tokens)
             facts = AnswerFacts(
                 answer_id=job.answer_id,

@@ -21,6 +21,7 @@ from router.api.sampling import (
     choice_seed,
     output_limit,
     sampling_params,
+    wanted_logprobs,
     wanted_tokens,
 )
 from router.generation import GenerationRequest, ServedModel
@@ -59,6 +60,10 @@ class Dialect(Protocol):
         """The output's limit where the client set none; None for the rest of the context."""
         ...
 
+    def aliases(self, request: TextRequest) -> list[str]:
+        """The client's own names: none, one for all of it, or one for each prompt."""
+        ...
+
     def answer(self, request: TextRequest, facts: AnswerFacts) -> Answer:
         """Makes what writes the answer."""
         ...
@@ -72,6 +77,12 @@ class Job:
     prompts: Sequence[Prompt]
     choices: Sequence[Choice]
     answer_id: str
+
+    def named(self, aliases: Sequence[str]) -> dict[str, list[str]]:
+        """Which sequences each of the client's names stands for."""
+        share = len(self.choices) // max(1, len(aliases))
+        names = [choice.request.request_id for choice in self.choices]
+        return {alias: names[i * share : (i + 1) * share] for i, alias in enumerate(aliases)}
 
     def usage(self) -> Usage:
         """What the whole request has used so far."""
@@ -134,7 +145,7 @@ async def make_job(
         dialect=dialect,
         request=request,
         model=model,
-        answer_id=f"{dialect.id_prefix}-{unique}",
+        answer_id=f"{dialect.id_prefix}{unique}",
         received_at=exchange.received_at,
         tokenized_at=parts.clock(),
         deadline=deadline,
@@ -207,6 +218,6 @@ class _Planner:
             stop_ids=eos_ids.union(request.stop_token_ids),
             eos_ids=eos_ids,
             min_tokens=request.min_tokens,
-            logprobs=request.logprobs not in (None, False),
+            logprobs=wanted_logprobs(request) is not None,
             token_ids=request.return_token_ids,
         )

@@ -90,6 +90,7 @@ class Output:
         self._chars = offset
         self.num_tokens = 0
         """Tokens taken, up to the one that ended the output."""
+        self._num_undecided = 0
         self.num_reasoning = 0
         """Those that were reasoning, its markers included."""
         self.finish_reason: str | None = None
@@ -146,7 +147,11 @@ class Output:
     def _parse(self, text: str, parser: MessageParser, piece: Piece) -> None:
         thinking = parser.thinking
         piece.extend(parser.feed(text))
-        self.num_reasoning += thinking or parser.thinking
+        self._num_undecided += 1
+        if thinking or parser.thinking:
+            self.num_reasoning += self._num_undecided
+        if not parser.undecided:
+            self._num_undecided = 0
         if parser.complete:
             self.finish_reason = "tool_calls"
 

@@ -5,7 +5,7 @@ Ranges of sampling settings are checked by core.sampling.SamplingParams, which k
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
@@ -44,7 +44,6 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "moderation": (),
         "prediction": (),
         "priority": (0,),
-        "prompt_cache_key": (),
         "prompt_cache_retention": (),
         "prompt_logprobs": (),
         "reasoning_effort": ("none",),
@@ -89,7 +88,7 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
+def parse_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     """One prompt or several, each text or token ids."""
     if isinstance(value, str):
         return (value,)
@@ -119,14 +118,11 @@ def _stream_options(value: Any) -> Any:
     return validate(StreamOptions, fields, where="stream_options.")
 
 
-class GenerateRequest(Strict):
-    """What both ways of asking for text share."""
+class SamplingFields(Strict):
+    """What every endpoint that generates takes under the same names."""
 
     model: str | None = None
     stream: bool = False
-    stream_options: Annotated[StreamOptions, BeforeValidator(_stream_options)] = StreamOptions()
-    n: int = Field(default=1, ge=1)
-    max_tokens: int | None = None
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -142,10 +138,25 @@ class GenerateRequest(Strict):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    return_token_ids: bool = False
     user: str | None = None
     safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    """Taken for what it hints at: placement goes by the prompt itself."""
     cache_salt: str = Field(default="", max_length=256)
+
+
+class GenerateRequest(SamplingFields):
+    """What chats and completions share."""
+
+    limit_field: ClassVar[str] = "max_tokens"
+    """Name of the field that limits the output."""
+
+    stream_options: Annotated[StreamOptions, BeforeValidator(_stream_options)] = StreamOptions()
+    n: int = Field(default=1, ge=1)
+    max_tokens: int | None = None
+    return_token_ids: bool = False
+    rid: str | None = Field(default=None, max_length=128)
+    """A name of the client's own, for /abort_request."""
 
 
 class ConversationFields(Strict):
@@ -191,7 +202,7 @@ class ChatRequest(GenerateRequest, ConversationFields):
 class CompletionRequest(GenerateRequest):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_prompts)]
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_prompts)]
     echo: bool = False
     logprobs: int | None = None
     add_special_tokens: bool = True

@@ -32,7 +32,7 @@ def wanted_tokens(request: GenerateRequest) -> int | None:
     Raises:
         InvalidRequestError: both names, two values; or a limit below 1.
     """
-    name, limit = "max_tokens", request.max_tokens
+    name, limit = request.limit_field, request.max_tokens
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
         if limit not in (None, request.max_completion_tokens):
             raise InvalidRequestError(

@@ -152,7 +152,7 @@ def _tool(value: Any, where: str) -> Tool:
     kind = value.get("type", "function")
     if isinstance(kind, str) and kind != "function":
         raise InvalidRequestError(
-            f"{where} of type {kind[:32]!r} is not supported; send functions.",
+            f"{where}.type {kind[:32]!r} is not supported; send functions.",
             param=f"{where}.type",
         )
     tool = validate(Tool, known_fields(value, Tool, {}, where=f"{where}."), where=f"{where}.")

@@ -89,6 +89,11 @@ class MessageParser:
         """True while what comes is reasoning."""
         return self._reasoning is not None and self._reasoning.inside
 
+    @property
+    def undecided(self) -> bool:
+        """True while it can't be said yet whether the text is reasoning."""
+        return self._reasoning is not None and self._reasoning.undecided
+
     def feed(self, text: str) -> MessageDelta:
         """Take the next piece of text."""
         delta = MessageDelta()

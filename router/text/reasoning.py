@@ -52,6 +52,11 @@ class ReasoningSplit:
         """True while what comes is reasoning."""
         return self._at is _At.REASONING
 
+    @property
+    def undecided(self) -> bool:
+        """True while the text may still turn out to be either."""
+        return self._at is _At.START
+
     def feed(self, text: str) -> Parted:
         """Take the next piece of text."""
         reasoning = ""

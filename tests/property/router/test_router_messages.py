@@ -29,29 +29,12 @@ def _arguments() -> st.SearchStrategy[dict[str, object]]:
 
 CALLS = st.lists(st.tuples(st.sampled_from(FUNCTIONS), _arguments()), min_size=1, max_size=3)
 WORDS = st.text(st.sampled_from("abc ,.\n<[|é"), max_size=12)
-MARKED = st.lists(
-    st.sampled_from(
-        [
-            "<tool_call>",
-            "</tool_call>",
-            "[TOOL_CALLS]",
-            "<|python_tag|>",
-            "<think>",
-            "</think>",
-            "{",
-            "}",
-            "[",
-            "]",
-            "[ARGS]",
-            ";",
-            "x",
-            '{"name":"x"',
-            ',"arguments":{"a":1}',
-            " ",
-        ]
-    ),
-    max_size=10,
-).map("".join)
+MARKS = [
+    *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"),
+    *("<think>", "</think>", '{"name": "x"', ', "arguments": {"a": 1}'),
+    *("{", "}", "[", "]", ";", " ", "x"),
+]
+MARKED = st.lists(st.sampled_from(MARKS), max_size=10).map("".join)
 
 
 def _object(call: Call, arguments: str = "arguments", *, turned: bool = False) -> str:

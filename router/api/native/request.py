@@ -1,0 +1,178 @@
+"""The body of POST /generate, and the completion that it amounts to."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, PlainValidator
+
+from core.errors import InvalidRequestError
+from router.api.fields import Strict, wrong
+from router.api.parsing import known_fields, validate
+from router.api.requests import CompletionRequest, SamplingFields, parse_prompts
+
+MAX_NEW_TOKENS = 128
+"""Limit of an output where the client sets none. Source: SGLang's default."""
+
+_UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "audio_data": (),
+        "bootstrap_host": (),
+        "bootstrap_port": (),
+        "bootstrap_room": (),
+        "custom_logit_processor": (),
+        "data_parallel_rank": (),
+        "image_data": (),
+        "input_embeds": (),
+        "log_metrics": (True,),
+        "logprob_start_len": (-1,),
+        "lora_id": (),
+        "lora_path": (),
+        "modalities": (),
+        "priority": (0,),
+        "return_hidden_states": (False,),
+        "return_text_in_logprobs": (False,),
+        "session_params": (),
+        "token_ids_logprob": (),
+        "video_data": (),
+    }
+)
+_UNSERVED_SAMPLING: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "custom_params": (),
+        "ebnf": (),
+        "json_schema": (),
+        "regex": (),
+        "spaces_between_special_tokens": (True,),
+        "stop_regex": (),
+        "stream_interval": (),
+        "structural_tag": (),
+    }
+)
+
+
+class NativeSampling(Strict):
+    """Field `sampling_params`."""
+
+    max_new_tokens: int = MAX_NEW_TOKENS
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Any = None
+    stop: Any = None
+    stop_token_ids: list[int] = Field(default_factory=list)
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+    sampling_seed: int | None = None
+    n: int = Field(default=1, ge=1)
+
+
+_OWN_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "no_stop_trim": "include_stop_str_in_output",
+    "sampling_seed": "seed",
+}
+
+
+def _sampling(value: Any) -> NativeSampling:
+    if isinstance(value, list):
+        if not value or any(other != value[0] for other in value):
+            raise wrong("must be one object; several that differ are not supported")
+        value = value[0]
+    if not isinstance(value, dict):
+        raise wrong("must be an object")
+    where = "sampling_params."
+    fields = known_fields(value, NativeSampling, _UNSERVED_SAMPLING, where=where)
+    return validate(NativeSampling, fields, where=where)
+
+
+def parse_names(value: Any) -> tuple[str, ...]:
+    """One name or several."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and 0 < len(name) <= 128 for name in names
+    ):
+        raise wrong("must be a string of 1 to 128 characters, or a list of such")
+    return tuple(names)
+
+
+class NativeBody(Strict):
+    """Body of POST /generate."""
+
+    model: str | None = None
+    text: Annotated[tuple[str, ...], PlainValidator(parse_prompts)] | None = None
+    input_ids: Annotated[tuple[tuple[int, ...], ...], PlainValidator(parse_prompts)] | None = None
+    sampling_params: Annotated[NativeSampling, PlainValidator(_sampling)] = NativeSampling()
+    rid: Annotated[tuple[str, ...], PlainValidator(parse_names)] = ()
+    return_logprob: bool = False
+    top_logprobs_num: int = 0
+    stream: bool = False
+    extra_key: str = Field(default="", max_length=256)
+
+
+class NativeRequest(CompletionRequest):
+    """The completion that a body amounts to."""
+
+    limit_field: ClassVar[str] = "max_new_tokens"
+
+    batch: bool
+    """The answer is a list, one entry per prompt and choice."""
+    rids: tuple[str, ...]
+    """The client's names of the prompts, one each or none."""
+
+
+def read_native(data: Mapping[str, Any]) -> NativeRequest:
+    """Check the fields of a body.
+
+    Raises:
+        InvalidRequestError: names the first field that is wrong.
+    """
+    body = validate(NativeBody, known_fields(data, NativeBody, _UNSERVED))
+    field = "text" if body.text is not None else "input_ids"
+    prompts = body.text if body.text is not None else body.input_ids
+    if prompts is None or (body.text is not None and body.input_ids is not None):
+        raise InvalidRequestError("Send text or input_ids, one of them.", param="text")
+    wanted = str if field == "text" else tuple
+    if not all(isinstance(prompt, wanted) for prompt in prompts):
+        raise InvalidRequestError(
+            f"{field} must be {'text' if field == 'text' else 'token ids'} or a list of it.",
+            param=field,
+        )
+    if body.rid and len(body.rid) != len(prompts):
+        raise InvalidRequestError(
+            f"rid has {len(body.rid)} names for {len(prompts)} prompts.", param="rid"
+        )
+    if body.top_logprobs_num and not body.return_logprob:
+        raise InvalidRequestError(
+            "top_logprobs_num needs return_logprob to be true.", param="top_logprobs_num"
+        )
+    sampling = {
+        _OWN_NAMES.get(name, name): value
+        for name, value in body.sampling_params.model_dump(exclude_none=True).items()
+    }
+    checked = validate(
+        SamplingFields,
+        {name: value for name, value in sampling.items() if name in SamplingFields.model_fields},
+        where="sampling_params.",
+    )
+    several = isinstance(data[field], list) and (
+        field == "text" or isinstance(data[field][0], list)
+    )
+    return NativeRequest.model_construct(
+        **{name: getattr(checked, name) for name in SamplingFields.model_fields}
+        | {"model": body.model, "stream": body.stream, "cache_salt": body.extra_key},
+        prompt=prompts,
+        n=body.sampling_params.n,
+        max_tokens=body.sampling_params.max_new_tokens,
+        logprobs=body.top_logprobs_num if body.return_logprob else None,
+        return_token_ids=True,
+        batch=several or body.sampling_params.n > 1,
+        rids=body.rid,
+    )

@@ -1,0 +1,120 @@
+"""The body of POST /v1/responses, and the chat that it amounts to."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, PlainValidator
+
+from core.errors import InvalidRequestError
+from router.api.fields import wrong
+from router.api.messages import Message
+from router.api.parsing import known_fields, validate
+from router.api.requests import UNSERVED as UNSERVED_ANYWHERE
+from router.api.requests import ChatRequest, SamplingFields
+from router.api.responses.items import messages_of
+from router.api.tools import Tool, ToolChoice, parse_tool_choice, parse_tools
+
+UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        **UNSERVED_ANYWHERE,
+        "background": (False,),
+        "context_management": (),
+        "conversation": (),
+        "include": ([],),
+        "max_tool_calls": (),
+        "prompt": (),
+        "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
+        "text": ({"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
+        "top_logprobs": (0,),
+        "truncation": ("disabled",),
+    }
+)
+
+
+def _input(value: Any) -> str | list[Any]:
+    if isinstance(value, str) or (isinstance(value, list) and value):
+        return value
+    raise wrong("must be a string or a list of at least one item")
+
+
+def _tools(value: Any) -> tuple[Tool, ...]:
+    """Tools in the flat form of this endpoint."""
+    if not isinstance(value, list):
+        raise wrong("must be a list of tools")
+    nested = []
+    for item in value:
+        if isinstance(item, dict) and item.get("type") == "function":
+            function = {key: each for key, each in item.items() if key != "type"}
+            nested.append({"type": "function", "function": function})
+        else:
+            nested.append(item)
+    return parse_tools(nested)
+
+
+def _tool_choice(value: Any) -> ToolChoice:
+    if isinstance(value, dict) and value.get("type") == "function" and "name" in value:
+        value = {"type": "function", "function": {k: v for k, v in value.items() if k != "type"}}
+    return parse_tool_choice(value)
+
+
+def _stream_options(value: Any) -> Any:
+    if value != {"include_obfuscation": False}:
+        raise wrong("may only be {include_obfuscation: false}")
+    return value
+
+
+class ResponsesBody(SamplingFields):
+    """Body of POST /v1/responses."""
+
+    input: Annotated[str | list[Any], PlainValidator(_input)]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    previous_response_id: str | None = None
+    store: bool = True
+    metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
+    tools: Annotated[tuple[Tool, ...], PlainValidator(_tools)] = ()
+    tool_choice: Annotated[ToolChoice, PlainValidator(_tool_choice)] = ToolChoice("auto")
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    stream_options: Annotated[Any, PlainValidator(_stream_options)] = None
+
+
+class ResponsesRequest(ChatRequest):
+    """The chat that a body amounts to."""
+
+    limit_field: ClassVar[str] = "max_output_tokens"
+
+    body: ResponsesBody
+    """What the client sent."""
+
+
+def read_body(data: Mapping[str, Any]) -> ResponsesBody:
+    """Check the fields of a body.
+
+    Raises:
+        InvalidRequestError: names the first field that is wrong.
+    """
+    return validate(ResponsesBody, known_fields(data, ResponsesBody, UNSERVED))
+
+
+def as_chat(body: ResponsesBody, earlier: Sequence[Message]) -> ResponsesRequest:
+    """The chat of a body that goes on from `earlier` messages.
+
+    Raises:
+        InvalidRequestError: names the item of the input that is wrong.
+    """
+    instructions = [Message(role="system", content=body.instructions)] if body.instructions else []
+    messages = (*instructions, *earlier, *messages_of(body.input))
+    if not messages:
+        raise InvalidRequestError("input holds no message.", param="input")
+    return ResponsesRequest.model_construct(
+        **{name: getattr(body, name) for name in SamplingFields.model_fields},
+        messages=messages,
+        max_tokens=body.max_output_tokens,
+        tools=body.tools,
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        chat_template_kwargs=body.chat_template_kwargs,
+        body=body,
+    )
