@@ -96,6 +96,12 @@ class SamplingParams:
         )
         for token_id, bias in self.logit_bias.items():
             _require("logit_bias", -100 <= bias <= 100, "in [-100, 100]", f"{token_id}: {bias}")
+        if self.structured is not None and self.ignore_eos:
+            raise InvalidRequestError(
+                "ignore_eos goes on past the end of the output, and a structured output ends with "
+                "its structure; send one of them.",
+                param="ignore_eos",
+            )
         if self.logprobs is not None:
             _require("logprobs", 0 <= self.logprobs <= MAX_LOGPROBS, "in [0, 20]", self.logprobs)
 

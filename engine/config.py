@@ -50,6 +50,8 @@ class EngineConfig:
     """auto: flashinfer on a GPU that can have it, else torch_native."""
     cuda_graphs: bool = True
     """Replay decode steps on a GPU as one launch; without, the same kernels one by one."""
+    grammar_backend: Literal["llguidance", "xgrammar"] = "llguidance"
+    """Library that holds structured outputs to their definitions; the same on all workers."""
     num_threads: int | None = None
     """Compute threads, shared by the ranks; None: every core this process may use."""
     seed: int = 0

@@ -33,6 +33,8 @@ from core.tokens import TokenLogprobs
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
 from engine.executor import Executor
+from engine.grammar.compiler import GrammarCompiler
+from engine.grammar.desk import GrammarDesk
 from engine.in_flight import StepsInFlight
 from engine.intake import Intake
 from engine.kv.allocator import BlockAllocator
@@ -85,7 +87,9 @@ class Engine:
         model_digest: bytes,
         clock: Clock = monotonic,
         metrics: EngineMetrics | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
+        """Put the parts together; without `grammars` there is no structured output."""
         model, pool = executor.model_config, executor.pool
         block_size = pool.layout.block_size
         model_len = model.max_position
@@ -93,6 +97,7 @@ class Engine:
             model_len = min(model_len, config.max_model_len)
         self._executor = executor
         self._in_flight = StepsInFlight(executor)
+        self._grammars = GrammarDesk(grammars, self._in_flight, model.vocab_size)
         self._clock = clock
         self._metrics = metrics
         self._log = logging.getLogger(__name__)
@@ -154,7 +159,16 @@ class Engine:
         """
         if self._ended or self._in_flight:
             return True
-        return bool(self._live) and not self._stuck
+        return bool(self._live) and (not self._stuck or self._grammars.has_news)
+
+    @property
+    def waits_for_grammar(self) -> bool:
+        """True if `has_work` may turn true by itself, once a grammar is compiled."""
+        return len(self._grammars) > 0
+
+    def await_grammar(self, timeout_s: float) -> None:
+        """Wait for that, in a caller that has nothing else to do."""
+        self._grammars.await_news(timeout_s)
 
     @property
     def num_waiting(self) -> int:
@@ -177,13 +191,14 @@ class Engine:
             OverloadedError: the waiting queue is full.
         """
         sequence = self._sequence_of(request)
+        self._grammars.ask(sequence)
         try:
             self._scheduler.add(sequence)
         except OverloadedError as error:
             rate = self._rates.prefill_tokens_per_s
             wait_s = self._scheduler.backlog_tokens / rate if rate else 1.0
             raise OverloadedError(error.message, retry_after_s=max(1.0, wait_s)) from None
-        self._live[sequence.request_id] = sequence
+        self._enter(sequence)
         self._stuck = False
 
     def abort(self, request_id: str) -> bool:
@@ -198,6 +213,7 @@ class Engine:
         sequence = self._live.pop(request_id, None)
         if sequence is None:
             return False
+        self._grammars.leave(sequence)
         self._scheduler.abort(sequence)
         self._leaving.append(sequence)
         self._free_left()
@@ -210,9 +226,12 @@ class Engine:
         A failing executor fails the sequences of this step only; the error is in their outputs.
         """
         self.reap()
+        refused = self._take_grammars() if self._grammars else []
         while self._in_flight.has_room and self._launch():
             pass
-        return self._land() if self._in_flight else StepOutputs()
+        outputs = self._land() if self._in_flight else StepOutputs()
+        outputs.outputs[:0] = refused
+        return outputs
 
     def settle(self) -> list[StepOutputs]:
         """Wait for what is in flight without starting a step. Returns what it did, in order.
@@ -272,6 +291,7 @@ class Engine:
             InvalidRequestError: it can never be served, or its id is in use.
         """
         sequence = self._sequence_of(request)
+        self._grammars.ask(sequence)
         if not self._scheduler.reserve(sequence):
             return None
         reservation = Reservation(
@@ -313,8 +333,10 @@ class Engine:
         assert self._is_open(reservation), f"reservation {reservation.request_id} is not open"
         _, sequence = self._reserved.pop(reservation.request_id)
         self._scheduler.adopt(sequence, first_token)
-        ended = sequence.status is SequenceStatus.ENDED
-        (self._ended if ended else self._live)[sequence.request_id] = sequence
+        if sequence.status is SequenceStatus.ENDED:
+            self._ended[sequence.request_id] = sequence
+        else:
+            self._enter(sequence)
         self._stuck = False
         return sequence.report(first_token, logprobs)
 
@@ -364,6 +386,20 @@ class Engine:
             counted, expected = sequence.steps_in_flight, in_flight.pop(sequence, 0)
             assert counted == expected, f"{sequence.request_id}: {expected} steps in flight"
         assert not in_flight, "a step in flight computes a sequence that nobody owns"
+
+    def _enter(self, sequence: SequenceState) -> None:
+        self._live[sequence.request_id] = sequence
+        self._grammars.wait(sequence)
+
+    def _take_grammars(self) -> list[SequenceOutput]:
+        """Let sequences go on whose grammar is there, and end those that will never have one."""
+        refused = []
+        for sequence, error in self._grammars.take():
+            self._stuck = False
+            if error is not None:
+                refused.append(self._scheduler.refuse(sequence, error))
+                self._ended[sequence.request_id] = self._live.pop(sequence.request_id)
+        return refused
 
     def _launch(self) -> bool:
         """Plan a step and start it, if there is anything to do."""

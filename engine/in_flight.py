@@ -13,6 +13,7 @@ from core.errors import DiptychError
 from engine.executor import Executor, PendingStep
 from engine.plan import StepResult
 from engine.scheduler import ScheduledStep
+from engine.sequence import SequenceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,24 @@ class _NotComputed:
         raise self.error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _InFlight:
     step: ScheduledStep
     pending: PendingStep
     started_at: float
+    outcome: StepResult | Exception | None = None
+    """None until somebody has waited for it."""
+
+    def settle(self) -> StepResult | Exception:
+        if self.outcome is None:
+            try:
+                self.outcome = self.pending.wait()
+            except Exception as error:
+                self.outcome = error
+            except BaseException:
+                self.pending = _NotComputed(_interrupted())
+                raise
+        return self.outcome
 
 
 class StepsInFlight:
@@ -78,16 +92,23 @@ class StepsInFlight:
 
     def wait(self) -> FinishedStep:
         """Wait for the oldest step."""
-        oldest = self._steps.popleft()
-        try:
-            outcome: StepResult | Exception = oldest.pending.wait()
-        except Exception as error:
-            outcome = error
-        except BaseException:
-            cut_off = _InFlight(oldest.step, _NotComputed(_interrupted()), oldest.started_at)
-            self._steps.appendleft(cut_off)
-            raise
+        oldest = self._steps[0]
+        outcome = oldest.settle()
+        self._steps.popleft()
         return FinishedStep(oldest.step, outcome, oldest.started_at)
+
+    def token_of(self, sequence: SequenceState) -> int | None:
+        """The token that the newest step samples for a sequence, waited for; None if it failed.
+
+        The step stays in flight: whoever waits for it later gets the same result.
+        """
+        newest = self._steps[-1]
+        outcome = newest.settle()
+        if not isinstance(outcome, StepResult):
+            return None
+        token_id = outcome.token_ids[newest.step.sequences.index(sequence)]
+        assert token_id is not None, "the token is not pending in the newest step"
+        return token_id
 
 
 def _interrupted() -> DiptychError:

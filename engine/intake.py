@@ -51,6 +51,11 @@ class Intake:
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
         self._check_ids("logit_bias", list(sampling.logit_bias))
         eos_ids = () if sampling.ignore_eos else self._eos_token_ids
+        if sampling.structured is not None and not eos_ids:
+            raise InvalidRequestError(
+                "The model names no end-of-sequence token, and a structured output ends with one.",
+                param="structured",
+            )
         root = self._root_hash
         hashes: list[bytes] = []
         if root is not None and request.block_hashes is not None:

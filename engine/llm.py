@@ -14,7 +14,10 @@ from engine.build import build_executor
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import Executor
+from engine.grammar.build import build_grammars
 from engine.request import EngineRequest, SequenceOutput
+
+_GRAMMAR_WAIT_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +39,12 @@ class LLM:
         self._executor = executor or build_executor(config)
         self._max_waiting = config.max_waiting
         self._num_requests = 0
-        self.engine = Engine(config, self._executor, model_digest=self._executor.model_digest)
+        self.engine = Engine(
+            config,
+            self._executor,
+            model_digest=self._executor.model_digest,
+            grammars=build_grammars(config, self._executor.model_config),
+        )
 
     def generate(
         self,
@@ -94,6 +102,8 @@ class LLM:
                 if request is None:
                     break
                 self.engine.add(request)
+            if not self.engine.has_work and self.engine.waits_for_grammar:
+                self.engine.await_grammar(_GRAMMAR_WAIT_S)
             for output in self.engine.step().outputs:
                 if output.error is not None:
                     raise output.error

@@ -6,9 +6,13 @@ they are not frozen: that would make them slow to build (see `benchmarks.engine_
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from core.sampling import SamplingParams
 from core.tokens import TokenLogprobs
+
+if TYPE_CHECKING:
+    from engine.grammar.backend import Words
 
 PENDING = -1
 """In `Chunk.token_ids`: the token that the step before samples for this sequence.
@@ -16,6 +20,17 @@ PENDING = -1
 That step is still under way, so only the executor's device will know it. It is always the only
 token of its chunk.
 """
+
+
+class TokenMask(Protocol):
+    """Which tokens may be sampled. Of the ids that a mask allows, some are in the vocabulary."""
+
+    def words(self) -> "Words":
+        """int32, [ceil(vocab_size / 32)]; token t is allowed if bit t % 32 of word t // 32 is set.
+
+        Read while the step is submitted, after the model's work was queued where that is possible:
+        if a token is pending, this waits for it.
+        """
 
 
 @dataclass(slots=True)
@@ -32,6 +47,8 @@ class SampleSpec:
     sequence with penalties is never planned while a token of it is pending."""
     banned_ids: Sequence[int] = ()
     """Ids that may not be sampled now (end of sequence before min_tokens)."""
+    mask: TokenMask | None = None
+    """None: all other ids may be sampled."""
 
 
 @dataclass(slots=True)

@@ -137,6 +137,8 @@ class Scheduler:
         decodes: list[SequenceState] = []
         prefills: list[SequenceState] = []
         for sequence in self._running:
+            if sequence.waits_for_grammar:
+                continue
             if not sequence.num_pending:
                 (prefills if sequence.num_unscheduled > 1 else decodes).append(sequence)
             elif sequence.ends_when_known:
@@ -174,6 +176,11 @@ class Scheduler:
             sequence.num_computed = chunk.start + len(chunk.token_ids)
             if token_id is not None:
                 sequence.num_pending -= 1
+                error = sequence.unusable_token
+                if error is not None:
+                    ended.append(sequence)
+                    outputs.append(self._end_failed(sequence, error))
+                    continue
                 if sequence.append(token_id) is not None:
                     sequence.status = SequenceStatus.ENDED
                     ended.append(sequence)
@@ -189,11 +196,15 @@ class Scheduler:
         for sequence in step.sequences:
             sequence.steps_in_flight -= 1
             if sequence.status is not SequenceStatus.ENDED:
-                sequence.finish_reason = FinishReason.FAILED
-                sequence.status = SequenceStatus.ENDED
                 ended.append(sequence)
+        outputs = [self._end_failed(sequence, error) for sequence in ended]
         self._drop_ended()
-        return StepEffect([sequence.report(error=error) for sequence in ended], ended)
+        return StepEffect(outputs, ended)
+
+    def refuse(self, sequence: SequenceState, error: DiptychError) -> SequenceOutput:
+        """End a waiting or running sequence with a cause. It still has its blocks."""
+        self.abort(sequence)
+        return self._end_failed(sequence, error)
 
     def abort(self, sequence: SequenceState) -> None:
         """End a waiting or running sequence now. It still has its blocks."""
@@ -311,7 +322,8 @@ class Scheduler:
 
     def _candidates(self) -> list[SequenceState]:
         queued = self._policy(self._waiting.values(), self._tables.cached_prefix, self._clock())
-        return list(islice(chain(self._preempted, queued), self._num_seats + MAX_DEFERRED))
+        ready = (s for s in chain(self._preempted, queued) if not s.waits_for_grammar)
+        return list(islice(ready, self._num_seats + MAX_DEFERRED))
 
     def _fits(self, sequence: SequenceState, matched: Sequence[int]) -> bool:
         """True if all its tokens fit beside what running prompts still need and the watermark."""
@@ -324,6 +336,11 @@ class Scheduler:
             self._next_age += 1
         sequence.status = SequenceStatus.RUNNING
         insort(self._running, sequence, key=_age)
+
+    def _end_failed(self, sequence: SequenceState, error: DiptychError) -> SequenceOutput:
+        sequence.finish_reason = FinishReason.FAILED
+        sequence.status = SequenceStatus.ENDED
+        return sequence.report(error=error)
 
     def _drop_ended(self) -> None:
         self._running = [

@@ -16,6 +16,7 @@ from core.errors import DiptychError
 from core.finish import FinishReason
 from core.sampling import SamplingParams
 from core.tokens import TokenLogprobs
+from engine.grammar.state import OutputGrammar
 from engine.plan import SampleSpec
 from engine.request import SequenceOutput
 
@@ -52,6 +53,8 @@ class SequenceState:
     needs_history: bool
     """True if a token can't be sampled before the host knows all tokens that precede it."""
     arrived_at: float
+    grammar: OutputGrammar | None = None
+    """What the output must be; None: anything."""
     status: SequenceStatus = SequenceStatus.WAITING
     expected_cached: int = 0
     """Tokens that the prefix cache was seen to hold while the sequence waits; an estimate."""
@@ -85,6 +88,16 @@ class SequenceState:
         return len(self.token_ids) + self.num_pending - self.num_scheduled
 
     @property
+    def waits_for_grammar(self) -> bool:
+        """True while its grammar is being compiled."""
+        return self.grammar is not None and not self.grammar.begun
+
+    @property
+    def unusable_token(self) -> DiptychError | None:
+        """Why the token that was sampled next can't be appended; None if it can."""
+        return None if self.grammar is None else self.grammar.error_at(len(self.output_ids))
+
+    @property
     def ends_when_known(self) -> bool:
         """True if the pending token is the last one, whatever it will be."""
         return self.prefill_only or len(self.token_ids) + self.num_pending >= self.max_len
@@ -92,8 +105,13 @@ class SequenceState:
     def sample_spec(self) -> SampleSpec:
         """How to sample the token after all pending ones. Lists are shared, not copied."""
         position = len(self.output_ids) + self.num_pending
-        banned = self.end_ids if position < self.sampling.min_tokens else ()
-        return SampleSpec(self.sampling, position, self.prompt_ids, self.output_ids, banned)
+        if self.grammar is None:
+            mask = None
+            banned = self.end_ids if position < self.sampling.min_tokens else ()
+        else:
+            mask = self.grammar.mask(position)
+            banned = ()  # the mask knows of min_tokens
+        return SampleSpec(self.sampling, position, self.prompt_ids, self.output_ids, banned, mask)
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take a sampled token and say whether it ends the sequence, and how."""

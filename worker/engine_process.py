@@ -19,6 +19,7 @@ from core.clock import monotonic
 from engine.build import build_executor
 from engine.engine import Engine
 from engine.executor import Executor, ExecutorLostError
+from engine.grammar.build import build_grammars
 from engine.metrics import EngineMetrics
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.logs import setup
@@ -81,7 +82,9 @@ def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) ->
     dtype = executor.pool.layout.dtype
     digest = _kv_digest(executor.model_digest, dtype)
     metrics = EngineMetrics(registry)
-    engine = Engine(config, executor, model_digest=digest, metrics=metrics)
+    progress("reading the vocabulary for structured output")
+    grammars = build_grammars(config, executor.model_config)
+    engine = Engine(config, executor, model_digest=digest, metrics=metrics, grammars=grammars)
     pool = executor.pool
     metrics.describe_cache(block_size=pool.layout.block_size, num_blocks=pool.num_blocks)
     description = describe(settings, engine, executor, digest)

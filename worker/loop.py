@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _DEADLINE_SCAN_S = 0.5
 _METRICS_INTERVAL_S = 1.0
+_GRAMMAR_POLL_S = 0.002
+"""Nothing wakes the loop when a grammar is compiled, which takes about that long."""
 
 
 class EngineLoop:
@@ -96,7 +98,10 @@ class EngineLoop:
         if self._engine.has_work:
             return 0.0
         now = self._clock()
-        return max(0.0, min(self._next_heartbeat - now, self._role.wait_s(now)))
+        wait_s = min(self._next_heartbeat - now, self._role.wait_s(now))
+        if self._engine.waits_for_grammar:
+            wait_s = min(wait_s, _GRAMMAR_POLL_S)
+        return max(0.0, wait_s)
 
     def _obey(self, command: ipc_pb2.EngineCommand) -> None:
         match command.WhichOneof("body"):

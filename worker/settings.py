@@ -110,6 +110,11 @@ class WorkerSettings(BaseModel):
     cuda_graphs: bool = Field(
         True, description="Replay decode steps on a GPU as one launch; off: for debugging."
     )
+    grammar_backend: Literal["llguidance", "xgrammar"] = Field(
+        "llguidance",
+        description="Library behind structured output; xgrammar is an extra. Give all workers the "
+        "same.",
+    )
     num_threads: int | None = Field(
         None, ge=1, description="Compute threads; default: every core this process may use."
     )
@@ -172,6 +177,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         prefix_caching=settings.prefix_caching,
         attention_backend=settings.attention_backend,
         cuda_graphs=settings.cuda_graphs,
+        grammar_backend=settings.grammar_backend,
         num_threads=settings.num_threads,
         seed=settings.seed,
     )

@@ -92,8 +92,8 @@ class Sampler:
     ) -> DeviceLogprobs | None:
         """Draw again where `needs_more`, and gather log probabilities where they are asked for.
 
-        One copy to the device. Rows with penalties, bias or bans are copied to float32 (4 bytes
-        per logit); others are read where they are: once whole, then the chunks of likely tokens.
+        One copy to the device. Rows with penalties, bias, bans or masks are copied to float32 (4
+        bytes per logit); others are read where they are: once whole, then chunks of likely tokens.
 
         Args:
             logits: [N, vocab_size], any float dtype; not written.

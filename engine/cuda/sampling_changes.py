@@ -1,4 +1,4 @@
-"""Penalties, bias and bans of many rows as index tensors: the device form of engine.sampler.logits.
+"""Penalties, bias, bans and masks of many rows as tensors: what engine.sampler.logits does to one.
 
 The host lists which logits change and by how much; the device applies all rows together. A
 `TokenHistory` remembers what it counted, so that a step costs the host a few microseconds per row
@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.cuda.kernels.sampling_mask import forbid
+from engine.grammar.backend import Words, num_words
 from engine.plan import SampleSpec
 
 Ids = npt.NDArray[np.int64]
@@ -95,14 +97,22 @@ class Changes(NamedTuple):
     """float32."""
     banned: Any
     """int64; these become minus infinity."""
+    masked: Any
+    """[M] int64: rows of the logits, not indices, that have a mask."""
+    masks: Any
+    """[M, ceil(vocab_size / 32)] int32: what those rows allow; see TokenMask."""
 
 
 def list_changes(specs: Sequence[SampleSpec], vocab_size: int, history: TokenHistory) -> Changes:
-    """Changes to N rows, as numpy arrays. Ids outside the vocabulary are left out."""
+    """Changes to N rows, as numpy arrays. Ids outside the vocabulary are left out.
+
+    Reads masks, which may wait for the step before.
+    """
     scaled, lowered, biased, banned = _Indices(), _Indices(), _Indices(), _Indices()
     scales: list[float] = []
     lowered_by: list[Amounts] = []
     biases: list[float] = []
+    masks: dict[int, Words] = {}
     for row, spec in enumerate(specs):
         params, start = spec.params, row * vocab_size
         if params.repetition_penalty != 1:
@@ -121,6 +131,8 @@ def list_changes(specs: Sequence[SampleSpec], vocab_size: int, history: TokenHis
         if spec.banned_ids:
             ids = np.array([i for i in spec.banned_ids if 0 <= i < vocab_size], np.int64)
             banned.add(ids, start)
+        if spec.mask is not None:
+            masks[row] = spec.mask.words()
     history.end_step()
     return Changes(
         scaled=scaled.joined(),
@@ -130,6 +142,8 @@ def list_changes(specs: Sequence[SampleSpec], vocab_size: int, history: TokenHis
         biased=biased.joined(),
         biases=np.array(biases, np.float32),
         banned=banned.joined(),
+        masked=np.array(list(masks), np.int64),
+        masks=np.array(list(masks.values()), np.int32).reshape(-1, num_words(vocab_size)),
     )
 
 
@@ -146,6 +160,8 @@ def apply_(logits: torch.Tensor, changes: Changes) -> None:
         flat.scatter_add_(0, changes.biased, changes.biases)
     if len(changes.banned):
         flat.scatter_(0, changes.banned, float("-inf"))
+    if len(changes.masked):
+        forbid(logits, changes.masked, changes.masks)
 
 
 class _Indices:

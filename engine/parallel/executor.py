@@ -67,8 +67,10 @@ class MultiProcessExecutor:
             ExecutorLostError: a rank is lost; it is raised for every further step too.
         """
         assert not self._closed, "submit after close"
+        # It may wait for the step before, whose failure is that step's own.
+        message = self._encoder.encode(plan)
         with self._ranks.step():
-            self._ranks.send(Frame.PLAN, self._encoder.encode(plan))
+            self._ranks.send(Frame.PLAN, message)
             return _RankedStep(self._local.submit(plan), self._ranks)
 
     def close(self) -> None:

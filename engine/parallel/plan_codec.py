@@ -5,8 +5,11 @@ a rank knows already is not sent again: a block table and an output that only gr
 they grew by, sampling settings once per request. Invariant: encoder and decoder know the same
 requests, each by the same slot; a lost or repeated message would break it, so there is none.
 
-A message is a header of counts, one row of integers per chunk, the ids of all chunks by kind, and
-then what is new of requests. All integers are little-endian.
+A message is a header of counts, one row of integers per chunk, the ids of all chunks by kind, the
+masks, and then what is new of requests. All integers are little-endian.
+
+Masks travel as they are, so that ranks need no grammars. Rank 0 reads them before it sends the
+plan; so a step whose mask depends on a pending token is sent when that token is known.
 """
 
 import struct
@@ -15,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from core.errors import InvalidRequestError
 from core.sampling import SamplingParams
+from engine.grammar.backend import Words
 from engine.plan import Chunk, SampleSpec, StepPlan
 
-_HEADER = struct.Struct("<5I")
-"""Number of chunks, tokens, blocks, output ids, banned ids."""
+_HEADER = struct.Struct("<6I")
+"""Number of chunks, tokens, blocks, output ids, banned ids; words of a mask, 0 if there is none."""
 _COLUMNS = 8
 """slot, flags, tokens, start, new blocks, position, new output ids, banned ids."""
 _ID = np.dtype("<i4")
@@ -30,6 +35,7 @@ _NEW_REQUEST = 2
 _NEW_PARAMS = 4
 _WHOLE_TABLE = 8
 _WHOLE_OUTPUT = 16
+_MASKED = 32
 
 _PARAMS = struct.Struct("<QQddQdQdddhBII")
 _NO_LOGPROBS = -1
@@ -70,6 +76,7 @@ class PlanEncoder:
         blocks: list[int] = []
         outputs: list[int] = []
         banned: list[int] = []
+        masks: list[Words] = []
         news: list[bytes] = []
         self._max_known = max(self._max_known, 2 * len(plan.chunks))
         for chunk in plan.chunks:
@@ -97,6 +104,9 @@ class PlanEncoder:
             if spec.params.penalised:
                 flags |= _note_output(sent, spec, outputs)
             banned += spec.banned_ids
+            if spec.mask is not None:
+                flags |= _MASKED
+                masks.append(spec.mask.words())
             rows += (
                 sent.slot,
                 flags,
@@ -110,8 +120,9 @@ class PlanEncoder:
         self._forget()
         counts = (len(plan.chunks), len(tokens), len(blocks), len(outputs), len(banned))
         ids = np.array([*tokens, *blocks, *outputs, *banned], _ID)
-        header = _HEADER.pack(*counts)
-        return b"".join((header, np.array(rows, _ROW).tobytes(), ids.tobytes(), *news))
+        header = _HEADER.pack(*counts, len(masks[0]) if masks else 0)
+        bits = (mask.astype(_ID).tobytes() for mask in masks)
+        return b"".join((header, np.array(rows, _ROW).tobytes(), ids.tobytes(), *bits, *news))
 
     def _new(self) -> _Sent:
         if self._free:
@@ -159,6 +170,18 @@ class _Known:
         self.output: list[int] = []
 
 
+class _SentMask:
+    """A TokenMask that rank 0 has computed."""
+
+    __slots__ = ("_words",)
+
+    def __init__(self, words: Words) -> None:
+        self._words = words
+
+    def words(self) -> Words:
+        return self._words
+
+
 class PlanDecoder:
     """Every other rank's side."""
 
@@ -173,11 +196,17 @@ class PlanDecoder:
         """
         try:
             return self._decode(message)
-        except (IndexError, struct.error, UnicodeDecodeError) as error:
+        except (
+            IndexError,
+            StopIteration,
+            struct.error,
+            UnicodeDecodeError,
+            InvalidRequestError,
+        ) as error:
             raise ValueError(f"This is no step plan: {error}.") from error
 
     def _decode(self, message: bytes) -> StepPlan:
-        num_chunks, *counts = _HEADER.unpack_from(message)
+        num_chunks, *counts, mask_words = _HEADER.unpack_from(message)
         offset = _HEADER.size
         rows = np.frombuffer(message, _ROW, num_chunks * _COLUMNS, offset)
         offset += rows.nbytes
@@ -187,6 +216,11 @@ class PlanDecoder:
             kinds.append(_Ids(ids.tolist()))
             offset += ids.nbytes
         tokens, blocks, outputs, banned = kinds
+        flags_of = rows.reshape(num_chunks, _COLUMNS)[:, 1]
+        num_masks = int(np.count_nonzero(flags_of & _MASKED))
+        masks = np.frombuffer(message, _ID, num_masks * mask_words, offset)
+        offset += masks.nbytes
+        unread = iter(masks.reshape(num_masks, mask_words))
         news = _News(message, offset)
         chunks = []
         for row in rows.reshape(num_chunks, _COLUMNS).tolist():
@@ -207,6 +241,8 @@ class PlanDecoder:
                 sample = SampleSpec(
                     known.params, position, known.prompt, known.output, banned.take(num_banned)
                 )
+                if flags & _MASKED:
+                    sample.mask = _SentMask(next(unread))
             chunks.append(
                 Chunk(known.request_id, tokens.take(num_tokens), start, known.table, sample)
             )

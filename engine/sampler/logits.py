@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from engine.plan import SampleSpec
+from engine.plan import SampleSpec, TokenMask
 
 
 def is_plain(spec: SampleSpec) -> bool:
     """True if the row's logits are used as the model gave them."""
-    return not (spec.params.penalised or spec.params.logit_bias or spec.banned_ids)
+    params = spec.params
+    return not (params.penalised or params.logit_bias or spec.banned_ids) and spec.mask is None
 
 
 def modify_(row: torch.Tensor, spec: SampleSpec) -> None:
-    """Apply penalties, then bias, then bans to `row` [vocab_size] in place.
+    """Apply penalties, then bias, then bans, then the mask to `row` [vocab_size] in place.
 
     Source: repetition penalty arXiv:1909.05858; presence and frequency penalties and bias as the
     OpenAI API documents them. Ids outside the vocabulary are ignored.
@@ -34,6 +36,14 @@ def modify_(row: torch.Tensor, spec: SampleSpec) -> None:
         )
     if spec.banned_ids:
         row[_ids(spec.banned_ids, row)] = float("-inf")
+    if spec.mask is not None:
+        row.masked_fill_(_forbidden(spec.mask, row), float("-inf"))
+
+
+def _forbidden(mask: TokenMask, row: torch.Tensor) -> torch.Tensor:
+    """True where the mask does not allow the token, [vocab_size]."""
+    allowed = np.unpackbits(mask.words().view(np.uint8), count=len(row), bitorder="little")
+    return torch.from_numpy(allowed).to(row.device) == 0
 
 
 def _ids(values: Sequence[int], row: torch.Tensor) -> torch.Tensor:

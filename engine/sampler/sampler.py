@@ -1,8 +1,8 @@
 """Turns logits into tokens, a whole step at once. The runner calls it after the LM head.
 
-Order: penalties, bias, bans; temperature; top_k; top_p; min_p; then one draw per row. Each filter
-works on what the one before left: top_p on the probabilities renormalised over top_k's tokens,
-min_p relative to the most likely token. Tokens as likely as the last one kept are kept too.
+Order: penalties, bias, bans, mask; temperature; top_k; top_p; min_p; then one draw per row. Each
+filter works on what the one before left: top_p on the probabilities renormalised over top_k's
+tokens, min_p relative to the most likely token. Tokens as likely as the last one kept are kept too.
 
 The result of a row is a function of its logits and its SampleSpec alone.
 """

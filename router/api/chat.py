@@ -57,7 +57,7 @@ class ChatDialect:
                 short_ids=text.tool_format is not None and text.tool_format.short_ids,
             )
         reasoning = None
-        if text.reasons and request.separate_reasoning and not request.constrained:
+        if text.reasons and request.separate_reasoning and request.structured is None:
             reasoning = ReasoningSplit(inside=prompt.opens_reasoning)
         tool_format = text.tool_format if request.callable_tools else None
         if reasoning is None and tool_format is None:

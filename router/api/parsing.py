@@ -5,7 +5,7 @@ unless its value asks for nothing; an unknown one is refused with the nearest na
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import orjson
@@ -52,13 +52,24 @@ def known_fields(
     Raises:
         InvalidRequestError: a field is unknown or not served.
     """
+    return known_names(data, model.model_fields, unserved, where=where)
+
+
+def known_names(
+    data: Mapping[str, Any],
+    names: Collection[str],
+    unserved: Mapping[str, Sequence[Any]],
+    *,
+    where: str = "",
+) -> dict[str, Any]:
+    """The same for an object whose served fields are `names`."""
     kept = {}
     for name, value in data.items():
-        if name in model.model_fields:
+        if name in names:
             if value is not None:
                 kept[name] = value
         elif name not in unserved:
-            raise _unknown(name, [*model.model_fields, *unserved], where)
+            raise _unknown(name, [*names, *unserved], where)
         elif value is not None and not any(_same(value, off) for off in unserved[name]):
             raise InvalidRequestError(
                 f"{where}{name} is not supported by this server; leave it out.",

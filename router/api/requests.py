@@ -9,10 +9,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
+from core.errors import InvalidRequestError
+from core.sampling import StructuredOutput
 from router.api.fields import Strict, wrong
 from router.api.messages import Message, parse_messages
 from router.api.parsing import Parsed, known_fields, validate
-from router.api.tools import Tool, ToolChoice, parse_tool_choice, parse_tools
+from router.api.structured import StructureFields
+from router.api.tools import Tool, ToolChoice, call_constraint, parse_tool_choice, parse_tools
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
@@ -25,16 +28,12 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "best_of": (1,),
         "chat_template": (),
         "documents": ([],),
-        "ebnf": (),
         "function_call": ("none",),
         "functions": ([],),
-        "guided_choice": (),
         "guided_decoding": (),
-        "guided_grammar": (),
-        "guided_json": (),
-        "guided_regex": (),
+        "guided_decoding_backend": (),
+        "guided_whitespace_pattern": (),
         "input_ids": (),
-        "json_schema": (),
         "kv_transfer_params": (),
         "length_penalty": (1, 1.0),
         "lora_path": (),
@@ -47,12 +46,9 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "prompt_cache_retention": (),
         "prompt_logprobs": (),
         "reasoning_effort": ("none",),
-        "regex": (),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "spaces_between_special_tokens": (True,),
         "store": (False,),
-        "structured_outputs": (),
         "suffix": ("",),
         "truncate_prompt_tokens": (),
         "use_beam_search": (False,),
@@ -145,7 +141,7 @@ class SamplingFields(Strict):
     cache_salt: str = Field(default="", max_length=256)
 
 
-class GenerateRequest(SamplingFields):
+class GenerateRequest(SamplingFields, StructureFields):
     """What chats and completions share."""
 
     limit_field: ClassVar[str] = "max_tokens"
@@ -194,9 +190,22 @@ class ChatRequest(GenerateRequest, ConversationFields):
     top_logprobs: int | None = None
 
     @property
-    def constrained(self) -> bool:
-        """True if the text of the answer must have a form of its own from its first token on."""
-        return self.tool_choice.forced
+    def structured(self) -> StructuredOutput | None:
+        """What the output must be: what a field says, or calls where they are required.
+
+        Raises:
+            InvalidRequestError: two fields say so, or one does where the model may call functions.
+        """
+        asked = super().structured
+        if asked is not None and self.callable_tools:
+            raise InvalidRequestError(
+                "The output can't be held to a structure while the model may call functions; send "
+                'tool_choice "none" as well, or leave tools or the structure out.',
+                param="tools",
+            )
+        if not self.tool_choice.forced:
+            return asked
+        return call_constraint(self.tools, self.tool_choice, parallel=self.parallel_tool_calls)
 
 
 class CompletionRequest(GenerateRequest):

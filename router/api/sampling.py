@@ -6,9 +6,8 @@ from collections.abc import Iterable
 import xxhash
 
 from core.errors import ErrorCode, InvalidRequestError
-from core.sampling import MAX_LOGPROBS, SamplingParams, StructuredOutput
+from core.sampling import MAX_LOGPROBS, SamplingParams
 from router.api.requests import ChatRequest, CompletionRequest, GenerateRequest, TextRequest
-from router.api.tools import call_constraint
 from router.generation import ServedModel
 
 
@@ -135,16 +134,8 @@ def sampling_params(
         logprobs=wanted_logprobs(request),
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
-        structured=_structured(request),
+        structured=request.structured,
     )
-
-
-def _structured(request: TextRequest) -> StructuredOutput | None:
-    if isinstance(request, ChatRequest) and request.tool_choice.forced:
-        return call_constraint(
-            request.tools, request.tool_choice, parallel=request.parallel_tool_calls
-        )
-    return None
 
 
 def check_token_ids(token_ids: Iterable[int], model: ServedModel, param: str) -> None:

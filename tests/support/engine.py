@@ -11,7 +11,7 @@ submitted.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -22,8 +22,10 @@ from core.tokens import TokenLogprobs
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import PendingStep
+from engine.grammar.compiler import GrammarCompiler
 from engine.plan import PENDING, Chunk, SampleSpec, StepPlan, StepResult
 from engine.request import EngineRequest, SequenceOutput
+from tests.support.grammar import ReadMask, allowed_by, rule_of
 
 VOCAB_SIZE = 97
 EOS = 0
@@ -42,12 +44,19 @@ def mix(*values: int) -> int:
     return state
 
 
-def next_token(kv: Sequence[int], seed: int, position: int, banned: Sequence[int]) -> int:
+def next_token(
+    kv: Sequence[int],
+    seed: int,
+    position: int,
+    banned: Sequence[int],
+    allowed: Container[int] = range(VOCAB_SIZE),
+) -> int:
     """The fake model: a token from the KV of the whole context and the sampling counter."""
-    token = mix(*kv, seed, position) % VOCAB_SIZE
-    while token in banned:
-        token = (token + 1) % VOCAB_SIZE
-    return token
+    first = mix(*kv, seed, position) % VOCAB_SIZE
+    for token in (*range(first, VOCAB_SIZE), *range(first)):
+        if token not in banned and token in allowed:
+            return token
+    raise AssertionError("no token is allowed")
 
 
 def kv_of(token_ids: Sequence[int]) -> list[int]:
@@ -67,7 +76,11 @@ def undisturbed(
     output: list[int] = []
     while True:
         banned = tuple(ends) if len(output) < sampling.min_tokens else ()
-        token_id = next_token(kv, sampling.seed, len(output), banned)
+        allowed: Container[int] = range(VOCAB_SIZE)
+        if sampling.structured is not None:
+            allowed = rule_of(sampling.structured).allowed(output)
+            banned = banned if set(allowed) - set(banned) else ()
+        token_id = next_token(kv, sampling.seed, len(output), banned, allowed)
         output.append(token_id)
         full = len(prompt_ids) + len(output) >= max_len
         if token_id in ends or len(output) >= sampling.max_tokens or full:
@@ -174,12 +187,12 @@ class FakeExecutor:
     def _submit(self, plan: StepPlan) -> PendingStep:
         assert plan.chunks, "an empty plan was executed"
         assert len(self.in_flight) <= self.overlaps, "too many steps at once"
+        before = self.in_flight[-1] if self.in_flight else None
         live, plan = plan, _copied(plan)
         self.plans.append(plan)
         error, self.fail_with = self.fail_with, None
         if error is not None and self.fail_at == "submit":
             raise error
-        before = self.in_flight[-1] if self.in_flight else None
         for chunk in live.chunks:
             _check_pending(chunk, before and before.before_chunk(chunk))
         for block_id, offset in self._slots(plan):
@@ -269,7 +282,10 @@ def _token_ids(chunk: Chunk, before: FakeStep | None) -> Sequence[int]:
 
 def _sample(context: Sequence[int], spec: SampleSpec) -> int:
     assert len(spec.prompt_ids) + spec.position == len(context)
-    return next_token(context, spec.params.seed, spec.position, spec.banned_ids)
+    allowed: Container[int] = range(VOCAB_SIZE)
+    if spec.mask is not None:
+        allowed = allowed_by(spec.mask.words())
+    return next_token(context, spec.params.seed, spec.position, spec.banned_ids, allowed)
 
 
 def _copied(plan: StepPlan) -> StepPlan:
@@ -280,11 +296,16 @@ def _copied(plan: StepPlan) -> StepPlan:
                 list(chunk.token_ids),
                 chunk.start,
                 list(chunk.block_table),
-                chunk.sample and replace(chunk.sample, output_ids=list(chunk.sample.output_ids)),
+                chunk.sample and _copied_spec(chunk.sample),
             )
             for chunk in plan.chunks
         ]
     )
+
+
+def _copied_spec(spec: SampleSpec) -> SampleSpec:
+    mask = None if spec.mask is None else ReadMask(spec.mask.words())
+    return replace(spec, output_ids=list(spec.output_ids), mask=mask)
 
 
 class WatchedEngine(Engine):
@@ -351,12 +372,15 @@ def make_engine(
     block_size: int = 4,
     max_len: int = 4096,
     overlaps: bool = False,
+    grammars: GrammarCompiler | None = None,
     **settings: object,
 ) -> tuple[Engine, FakeExecutor]:
     """An engine on a fake executor."""
     executor = FakeExecutor(num_blocks, block_size, max_position=max_len, overlaps=overlaps)
     config = make_config(**settings)
-    engine = WatchedEngine(config, executor, model_digest=DIGEST, clock=FakeClock())
+    engine = WatchedEngine(
+        config, executor, model_digest=DIGEST, clock=FakeClock(), grammars=grammars
+    )
     return engine, executor
 
 
@@ -364,7 +388,13 @@ class MakeEngine(Protocol):
     """`make_engine` with an executor that overlaps, or one that does not; a fixture."""
 
     def __call__(
-        self, *, num_blocks: int = 16, block_size: int = 4, max_len: int = 4096, **settings: object
+        self,
+        *,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        max_len: int = 4096,
+        grammars: GrammarCompiler | None = None,
+        **settings: object,
     ) -> tuple[Engine, FakeExecutor]: ...
 
 
@@ -380,7 +410,8 @@ def make_request(
     """A request; a number stands for a prompt of that many tokens."""
     if isinstance(prompt_ids, int):
         prompt_ids = [1 + i % (VOCAB_SIZE - 1) for i in range(prompt_ids)]
-    params = SamplingParams(**{"max_tokens": 8, "ignore_eos": True, **sampling})
+    ignore_eos = sampling.get("structured") is None
+    params = SamplingParams(**{"max_tokens": 8, "ignore_eos": ignore_eos, **sampling})
     return EngineRequest(
         request_id=request_id,
         prompt_ids=prompt_ids,

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from core.sampling import SamplingParams
+from engine.grammar.backend import Words, num_words
 from engine.plan import SampleSpec
 from engine.sampler.logits import modify_
 from engine.sampler.philox import uniform
@@ -18,9 +20,22 @@ def make_spec(
     prompt: tuple[int, ...] | list[int] = (),
     output: tuple[int, ...] | list[int] = (),
     banned: tuple[int, ...] = (),
+    mask: "AllowedIds | None" = None,
     **params: Any,
 ) -> SampleSpec:
-    return SampleSpec(SamplingParams(**params), position, prompt, output, banned)
+    return SampleSpec(SamplingParams(**params), position, prompt, output, banned, mask)
+
+
+class AllowedIds:
+    """A TokenMask that allows the ids it was given."""
+
+    def __init__(self, vocab_size: int, *allowed: int) -> None:
+        bits = np.zeros(num_words(vocab_size) * 32, np.uint8)
+        bits[list(allowed)] = 1
+        self._words = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def words(self) -> Words:
+        return self._words
 
 
 def assert_drawn(row: torch.Tensor, spec: SampleSpec, token_id: int) -> None:

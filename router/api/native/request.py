@@ -10,6 +10,7 @@ from core.errors import InvalidRequestError
 from router.api.fields import Strict, wrong
 from router.api.parsing import known_fields, validate
 from router.api.requests import CompletionRequest, SamplingFields, parse_prompts
+from router.api.structured import GrammarField, RegexField, SchemaField
 
 MAX_NEW_TOKENS = 128
 """Limit of an output where the client sets none. Source: SGLang's default."""
@@ -40,9 +41,6 @@ _UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 _UNSERVED_SAMPLING: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "custom_params": (),
-        "ebnf": (),
-        "json_schema": (),
-        "regex": (),
         "spaces_between_special_tokens": (True,),
         "stop_regex": (),
         "stream_interval": (),
@@ -71,6 +69,9 @@ class NativeSampling(Strict):
     no_stop_trim: bool = False
     sampling_seed: int | None = None
     n: int = Field(default=1, ge=1)
+    json_schema: SchemaField = None
+    regex: RegexField = None
+    ebnf: GrammarField = None
 
 
 _OWN_NAMES = {
@@ -155,7 +156,8 @@ def read_native(data: Mapping[str, Any]) -> NativeRequest:
         )
     sampling = {
         _OWN_NAMES.get(name, name): value
-        for name, value in body.sampling_params.model_dump(exclude_none=True).items()
+        for name, value in body.sampling_params
+        if value is not None
     }
     checked = validate(
         SamplingFields,
@@ -170,6 +172,9 @@ def read_native(data: Mapping[str, Any]) -> NativeRequest:
         | {"model": body.model, "stream": body.stream, "cache_salt": body.extra_key},
         prompt=prompts,
         n=body.sampling_params.n,
+        json_schema=body.sampling_params.json_schema,
+        regex=body.sampling_params.regex,
+        ebnf=body.sampling_params.ebnf,
         max_tokens=body.sampling_params.max_new_tokens,
         logprobs=body.top_logprobs_num if body.return_logprob else None,
         return_token_ids=True,

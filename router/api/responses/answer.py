@@ -5,6 +5,7 @@ from typing import Any
 
 import orjson
 
+from core.sampling import StructuredOutput
 from router.api.answer import AnswerFacts, Usage
 from router.api.choice import Choice, EndedChoice
 from router.api.errors import ErrorAnswer
@@ -106,7 +107,7 @@ class ResponsesAnswer:
             "reasoning": {"effort": None, "summary": None},
             "store": body.store,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": _format(body.text)},
             "tool_choice": _choice(body.tool_choice),
             "tools": [_tool(tool) for tool in body.tools],
             "top_p": body.top_p,
@@ -141,6 +142,13 @@ def _choice(choice: ToolChoice) -> str | dict[str, str]:
     if choice.mode == "named":
         return {"type": "function", "name": choice.name}
     return choice.mode
+
+
+def _format(text: StructuredOutput | None) -> dict[str, Any]:
+    if text is None or text.kind == "json_object":
+        return {"type": "text" if text is None else "json_object"}
+    schema = orjson.loads(text.definition)
+    return {"type": "json_schema", "name": "response", "schema": schema, "strict": True}
 
 
 def _tool(tool: Tool) -> dict[str, Any]:

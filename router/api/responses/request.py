@@ -7,12 +7,14 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, PlainValidator
 
 from core.errors import InvalidRequestError
+from core.sampling import StructuredOutput
 from router.api.fields import wrong
 from router.api.messages import Message
-from router.api.parsing import known_fields, validate
+from router.api.parsing import known_fields, known_names, validate
 from router.api.requests import UNSERVED as UNSERVED_ANYWHERE
 from router.api.requests import ChatRequest, SamplingFields
 from router.api.responses.items import messages_of
+from router.api.structured import parse_response_format
 from router.api.tools import Tool, ToolChoice, parse_tool_choice, parse_tools
 
 UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
@@ -25,7 +27,6 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "max_tool_calls": (),
         "prompt": (),
         "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
-        "text": ({"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
     }
@@ -58,6 +59,18 @@ def _tool_choice(value: Any) -> ToolChoice:
     return parse_tool_choice(value)
 
 
+def _text(value: Any) -> StructuredOutput | None:
+    """What the text must be; the schema stands a level higher here than in a chat."""
+    if not isinstance(value, dict):
+        raise wrong("must be an object")
+    fields = known_names(value, ("format",), {"verbosity": ("medium",)}, where="text.")
+    form = fields.get("format", {"type": "text"})
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        schema = {key: each for key, each in form.items() if key != "type"}
+        form = {"type": "json_schema", "json_schema": schema}
+    return parse_response_format(form)
+
+
 def _stream_options(value: Any) -> Any:
     if value != {"include_obfuscation": False}:
         raise wrong("may only be {include_obfuscation: false}")
@@ -76,6 +89,7 @@ class ResponsesBody(SamplingFields):
     tools: Annotated[tuple[Tool, ...], PlainValidator(_tools)] = ()
     tool_choice: Annotated[ToolChoice, PlainValidator(_tool_choice)] = ToolChoice("auto")
     parallel_tool_calls: bool = True
+    text: Annotated[StructuredOutput | None, PlainValidator(_text)] = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     stream_options: Annotated[Any, PlainValidator(_stream_options)] = None
 
@@ -115,6 +129,7 @@ def as_chat(body: ResponsesBody, earlier: Sequence[Message]) -> ResponsesRequest
         tools=body.tools,
         tool_choice=body.tool_choice,
         parallel_tool_calls=body.parallel_tool_calls,
+        response_format=body.text,
         chat_template_kwargs=body.chat_template_kwargs,
         body=body,
     )

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from core.finish import FinishReason
+from core.sampling import StructuredOutput
 from tests.support.router_api import (
     EOS,
     Gate,
@@ -46,7 +47,13 @@ async def generate(http: httpx.AsyncClient, **body: Any) -> Any:
 
 async def test_one_prompt_of_text_or_ids(http: httpx.AsyncClient, served: Served) -> None:
     ids = byte_tokenizer().encode("ab").ids
-    sampling = {"max_new_tokens": 50, "temperature": 0, "sampling_seed": 3, "top_k": 5}
+    sampling = {
+        "regex": "a+",
+        "max_new_tokens": 50,
+        "temperature": 0,
+        "sampling_seed": 3,
+        "top_k": 5,
+    }
     for prompt in ({"text": "ab"}, {"input_ids": ids}):
         answer = await generate(http, **prompt, sampling_params=sampling, rid="mine")
         assert answer["text"] == TEXT
@@ -63,6 +70,7 @@ async def test_one_prompt_of_text_or_ids(http: httpx.AsyncClient, served: Served
         assert list(request.prompt_ids) == ids
         assert (request.sampling.max_tokens, request.sampling.top_k) == (50, 5)
         assert (request.sampling.temperature, request.sampling.seed) == (0, 3)
+        assert request.sampling.structured == StructuredOutput(kind="regex", definition="a+")
 
 
 async def test_batch_answers_in_order(http: httpx.AsyncClient, served: Served) -> None:

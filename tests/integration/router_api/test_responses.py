@@ -1,5 +1,6 @@
 """/v1/responses through the openai client."""
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -204,6 +205,21 @@ async def test_failure_in_a_stream_is_an_error_event_and_a_failed_response() -> 
         assert '"worker_lost"' in answer.text
 
 
+async def test_text_can_be_held_to_a_schema() -> None:
+    schema: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    async with served_by(says('{"a":1}')) as (api, served):
+        response = await api.responses.create(
+            model="tiny",
+            input="a",
+            text={"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}},
+        )
+        structured = served.generator.requests[0].sampling.structured
+        assert structured is not None and structured.kind == "json_schema"
+        assert json.loads(structured.definition) == schema
+        assert response.text is not None and response.text.format is not None
+        assert response.text.format.type == "json_schema"
+
+
 async def test_running_response_can_be_cancelled() -> None:
     async with served_by(Script(turns=[[100], Gate()])) as (api, served), client(served) as http:
         stream = await api.responses.create(model="tiny", input="a", stream=True)
@@ -233,6 +249,8 @@ async def test_running_response_can_be_cancelled() -> None:
         ({"input": "a", "background": True}, "background"),
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": "a", "truncation": "auto"}, "truncation"),
+        ({"input": "a", "text": {"format": {"type": "xml"}}}, "text"),
+        ({"input": "a", "tools": [TOOL], "text": {"format": {"type": "json_object"}}}, "tools"),
         ({"input": "a", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "a", "max_output_tokens": 9999}, "input"),
         ({"input": "a", "temperature": -1}, "temperature"),

@@ -35,6 +35,7 @@ from tests.support.engine import (
     make_request,
     undisturbed,
 )
+from tests.support.grammar import HeldCompiler, structure
 
 BLOCK_SIZE = 4
 
@@ -67,7 +68,14 @@ class EngineMachine(RuleBasedStateMachine):
         self.executor = FakeExecutor(num_blocks, BLOCK_SIZE, overlaps=overlaps)
         self.clock = FakeClock()
         config = make_config(max_waiting=4, **limits)
-        self.engine = WatchedEngine(config, self.executor, model_digest=DIGEST, clock=self.clock)
+        self.grammars = HeldCompiler(clock=self.clock)
+        self.engine = WatchedEngine(
+            config,
+            self.executor,
+            model_digest=DIGEST,
+            clock=self.clock,
+            grammars=self.grammars,
+        )
         self.transcript = Transcript()
         self.prompts: dict[str, list[int]] = {}
         self.expected: dict[str, list[int]] = {}
@@ -86,10 +94,11 @@ class EngineMachine(RuleBasedStateMachine):
             prompt,
             max_tokens=max_tokens,
             seed=seed,
-            ignore_eos=seed % 2 == 0,
+            ignore_eos=seed in (0, 2),
+            structured=structure(max_tokens * 3 // 4) if seed >= 4 else None,
             stop_token_ids=tuple(range(5)) if seed == 1 else (),
             min_tokens=min(2, max_tokens),
-            presence_penalty=1.0 if seed == 3 else 0.0,
+            presence_penalty=1.0 if seed in (3, 5) else 0.0,
             **kind,
         )
         expected = undisturbed(prompt, request.sampling, max_len=self.engine.max_model_len)
@@ -112,7 +121,7 @@ class EngineMachine(RuleBasedStateMachine):
                 {
                     "prompt": prompts,
                     "max_tokens": lengths,
-                    "seed": st.integers(0, 3),
+                    "seed": st.integers(0, 5),
                     "done": st.sampled_from([0, 0, 0, 1, 5]),
                     "prefill_only": st.sampled_from([False, False, True]),
                 }
@@ -175,6 +184,10 @@ class EngineMachine(RuleBasedStateMachine):
             self.take(outputs)
 
     @rule()
+    def compile_grammars(self) -> None:
+        self.grammars.release()
+
+    @rule()
     def run_device(self) -> None:
         self.executor.run_device()
 
@@ -225,7 +238,7 @@ class EngineMachine(RuleBasedStateMachine):
         target=reservations,
         prompt=prompts,
         max_tokens=lengths,
-        seed=st.integers(0, 3),
+        seed=st.integers(0, 5),
         done=st.sampled_from([0, 0, 3]),
     )
     def reserve(self, prompt: list[int], max_tokens: int, seed: int, done: int) -> object:
@@ -298,6 +311,7 @@ class EngineMachine(RuleBasedStateMachine):
         for request, reservation in self.imports.values():
             self.engine.cancel(reservation)
             self.forget(request)
+        self.grammars.release()
         for _ in range(2000):
             if not self.engine.has_work:
                 break

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.plan import SampleSpec
 from engine.sampler.philox import uniform
 from engine.sampler.sampler import sample
-from tests.support.sampling import assert_drawn, make_spec
+from tests.support.sampling import AllowedIds, assert_drawn, make_spec
 
 pytest.importorskip("triton")
 import triton
@@ -175,6 +175,7 @@ def test_plain_specs_need_no_more() -> None:
         make_spec(min_p=0.1),
         make_spec(temperature=0, logprobs=0),
         make_spec(temperature=0, banned=(1,)),
+        make_spec(temperature=0, mask=AllowedIds(40, 1)),
         make_spec(temperature=0, logit_bias={1: 1.0}),
         make_spec(temperature=0, presence_penalty=1.0),
     ):
@@ -183,6 +184,7 @@ def test_plain_specs_need_no_more() -> None:
 
 VOCAB = 150
 ids = st.integers(-2, VOCAB + 2)
+masks = st.sets(st.integers(0, VOCAB - 1), min_size=1).map(lambda some: AllowedIds(VOCAB, *some))
 
 
 @st.composite
@@ -204,6 +206,7 @@ def specs_of_any_kind(draw: st.DrawFn) -> SampleSpec:
         frequency_penalty=sometimes(st.floats(-2, 2), 0.0),
         repetition_penalty=sometimes(st.floats(0.1, 3), 1.0),
         logit_bias=sometimes(st.dictionaries(ids, st.floats(-9, 9), max_size=3), {}),
+        mask=sometimes(masks, None),
     )
 
 

@@ -1,4 +1,4 @@
-"""Penalties, bias, bans and log probabilities on the device, and that the host never waits."""
+"""Changes of logits and log probabilities on the device, and that the host never waits."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from core.tokens import TokenLogprobs
 from engine.plan import SampleSpec
 from engine.sampler.logits import modify_
 from engine.sampler.sampler import sample
-from tests.support.sampling import make_spec
+from tests.support.sampling import AllowedIds, make_spec
 
 pytest.importorskip("triton")
 from engine.cuda.sampling import Sampler, draw_plain, plain_arrays
@@ -28,6 +28,11 @@ KINDS: dict[str, list[SampleSpec]] = {
     "presence": [make_spec(presence_penalty=0.7, prompt=(1,), output=(5, 5, 6))],
     "frequency": [make_spec(frequency_penalty=-0.3, output=(5, 5, 6, 41))],
     "bias": [make_spec(logit_bias={3: 1.5, 39: -100.0, 40: 3.0, -1: 2.0})],
+    "masks": [
+        make_spec(mask=AllowedIds(VOCAB, 0, 31, 39)),
+        make_spec(),
+        make_spec(mask=AllowedIds(VOCAB, *range(1, VOCAB))),
+    ],
     "bans": [make_spec(banned=(0, 39, 39, 40, -1))],
     "all": [
         make_spec(),
@@ -39,6 +44,7 @@ KINDS: dict[str, list[SampleSpec]] = {
             prompt=(4, 8),
             output=(4, 5, 5, 9),
             banned=(6, 9),
+            mask=AllowedIds(VOCAB, 4, 5, 6, 32, 33),
         ),
         make_spec(presence_penalty=0.1, output=(0,)),
     ],

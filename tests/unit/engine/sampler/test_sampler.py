@@ -5,21 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.sampling import SamplingParams
 from engine.plan import SampleSpec
 from engine.sampler.sampler import sample
+from tests.support.sampling import AllowedIds
+from tests.support.sampling import make_spec as spec
 
 VOCAB = 64
-
-
-def spec(
-    position: int = 0,
-    prompt: tuple[int, ...] = (),
-    output: tuple[int, ...] = (),
-    banned: tuple[int, ...] = (),
-    **params: Any,
-) -> SampleSpec:
-    return SampleSpec(SamplingParams(**params), position, prompt, output, banned)
 
 
 def one(logits: torch.Tensor, what: SampleSpec) -> int:
@@ -118,6 +109,25 @@ def test_banned_ids_are_never_sampled() -> None:
     assert one(logits, spec(temperature=0, banned=(0,))) == 2
     specs = [spec(position=i, banned=(0, 2)) for i in range(50)]
     assert {s.token_id for s in sample(logits.repeat(50, 1), specs)} == {1}
+
+
+def test_only_what_the_mask_allows_is_sampled_whatever_the_filters_would_keep() -> None:
+    logits = torch.linspace(0, 5, 70)
+    allowed = (0, 31, 32, 64)
+    for temperature in (0.0, 1.0, 100.0):
+        specs = [
+            spec(
+                position,
+                mask=AllowedIds(70, *allowed),
+                temperature=temperature,
+                top_k=50,
+                logit_bias={64: -100.0},
+            )
+            for position in range(20)
+        ]
+        drawn = {result.token_id for result in sample(logits.repeat(20, 1), specs)}
+        assert drawn <= set(allowed)
+        assert drawn == {32} or temperature > 0
 
 
 def test_logprobs_are_of_unmodified_logits_with_the_most_likely_first() -> None:

@@ -68,7 +68,7 @@ def _refused(model: type[Any], **fields: Any) -> InvalidRequestError:
         ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice", "required"),
         ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice", "name"),
         ({"functions": [{}]}, "functions", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"guided_decoding_backend": "x"}, "guided_decoding_backend", "not supported"),
         ({"audio": {}}, "audio", "not supported"),
         ({"max_token": 5}, "max_token", "did you mean max_tokens"),
         ({"zzzz": None}, "zzzz", "Unknown field"),

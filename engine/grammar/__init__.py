@@ -1,0 +1,1 @@
+"""Holds outputs to a grammar: compiling it, following an output through it, masks of tokens."""
