@@ -93,10 +93,19 @@ def render(conversation: ConversationFields, text: TextProcessor) -> str:
     tools = [tool.for_template() for tool in conversation.callable_tools]
     if tools and not text.template_reads("tools"):
         raise InvalidRequestError("tools: this model's chat template takes none.", param="tools")
+    effort = conversation.reasoning_effort
+    variables = dict(conversation.chat_template_kwargs)
+    if effort is not None:
+        if effort != "none" and not text.template_reads("reasoning_effort"):
+            raise InvalidRequestError(
+                "reasoning_effort: this model's chat template knows of none; leave it out.",
+                param="reasoning_effort",
+            )
+        variables.setdefault("reasoning_effort", effort)
     return text.render_chat(
         [message.for_template() for message in conversation.messages],
         add_generation_prompt=conversation.generation_prompt,
         continue_final_message=conversation.continue_final_message,
-        variables=conversation.chat_template_kwargs,
+        variables=variables,
         tools=tools or None,
     )

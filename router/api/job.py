@@ -204,7 +204,7 @@ class _Planner:
                 deadline=self.deadline,
                 received_at=self.received_at,
                 tokenized_at=self.tokenized_at,
-                cache_salt=request.cache_salt,
+                cache_salt=_salt(request),
             ),
             output=Output(detokeniser, self._rules(), parser=parser, offset=len(prompt.echo)),
         )
@@ -214,10 +214,17 @@ class _Planner:
         eos_ids = frozenset[int]() if request.ignore_eos else frozenset(self.model.eos_token_ids)
         return OutputRules(
             stops=request.stop,
-            include_stop=request.include_stop_str_in_output,
+            include_stop=request.include_stop_str_in_output or request.no_stop_trim,
             stop_ids=eos_ids.union(request.stop_token_ids),
             eos_ids=eos_ids,
             min_tokens=request.min_tokens,
             logprobs=wanted_logprobs(request) is not None,
             token_ids=request.return_token_ids,
         )
+
+
+def _salt(request: TextRequest) -> str:
+    if not request.extra_key:
+        return request.cache_salt
+    # The length keeps pairs apart whose texts join to the same.
+    return f"{len(request.cache_salt)}:{request.cache_salt}{request.extra_key}"

@@ -56,7 +56,8 @@ class OpenAiAnswer(ABC):
         """The event that says why a choice ended."""
         ended = self._stream_choice(choice.index, self._no_body())
         ended["finish_reason"] = choice.output.finish_reason
-        ended["stop_reason"] = choice.output.stop_reason
+        # The two names under which other servers say it.
+        ended["stop_reason"] = ended["matched_stop"] = choice.output.stop_reason
         usage = usage_of(choice) if self._usage_always else None
         return event(self._chunk([ended], usage))
 
@@ -82,6 +83,7 @@ class OpenAiAnswer(ABC):
             "logprobs": self._logprobs(piece.tokens) if piece.tokens else None,
             "finish_reason": choice.output.finish_reason,
             "stop_reason": choice.output.stop_reason,
+            "matched_stop": choice.output.stop_reason,
         }
         if self._shows_ids:
             shown["prompt_token_ids"] = list(choice.prompt.token_ids)

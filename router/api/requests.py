@@ -4,8 +4,7 @@ Ranges of sampling settings are checked by core.sampling.SamplingParams, which k
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
@@ -16,46 +15,10 @@ from router.api.messages import Message, parse_messages
 from router.api.parsing import Parsed, known_fields, validate
 from router.api.structured import StructureFields
 from router.api.tools import Tool, ToolChoice, call_constraint, parse_tool_choice, parse_tools
+from router.api.unserved import UNSERVED
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
-
-UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {
-        "allowed_token_ids": (),
-        "audio": (),
-        "bad_words": ([],),
-        "best_of": (1,),
-        "chat_template": (),
-        "documents": ([],),
-        "function_call": ("none",),
-        "functions": ([],),
-        "guided_decoding": (),
-        "guided_decoding_backend": (),
-        "guided_whitespace_pattern": (),
-        "input_ids": (),
-        "kv_transfer_params": (),
-        "length_penalty": (1, 1.0),
-        "lora_path": (),
-        "metadata": ({},),
-        "mm_processor_kwargs": ({},),
-        "modalities": (["text"],),
-        "moderation": (),
-        "prediction": (),
-        "priority": (0,),
-        "prompt_cache_retention": (),
-        "prompt_logprobs": (),
-        "reasoning_effort": ("none",),
-        "service_tier": ("auto", "default"),
-        "spaces_between_special_tokens": (True,),
-        "store": (False,),
-        "suffix": ("",),
-        "truncate_prompt_tokens": (),
-        "use_beam_search": (False,),
-        "verbosity": ("medium",),
-        "web_search_options": (),
-    }
-)
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -132,6 +95,8 @@ class SamplingFields(Strict):
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
     stop_token_ids: list[int] = Field(default_factory=list)
     include_stop_str_in_output: bool = False
+    no_stop_trim: bool = False
+    """Another name of the one before."""
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     user: str | None = None
@@ -139,6 +104,8 @@ class SamplingFields(Strict):
     prompt_cache_key: str | None = None
     """Taken for what it hints at: placement goes by the prompt itself."""
     cache_salt: str = Field(default="", max_length=256)
+    extra_key: str = Field(default="", max_length=256)
+    """A second salt."""
 
 
 class GenerateRequest(SamplingFields, StructureFields):
@@ -155,7 +122,13 @@ class GenerateRequest(SamplingFields, StructureFields):
     """A name of the client's own, for /abort_request."""
 
 
-class ConversationFields(Strict):
+class Effort(Strict):
+    """How hard to think, where the chat template knows of it."""
+
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+
+
+class ConversationFields(Effort):
     """How a conversation becomes a prompt."""
 
     messages: Annotated[tuple[Message, ...], PlainValidator(parse_messages)]

@@ -77,7 +77,6 @@ class NativeSampling(Strict):
 _OWN_NAMES = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
-    "no_stop_trim": "include_stop_str_in_output",
     "sampling_seed": "seed",
 }
 
@@ -169,7 +168,7 @@ def read_native(data: Mapping[str, Any]) -> NativeRequest:
     )
     return NativeRequest.model_construct(
         **{name: getattr(checked, name) for name in SamplingFields.model_fields}
-        | {"model": body.model, "stream": body.stream, "cache_salt": body.extra_key},
+        | {"model": body.model, "stream": body.stream, "extra_key": body.extra_key},
         prompt=prompts,
         n=body.sampling_params.n,
         json_schema=body.sampling_params.json_schema,

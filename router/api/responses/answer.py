@@ -104,7 +104,7 @@ class ResponsesAnswer:
             "output": list(self._items.items),
             "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": body.previous_response_id,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": body.reasoning, "summary": None},
             "store": body.store,
             "temperature": body.temperature,
             "text": {"format": _format(body.text)},

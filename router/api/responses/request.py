@@ -11,11 +11,11 @@ from core.sampling import StructuredOutput
 from router.api.fields import wrong
 from router.api.messages import Message
 from router.api.parsing import known_fields, known_names, validate
-from router.api.requests import UNSERVED as UNSERVED_ANYWHERE
-from router.api.requests import ChatRequest, SamplingFields
+from router.api.requests import ChatRequest, Effort, SamplingFields
 from router.api.responses.items import messages_of
 from router.api.structured import parse_response_format
 from router.api.tools import Tool, ToolChoice, parse_tool_choice, parse_tools
+from router.api.unserved import UNSERVED as UNSERVED_ANYWHERE
 
 UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
@@ -26,7 +26,6 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "include": ([],),
         "max_tool_calls": (),
         "prompt": (),
-        "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
     }
@@ -71,6 +70,14 @@ def _text(value: Any) -> StructuredOutput | None:
     return parse_response_format(form)
 
 
+def _reasoning(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise wrong("must be an object")
+    # Summaries are never made; "auto" leaves that to the server.
+    unserved = {"summary": ("auto",), "generate_summary": ("auto",)}
+    return known_names(value, ("effort",), unserved, where="reasoning.").get("effort")
+
+
 def _stream_options(value: Any) -> Any:
     if value != {"include_obfuscation": False}:
         raise wrong("may only be {include_obfuscation: false}")
@@ -89,6 +96,8 @@ class ResponsesBody(SamplingFields):
     tools: Annotated[tuple[Tool, ...], PlainValidator(_tools)] = ()
     tool_choice: Annotated[ToolChoice, PlainValidator(_tool_choice)] = ToolChoice("auto")
     parallel_tool_calls: bool = True
+    reasoning: Annotated[str | None, PlainValidator(_reasoning)] = None
+    """How hard to think."""
     text: Annotated[StructuredOutput | None, PlainValidator(_text)] = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     stream_options: Annotated[Any, PlainValidator(_stream_options)] = None
@@ -122,6 +131,7 @@ def as_chat(body: ResponsesBody, earlier: Sequence[Message]) -> ResponsesRequest
     messages = (*instructions, *earlier, *messages_of(body.input))
     if not messages:
         raise InvalidRequestError("input holds no message.", param="input")
+    effort = validate(Effort, {"reasoning_effort": body.reasoning}).reasoning_effort
     return ResponsesRequest.model_construct(
         **{name: getattr(body, name) for name in SamplingFields.model_fields},
         messages=messages,
@@ -130,6 +140,7 @@ def as_chat(body: ResponsesBody, earlier: Sequence[Message]) -> ResponsesRequest
         tool_choice=body.tool_choice,
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=body.text,
+        reasoning_effort=effort,
         chat_template_kwargs=body.chat_template_kwargs,
         body=body,
     )
