@@ -6,7 +6,6 @@ x-request-id, every error has OpenAI's shape, and no input makes a 500.
 
 import logging
 import time
-import uuid
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -22,6 +21,7 @@ from router.api.completions import CompletionDialect
 from router.api.errors import ClientDisconnectedError, HttpError, error_answer
 from router.api.exchange import Endpoint, Exchange
 from router.api.generate import TextEndpoint
+from router.api.identity import identify
 from router.api.metrics import ApiMetrics
 from router.api.native.dialect import NativeDialect
 from router.api.native.endpoints import NativeEndpoints
@@ -33,8 +33,6 @@ from router.api.settings import ApiSettings
 from router.api.token_endpoints import TokenEndpoints
 from router.generation import FleetControl, Generator
 from router.text.processor import TextProcessor
-
-MAX_REQUEST_ID_CHARS = 128
 
 _log = logging.getLogger(__name__)
 
@@ -118,10 +116,8 @@ class HttpApp:
             await self._router(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        given = _valid_request_id(headers.get(b"x-request-id", b""))
         exchange = Exchange(
-            request_id=given or uuid.uuid4().hex,
-            client_gave_id=given is not None,
+            identity=identify(headers),
             received_at=self._clock(),
             headers=headers,
             path_params={},
@@ -133,7 +129,7 @@ class HttpApp:
         try:
             await self._router(scope, receive, send)
         except ClientDisconnectedError:
-            _log.info("client left", extra={"request_id": exchange.request_id})
+            _log.info("client left", extra=exchange.log_fields)
         except Exception as error:
             await _answer_error(_translated(error, scope), exchange)
 
@@ -171,7 +167,7 @@ async def _answer_error(error: Exception, exchange: Exchange) -> None:
             "request failed: %s",
             error,
             exc_info=error if unforeseen else None,
-            extra={"request_id": exchange.request_id, "code": answer.code},
+            extra={**exchange.log_fields, "code": answer.code},
         )
     if not exchange.started:
         await exchange.answer(answer.json(), status=answer.status, headers=answer.headers)
@@ -191,10 +187,3 @@ def _translated(error: Exception, scope: Scope) -> Exception:
             headers=headers,
         )
     return HttpError(error.status_code, ErrorCode.NOT_FOUND, f"{target} is not served here.")
-
-
-def _valid_request_id(header: bytes) -> str | None:
-    """The client's id if it is safe to log and to send back."""
-    if not 0 < len(header) <= MAX_REQUEST_ID_CHARS:
-        return None
-    return header.decode() if all(0x20 < byte < 0x7F for byte in header) else None

@@ -311,7 +311,7 @@ class Dispatcher:
             "attempt %d failed, trying again: %s",
             run.ledger.attempt,
             failure.message,
-            extra={"request_id": run.request.request_id},
+            extra={"request_id": run.request.request_id, "trace_id": run.request.trace_id},
         )
         self._metrics.retries.labels(failure.code.value).inc()
         backoff_s = self._settings.retry_backoff_s * 2 ** (run.ledger.attempt - 1)

@@ -28,6 +28,8 @@ class GenerationRequest:
     """When the router read the client's request, same clock: where the time ledger starts."""
     tokenized_at: float
     cache_salt: str = ""
+    trace_id: str | None = None
+    """Of the trace that the client's call belongs to, for logs and timelines."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,7 @@ async def make_job(
             f"this server takes at most {parts.settings.max_choices} in one request.",
             param="n",
         )
-    unique = uuid.uuid4().hex if exchange.client_gave_id else exchange.request_id
+    unique = uuid.uuid4().hex if exchange.identity.client_gave_id else exchange.request_id
     planner = _Planner(
         parts=parts,
         dialect=dialect,
@@ -147,6 +147,7 @@ async def make_job(
         model=model,
         answer_id=f"{dialect.id_prefix}{unique}",
         received_at=exchange.received_at,
+        trace_id=exchange.identity.trace_id,
         tokenized_at=parts.clock(),
         deadline=deadline,
     )
@@ -169,6 +170,7 @@ class _Planner:
     model: ServedModel
     answer_id: str
     received_at: float
+    trace_id: str | None
     tokenized_at: float
     deadline: float
 
@@ -205,6 +207,7 @@ class _Planner:
                 received_at=self.received_at,
                 tokenized_at=self.tokenized_at,
                 cache_salt=_salt(request),
+                trace_id=self.trace_id,
             ),
             output=Output(detokeniser, self._rules(), parser=parser, offset=len(prompt.echo)),
         )
