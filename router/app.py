@@ -6,10 +6,12 @@ x-request-id, every error has OpenAI's shape, and no input makes a 500.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
@@ -24,10 +26,20 @@ from router.api.generate import TextEndpoint
 from router.api.identity import identify
 from router.api.metrics import ApiMetrics
 from router.api.native.dialect import NativeDialect
-from router.api.native.endpoints import NativeEndpoints
+from router.api.native.endpoints import AbortBody, NativeEndpoints
+from router.api.native.request import NativeBody
+from router.api.openapi import ApiRoute, OpenApi
 from router.api.operations import Operations
 from router.api.parts import ApiParts, Gate, RecentRequests
+from router.api.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeTextRequest,
+)
 from router.api.responses.endpoints import ResponseEndpoints, ResponsesDialect
+from router.api.responses.request import ResponsesBody
 from router.api.responses.store import ResponseStore
 from router.api.settings import ApiSettings
 from router.api.token_endpoints import TokenEndpoints
@@ -78,35 +90,66 @@ def create_app(
     responses = ResponseEndpoints(parts, stored)
     native = NativeEndpoints(parts, fleet, facts=facts)
     routes = [
-        _post("/v1/chat/completions", TextEndpoint(parts, ChatDialect())),
-        _post("/v1/completions", TextEndpoint(parts, CompletionDialect())),
-        _post("/v1/responses", TextEndpoint(parts, ResponsesDialect(stored))),
-        _get("/v1/responses/{id}", responses.get),
-        _delete("/v1/responses/{id}", responses.delete),
-        _post("/v1/responses/{id}/cancel", responses.cancel),
-        _post("/generate", TextEndpoint(parts, NativeDialect())),
-        _post("/abort_request", native.abort),
-        _post("/flush_cache", native.flush_cache),
-        _get("/get_model_info", native.model_info),
-        _get("/get_server_info", native.server_info),
-        _post("/tokenize", tokens.tokenize),
-        _post("/v1/tokenize", tokens.tokenize),
-        _post("/detokenize", tokens.detokenize),
-        _post("/v1/detokenize", tokens.detokenize),
-        _get("/v1/models", operations.models),
-        _get("/v1/models/{name:path}", operations.model),
-        _get("/v1/requests/{id:path}/timeline", operations.timeline),
-        _get("/health", operations.health),
-        _get("/ready", operations.ready),
-        _get("/metrics", operations.metrics),
+        _post(
+            "/v1/chat/completions",
+            TextEndpoint(parts, ChatDialect()),
+            "Answers a conversation.",
+            ChatRequest,
+            produces=_STREAMED,
+        ),
+        _post(
+            "/v1/completions",
+            TextEndpoint(parts, CompletionDialect()),
+            "Goes on with text.",
+            CompletionRequest,
+            produces=_STREAMED,
+        ),
+        _post(
+            "/v1/responses",
+            TextEndpoint(parts, ResponsesDialect(stored)),
+            "Answers a conversation in items.",
+            ResponsesBody,
+            produces=_STREAMED,
+        ),
+        _get("/v1/responses/{id}", responses.get, "A stored response."),
+        _route("DELETE", "/v1/responses/{id}", responses.delete, "Forgets a stored response."),
+        _post("/v1/responses/{id}/cancel", responses.cancel, "Ends a response that is under way."),
+        _post(
+            "/generate",
+            TextEndpoint(parts, NativeDialect()),
+            "Goes on with text or token ids.",
+            NativeBody,
+            produces=_STREAMED,
+        ),
+        _post("/abort_request", native.abort, "Ends requests with what they have.", AbortBody),
+        _post("/flush_cache", native.flush_cache, "Empties every worker's prefix cache."),
+        _get("/get_model_info", native.model_info, "The served model."),
+        _get("/get_server_info", native.server_info, "This router and its workers."),
+        *(
+            _post(path, tokens.tokenize, "Token ids of text or of a conversation.", *_TOKENIZE)
+            for path in ("/tokenize", "/v1/tokenize")
+        ),
+        *(
+            _post(path, tokens.detokenize, "Text of token ids.", DetokenizeRequest)
+            for path in ("/detokenize", "/v1/detokenize")
+        ),
+        _get("/v1/models", operations.models, "Every served model."),
+        _get("/v1/models/{name:path}", operations.model, "One served model."),
+        _get("/v1/requests/{id:path}/timeline", operations.timeline, "Where the time went."),
+        _get("/health", operations.health, "The process lives."),
+        _get("/ready", operations.ready, "A request would be admitted."),
+        _get("/metrics", operations.metrics, "Prometheus metrics.", produces=_METRICS),
     ]
+    version = str(facts.get("version", "unknown"))
+    document = OpenApi(routes, version=version)
+    routes.append(_get("/openapi.json", document, "This document."))
     return HttpApp(routes, clock)
 
 
 class HttpApp:
     """Dispatches requests to endpoints and answers for those that fail."""
 
-    def __init__(self, routes: list[Route], clock: Clock) -> None:
+    def __init__(self, routes: Sequence[Route], clock: Clock) -> None:
         self._router = Router(routes=routes, redirect_slashes=False)
         self._clock = clock
 
@@ -146,16 +189,24 @@ class _EndpointApp:
         await self._endpoint(exchange)
 
 
-def _post(path: str, endpoint: Endpoint) -> Route:
-    return Route(path, _EndpointApp(endpoint), methods=["POST"])
+def _route(
+    method: str,
+    path: str,
+    endpoint: Endpoint,
+    summary: str,
+    *bodies: type[BaseModel],
+    produces: Sequence[str] = ("application/json",),
+) -> ApiRoute:
+    route = ApiRoute(path, _EndpointApp(endpoint), methods=[method])
+    route.summary, route.bodies, route.produces = summary, bodies, produces
+    return route
 
 
-def _get(path: str, endpoint: Endpoint) -> Route:
-    return Route(path, _EndpointApp(endpoint), methods=["GET"])
-
-
-def _delete(path: str, endpoint: Endpoint) -> Route:
-    return Route(path, _EndpointApp(endpoint), methods=["DELETE"])
+_get = partial(_route, "GET")
+_post = partial(_route, "POST")
+_STREAMED = ("application/json", "text/event-stream")
+_METRICS = ("text/plain", "application/openmetrics-text")
+_TOKENIZE = (TokenizeTextRequest, TokenizeChatRequest)
 
 
 async def _answer_error(error: Exception, exchange: Exchange) -> None:

@@ -6,7 +6,7 @@ Ranges of sampling settings are checked by core.sampling.SamplingParams, which k
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from core.errors import InvalidRequestError
 from core.sampling import StructuredOutput
@@ -14,7 +14,15 @@ from router.api.fields import Strict, wrong
 from router.api.messages import Message, parse_messages
 from router.api.parsing import Parsed, known_fields, validate
 from router.api.structured import StructureFields
-from router.api.tools import Tool, ToolChoice, call_constraint, parse_tool_choice, parse_tools
+from router.api.tools import (
+    MAX_TOOLS,
+    TOOL_CHOICE_SCHEMA,
+    Tool,
+    ToolChoice,
+    call_constraint,
+    parse_tool_choice,
+    parse_tools,
+)
 from router.api.unserved import UNSERVED
 
 MAX_STOPS = 16
@@ -61,6 +69,26 @@ def parse_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     raise wrong("must be a string, a list of strings, a list of token ids or a list of such lists")
 
 
+_STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+STOPS_SCHEMA = {
+    "anyOf": [_STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS}]
+}
+BIASES_SCHEMA = {
+    "type": "object",
+    "patternProperties": {"^[0-9]{1,10}$": {"type": "number", "minimum": -100, "maximum": 100}},
+    "additionalProperties": False,
+}
+_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _IDS_SCHEMA,
+        {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
+    ]
+}
+
+
 class StreamOptions(Strict):
     """What a stream carries besides text."""
 
@@ -91,8 +119,10 @@ class SamplingFields(Strict):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = Field(default_factory=dict)
-    stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
+    logit_bias: Annotated[
+        dict[int, float], PlainValidator(_biases), WithJsonSchema(BIASES_SCHEMA)
+    ] = Field(default_factory=dict)
+    stop: Annotated[tuple[str, ...], PlainValidator(_stops), WithJsonSchema(STOPS_SCHEMA)] = ()
     stop_token_ids: list[int] = Field(default_factory=list)
     include_stop_str_in_output: bool = False
     no_stop_trim: bool = False
@@ -131,9 +161,13 @@ class Effort(Strict):
 class ConversationFields(Effort):
     """How a conversation becomes a prompt."""
 
-    messages: Annotated[tuple[Message, ...], PlainValidator(parse_messages)]
-    tools: Annotated[tuple[Tool, ...], PlainValidator(parse_tools)] = ()
-    tool_choice: Annotated[ToolChoice, PlainValidator(parse_tool_choice)] = ToolChoice("auto")
+    messages: Annotated[tuple[Message, ...], BeforeValidator(parse_messages), Field(min_length=1)]
+    tools: Annotated[
+        tuple[Tool, ...], BeforeValidator(parse_tools), Field(max_length=MAX_TOOLS)
+    ] = ()
+    tool_choice: Annotated[
+        ToolChoice, PlainValidator(parse_tool_choice), WithJsonSchema(TOOL_CHOICE_SCHEMA)
+    ] = ToolChoice("auto")
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -184,7 +218,11 @@ class ChatRequest(GenerateRequest, ConversationFields):
 class CompletionRequest(GenerateRequest):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_prompts)]
+    prompt: Annotated[
+        tuple[str | tuple[int, ...], ...],
+        PlainValidator(parse_prompts),
+        WithJsonSchema(_PROMPTS_SCHEMA),
+    ]
     echo: bool = False
     logprobs: int | None = None
     add_special_tokens: bool = True

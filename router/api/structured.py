@@ -10,7 +10,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import orjson
-from pydantic import PlainValidator
+from pydantic import PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from core.errors import InvalidRequestError
@@ -138,24 +138,65 @@ def _only(asked: dict[str, StructuredOutput | None]) -> StructuredOutput | None:
     return asked[names[0]] if names else None
 
 
+_OBJECT = {"type": "object"}
+_TEXT = {"type": "string", "minLength": 1}
+_TEXTS = {"type": "array", "items": _TEXT, "minItems": 1}
+_SCHEMA_JSON = WithJsonSchema({"anyOf": [_OBJECT, {"type": "string"}]})
+_TEXT_JSON = WithJsonSchema(_TEXT)
+_FORMAT_JSON = WithJsonSchema(
+    {
+        "type": "object",
+        "properties": {
+            "type": {"enum": ["text", "json_object", "json_schema"]},
+            "json_schema": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string"},
+                    "description": {"type": "string"},
+                    "schema": _OBJECT,
+                    "strict": {"type": "boolean"},
+                },
+                "required": ["schema"],
+                "additionalProperties": False,
+            },
+        },
+        "required": ["type"],
+        "additionalProperties": False,
+    }
+)
+_OUTPUTS_JSON = WithJsonSchema(
+    {
+        "type": "object",
+        "properties": {
+            "json": {"anyOf": [_OBJECT, {"type": "string"}]},
+            "json_object": {"type": "boolean"},
+            "regex": _TEXT,
+            "grammar": _TEXT,
+            "choice": _TEXTS,
+        },
+        "additionalProperties": False,
+    }
+)
 _Field = StructuredOutput | None
-SchemaField = Annotated[_Field, PlainValidator(partial(_read, "json_schema"))]
-RegexField = Annotated[_Field, PlainValidator(partial(_read, "regex"))]
-GrammarField = Annotated[_Field, PlainValidator(partial(_read, "ebnf"))]
+SchemaField = Annotated[_Field, PlainValidator(partial(_read, "json_schema")), _SCHEMA_JSON]
+RegexField = Annotated[_Field, PlainValidator(partial(_read, "regex")), _TEXT_JSON]
+GrammarField = Annotated[_Field, PlainValidator(partial(_read, "ebnf")), _TEXT_JSON]
 
 
 class StructureFields(Strict):
     """What chats and completions share; at most one field may ask for something."""
 
-    response_format: Annotated[_Field, PlainValidator(parse_response_format)] = None
+    response_format: Annotated[_Field, PlainValidator(parse_response_format), _FORMAT_JSON] = None
     json_schema: SchemaField = None
     regex: RegexField = None
     ebnf: GrammarField = None
     guided_json: SchemaField = None
     guided_regex: RegexField = None
     guided_grammar: GrammarField = None
-    guided_choice: Annotated[_Field, PlainValidator(partial(_read, "choice"))] = None
-    structured_outputs: Annotated[_Field, PlainValidator(_structured_outputs)] = None
+    guided_choice: Annotated[
+        _Field, PlainValidator(partial(_read, "choice")), WithJsonSchema(_TEXTS)
+    ] = None
+    structured_outputs: Annotated[_Field, PlainValidator(_structured_outputs), _OUTPUTS_JSON] = None
 
     @property
     def structured(self) -> StructuredOutput | None:

@@ -90,6 +90,26 @@ def parse_tool_choice(value: Any) -> ToolChoice:
     )
 
 
+_MODES = ("auto", "none", "required")
+_FUNCTION_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+TOOL_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": _MODES},
+        {
+            "type": "object",
+            "properties": {"type": {"const": "function"}, "function": _FUNCTION_SCHEMA},
+            "required": ["type", "function"],
+            "additionalProperties": False,
+        },
+    ]
+}
+
+
 def check_choice(tools: tuple[Tool, ...], choice: ToolChoice) -> None:
     """Refuse a choice that the tools do not allow.
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import orjson
-from pydantic import PlainValidator
+from pydantic import PlainValidator, WithJsonSchema
 
 from core.errors import InvalidRequestError
 from router.api.exchange import Exchange
 from router.api.fields import Strict
-from router.api.native.request import parse_names
+from router.api.native.request import NAMES_SCHEMA, parse_names
 from router.api.parsing import known_fields, parse_json, validate
 from router.api.parts import ApiParts
 from router.generation import FleetControl
@@ -18,7 +18,7 @@ from router.generation import FleetControl
 class AbortBody(Strict):
     """Body of POST /abort_request."""
 
-    rid: Annotated[tuple[str, ...], PlainValidator(parse_names)] = ()
+    rid: Annotated[tuple[str, ...], PlainValidator(parse_names), WithJsonSchema(NAMES_SCHEMA)] = ()
     abort_all: bool = False
 
 

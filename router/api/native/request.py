@@ -4,12 +4,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, PlainValidator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from core.errors import InvalidRequestError
 from router.api.fields import Strict, wrong
 from router.api.parsing import known_fields, validate
-from router.api.requests import CompletionRequest, SamplingFields, parse_prompts
+from router.api.requests import (
+    BIASES_SCHEMA,
+    STOPS_SCHEMA,
+    CompletionRequest,
+    SamplingFields,
+    parse_prompts,
+)
 from router.api.structured import GrammarField, RegexField, SchemaField
 
 MAX_NEW_TOKENS = 128
@@ -61,8 +67,8 @@ class NativeSampling(Strict):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Any = None
-    stop: Any = None
+    logit_bias: Annotated[Any, WithJsonSchema(BIASES_SCHEMA)] = None
+    stop: Annotated[Any, WithJsonSchema(STOPS_SCHEMA)] = None
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -93,6 +99,10 @@ def _sampling(value: Any) -> NativeSampling:
     return validate(NativeSampling, fields, where=where)
 
 
+_NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 128}
+NAMES_SCHEMA = {"anyOf": [_NAME_SCHEMA, {"type": "array", "items": _NAME_SCHEMA}]}
+
+
 def parse_names(value: Any) -> tuple[str, ...]:
     """One name or several."""
     names = [value] if isinstance(value, str) else value
@@ -109,8 +119,8 @@ class NativeBody(Strict):
     model: str | None = None
     text: Annotated[tuple[str, ...], PlainValidator(parse_prompts)] | None = None
     input_ids: Annotated[tuple[tuple[int, ...], ...], PlainValidator(parse_prompts)] | None = None
-    sampling_params: Annotated[NativeSampling, PlainValidator(_sampling)] = NativeSampling()
-    rid: Annotated[tuple[str, ...], PlainValidator(parse_names)] = ()
+    sampling_params: Annotated[NativeSampling, BeforeValidator(_sampling)] = NativeSampling()
+    rid: Annotated[tuple[str, ...], PlainValidator(parse_names), WithJsonSchema(NAMES_SCHEMA)] = ()
     return_logprob: bool = False
     top_logprobs_num: int = 0
     stream: bool = False

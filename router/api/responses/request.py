@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, PlainValidator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from core.errors import InvalidRequestError
 from core.sampling import StructuredOutput
@@ -12,6 +12,7 @@ from router.api.fields import wrong
 from router.api.messages import Message
 from router.api.parsing import known_fields, known_names, validate
 from router.api.requests import ChatRequest, Effort, SamplingFields
+from router.api.responses import schemas
 from router.api.responses.items import messages_of
 from router.api.structured import parse_response_format
 from router.api.tools import Tool, ToolChoice, parse_tool_choice, parse_tools
@@ -87,20 +88,28 @@ def _stream_options(value: Any) -> Any:
 class ResponsesBody(SamplingFields):
     """Body of POST /v1/responses."""
 
-    input: Annotated[str | list[Any], PlainValidator(_input)]
+    input: Annotated[str | list[Any], PlainValidator(_input), WithJsonSchema(schemas.INPUT)]
     instructions: str | None = None
     max_output_tokens: int | None = None
     previous_response_id: str | None = None
     store: bool = True
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
-    tools: Annotated[tuple[Tool, ...], PlainValidator(_tools)] = ()
-    tool_choice: Annotated[ToolChoice, PlainValidator(_tool_choice)] = ToolChoice("auto")
+    tools: Annotated[tuple[Tool, ...], BeforeValidator(_tools), WithJsonSchema(schemas.TOOLS)] = ()
+    tool_choice: Annotated[
+        ToolChoice, PlainValidator(_tool_choice), WithJsonSchema(schemas.CHOICE)
+    ] = ToolChoice("auto")
     parallel_tool_calls: bool = True
-    reasoning: Annotated[str | None, PlainValidator(_reasoning)] = None
+    reasoning: Annotated[
+        str | None, PlainValidator(_reasoning), WithJsonSchema(schemas.REASONING)
+    ] = None
     """How hard to think."""
-    text: Annotated[StructuredOutput | None, PlainValidator(_text)] = None
+    text: Annotated[
+        StructuredOutput | None, PlainValidator(_text), WithJsonSchema(schemas.TEXT)
+    ] = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    stream_options: Annotated[Any, PlainValidator(_stream_options)] = None
+    stream_options: Annotated[
+        Any, PlainValidator(_stream_options), WithJsonSchema(schemas.STREAM_OPTIONS)
+    ] = None
 
 
 class ResponsesRequest(ChatRequest):

@@ -5,6 +5,7 @@ import pytest
 from core.errors import InvalidRequestError
 from router.api.parsing import parse_json
 from router.api.requests import MAX_STOP_CHARS, ChatRequest, CompletionRequest, read
+from router.api.unserved import UNSERVED
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -149,3 +150,72 @@ def test_integer_is_taken_where_a_number_is_wanted() -> None:
 def test_body_that_is_no_object_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequestError, match="body"):
         parse_json(body)
+
+
+LISTED = [
+    "messages",
+    "model",
+    "temperature",
+    "top_p",
+    "n",
+    "stream",
+    "stream_options",
+    "stop",
+    "max_tokens",
+    "max_completion_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
+    "seed",
+    "user",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "reasoning_effort",
+    "top_k",
+    "min_p",
+    "min_tokens",
+    "repetition_penalty",
+    "regex",
+    "ebnf",
+    "stop_token_ids",
+    "stop_regex",
+    "no_stop_trim",
+    "ignore_eos",
+    "skip_special_tokens",
+    "lora_path",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "separate_reasoning",
+    "stream_reasoning",
+    "session_params",
+    "rid",
+    "cache_salt",
+    "extra_key",
+    "priority",
+    "return_hidden_states",
+    "return_token_ids",
+    "custom_logit_processor",
+    "input_ids",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "kv_transfer_params",
+    "prompt",
+    "echo",
+    "suffix",
+    "best_of",
+    "json_schema",
+]
+
+
+@pytest.mark.parametrize("field", LISTED)
+def test_a_field_that_other_servers_take_is_served_or_refused_by_name(field: str) -> None:
+    served = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+    assert (field in served) != (field in UNSERVED)
+    if field in UNSERVED:
+        message = _refused(ChatRequest, **{field: {"ask": "for something"}}).message
+        assert message.startswith(f"{field} is not supported by this server; ")
