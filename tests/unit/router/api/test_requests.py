@@ -1,3 +1,4 @@
+import re
 from typing import Any
 
 import pytest
@@ -152,64 +153,19 @@ def test_body_that_is_no_object_is_refused(body: bytes) -> None:
         parse_json(body)
 
 
-LISTED = [
-    "messages",
-    "model",
-    "temperature",
-    "top_p",
-    "n",
-    "stream",
-    "stream_options",
-    "stop",
-    "max_tokens",
-    "max_completion_tokens",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "logprobs",
-    "top_logprobs",
-    "seed",
-    "user",
-    "tools",
-    "tool_choice",
-    "parallel_tool_calls",
-    "response_format",
-    "reasoning_effort",
-    "top_k",
-    "min_p",
-    "min_tokens",
-    "repetition_penalty",
-    "regex",
-    "ebnf",
-    "stop_token_ids",
-    "stop_regex",
-    "no_stop_trim",
-    "ignore_eos",
-    "skip_special_tokens",
-    "lora_path",
-    "continue_final_message",
-    "chat_template_kwargs",
-    "separate_reasoning",
-    "stream_reasoning",
-    "session_params",
-    "rid",
-    "cache_salt",
-    "extra_key",
-    "priority",
-    "return_hidden_states",
-    "return_token_ids",
-    "custom_logit_processor",
-    "input_ids",
-    "bootstrap_host",
-    "bootstrap_port",
-    "bootstrap_room",
-    "kv_transfer_params",
-    "prompt",
-    "echo",
-    "suffix",
-    "best_of",
-    "json_schema",
-]
+LISTED = re.findall(
+    r"\w+",
+    """
+    messages model temperature top_p n stream stream_options stop max_tokens max_completion_tokens
+    presence_penalty frequency_penalty logit_bias logprobs top_logprobs seed user tools tool_choice
+    parallel_tool_calls response_format reasoning_effort top_k min_p min_tokens repetition_penalty
+    regex ebnf stop_token_ids stop_regex no_stop_trim ignore_eos skip_special_tokens lora_path
+    continue_final_message chat_template_kwargs separate_reasoning stream_reasoning session_params
+    rid cache_salt extra_key priority return_hidden_states return_token_ids custom_logit_processor
+    input_ids bootstrap_host bootstrap_port bootstrap_room kv_transfer_params prompt echo suffix
+    best_of json_schema
+    """,
+)
 
 
 @pytest.mark.parametrize("field", LISTED)
