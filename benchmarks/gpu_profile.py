@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 from typing import Any, NamedTuple
 
 STEP_BEGINS = "_resolve"
@@ -117,7 +118,9 @@ def coverage(kernels: Sequence[Kernel], begin: float, end: float) -> Coverage:
 def summary(kernels: Sequence[Kernel], num_steps: int) -> dict[str, Any]:
     """A profile of about `num_steps` steps in numbers per step, and two of them in full.
 
-    The first quarter of the steps is left out: the profiler itself is starting up then.
+    The first quarter of the steps is left out: the profiler itself is starting up then. Length and
+    idle share are those of the median step, since now and then the profiler holds one up for a
+    hundred milliseconds to empty its buffers.
 
     Raises:
         ValueError: too few steps to say anything.
@@ -130,12 +133,14 @@ def summary(kernels: Sequence[Kernel], num_steps: int) -> dict[str, Any]:
     steady = coverage(kernels, starts[0], starts[-1])
     middle = num_steps // 2
     longest = sorted(steady.kernels.items(), key=lambda item: -item[1])[:20]
+    lengths = [later - start for start, later in pairwise(starts)]
+    idle_shares = [coverage(kernels, *step).idle_share for step in pairwise(starts)]
     return {
         "steps": num_steps,
-        "step_us": steady.window / num_steps,
-        "steps_us": [later - start for start, later in pairwise(starts)],
-        "idle_share": steady.idle_share,
-        "idle_shares": [coverage(kernels, *step).idle_share for step in pairwise(starts)],
+        "step_us": median(lengths),
+        "steps_us": lengths,
+        "idle_share": median(idle_shares),
+        "idle_shares": idle_shares,
         "kinds_us": {kind: used / num_steps for kind, used in steady.kinds.items()},
         "kernels": {
             name: {"us": used / num_steps, "launches": steady.counts.get(name, 0) / num_steps}

@@ -138,10 +138,6 @@ class Summary:
         shares = [100 * share for share in profile["idle_shares"]]
         share = 100 * profile["idle_share"]
         self._report.add(f"{title}, GPU idle", share, "%", samples=shares, goal="<= 3")
-        # The profiler makes the host slower but not the kernels.
-        busy_s = profile["step_us"] * (1 - profile["idle_share"]) * 1e-6
-        share = 100 * (1 - busy_s / median(steady["step_s"]))
-        self._report.add(f"{title}, GPU idle if not profiled", share, "%")
         for kind in KINDS:
             if used := profile["kinds_us"].get(kind):
                 self._report.add(f"{title}, {kind}", used, "us")

@@ -19,12 +19,8 @@ import asyncio
 import json
 import os
 import random
-import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +28,7 @@ import httpx
 
 from benchmarks.local_peer import DECODE_TOKENS, PROMPT_TOKENS
 from benchmarks.report import Report, median
+from benchmarks.serving import served_system, stream
 from core.modelfile.resolve import resolve_model
 from engine.threads import available_cores, compute_thread_env
 
@@ -78,55 +75,9 @@ class PeerProcess:
         self._child.wait()
 
 
-@contextmanager
-def served_system() -> Iterator[tuple[str, float]]:
-    """`diptych serve` until the block ends: (base URL, seconds from start to ready)."""
-    began = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "diptych", "serve", "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert child.stdout is not None
-    try:
-        for line in child.stdout:
-            found = re.search(r"Ready after .* at (http://\S+)/v1", line)
-            if found:
-                yield found[1], time.perf_counter() - began
-                return
-        raise RuntimeError(f"diptych serve ended with {child.wait()}")
-    finally:
-        child.terminate()
-        child.communicate(timeout=60)
-
-
 def random_prompt(length: int) -> list[int]:
     """Fresh random ids."""
     return random.choices(VOCAB, k=length)
-
-
-async def stream(client: httpx.AsyncClient, prompt: list[int], max_tokens: int) -> list[float]:
-    """When each event that brought tokens arrived, the moment of sending first."""
-    body = {
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-    }
-    times = [time.perf_counter()]
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data: {") and '"token_ids"' in line:
-                tokens = json.loads(line[6:])["choices"][0]["token_ids"]
-                times += [time.perf_counter()] * len(tokens)
-    if len(times) != max_tokens + 1:
-        raise RuntimeError(f"{len(times) - 1} of {max_tokens} tokens came")
-    return times
 
 
 async def decode_step_s(client: httpx.AsyncClient, batch: int) -> float:
@@ -134,14 +85,14 @@ async def decode_step_s(client: httpx.AsyncClient, batch: int) -> float:
     runs = await asyncio.gather(
         *(stream(client, random_prompt(PROMPT_TOKENS), 2 + DECODE_TOKENS) for _ in range(batch))
     )
-    began = max(times[2] for times in runs)
-    ended = max(times[-1] for times in runs)
+    began = max(run.times[2] for run in runs)
+    ended = max(run.times[-1] for run in runs)
     return (ended - began) / DECODE_TOKENS
 
 
 async def first_token_s(client: httpx.AsyncClient, length: int) -> float:
     """Time to first token."""
-    times = await stream(client, random_prompt(length), 1)
+    times = (await stream(client, random_prompt(length), 1)).times
     return times[1] - times[0]
 
 

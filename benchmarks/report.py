@@ -14,7 +14,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 COMMIT, DIRTY = "DIPTYCH_COMMIT", "DIPTYCH_DIRTY"
-"""Environment of a copy without git: the commit it was made from, and 0 or 1."""
+"""Environment of a copy: the commit it was made from, and 0 or 1."""
 _PACKAGES = (
     *("torch", "triton", "flashinfer-python", "transformers", "nixl-cu12", "grpcio", "uvicorn"),
 )
@@ -82,12 +82,15 @@ class Report:
 
 
 def revision() -> tuple[str, bool | None]:
-    """Commit, and whether tracked files differ from it (None: nobody knows)."""
-    commit = _git("rev-parse", "--short", "HEAD")
-    if commit:
+    """Commit, and whether tracked files differ from it (None: nobody knows).
+
+    What the environment says comes first: git may know of another commit than a copy was made from.
+    """
+    if commit := os.environ.get(COMMIT):
+        return commit, {"0": False, "1": True}.get(os.environ.get(DIRTY, ""))
+    if commit := _git("rev-parse", "--short", "HEAD"):
         return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
-    dirty = {"0": False, "1": True}.get(os.environ.get(DIRTY, ""))
-    return os.environ.get(COMMIT, "unknown"), dirty
+    return "unknown", None
 
 
 def machine() -> dict[str, Any]:

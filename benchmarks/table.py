@@ -18,7 +18,7 @@ PERFORMANCE = ROOT / "docs" / "performance.md"
 PAGES = (README, PERFORMANCE)
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 _GPU = "gpu-engine"
-_DETAILS = (", run of ", ", step in the profile", ", if not profiled")
+_DETAILS = (", run of ", ", step in the profile")
 """Parts of names of figures that only the full tables show."""
 
 

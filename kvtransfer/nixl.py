@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import TransferError
+from kvtransfer.cuda_context import use_gpu
 from kvtransfer.peer_reads import PeerPool, Peers, QueuedRead
 from kvtransfer.transport import BlockPool
 
@@ -189,6 +190,8 @@ class NixlChannel:
 
     def open(self) -> None:
         """Make the agent and prepare the descriptors of both pools, once for all READs."""
+        if self._own.device_id is not None:
+            use_gpu(self._own.device_id)
         self._agent = new_agent(self._api, self._own, serves=False)
         try:
             name = self._agent.add_remote_agent(self._peer_metadata)

@@ -59,7 +59,7 @@ class DecodeSteps:
         self._sizes = batch_ladder(max_rows)
         self._rungs = {}
         for size in self._sizes:
-            decode = attention.decodes(size, inputs.device_block_ids)
+            decode = attention.decodes(size, inputs)
             context = CudaContext(
                 parts=decode.parts,
                 cos_sin=cos_sin,
@@ -92,7 +92,7 @@ class DecodeSteps:
                 self.rehearse(size)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 rung.logits = _borrow(self._compute(self._inputs, rung.context, size))
             rung.graph = graph
         torch.cuda.synchronize()
@@ -100,17 +100,13 @@ class DecodeSteps:
     def rehearse(self, size: int) -> None:
         """Run a step of nothing but padding, kernel by kernel."""
         self._fill_with_padding(size)
-        self.plan(size, size)
+        self.plan(size)
         self._compute(self._inputs, self._rungs[size].context, size)
 
-    def plan(self, size: int, num_blocks: int) -> None:
-        """Have attention plan the step whose inputs are written: `size` rows, padding included."""
+    def plan(self, size: int) -> None:
+        """Have attention plan the step whose inputs are sent: `size` rows, padding included."""
         inputs = self._inputs
-        self._rungs[size].attention.plan(
-            torch.from_numpy(inputs.table_starts[: size + 1]),
-            inputs.device_block_ids[:num_blocks],
-            torch.from_numpy(inputs.last_lens[:size]),
-        )
+        self._rungs[size].attention.plan(inputs.table_starts[: size + 1], inputs.last_lens[:size])
 
     def run(self, size: int) -> torch.Tensor:
         """Queue the step that was planned. Returns its logits, [size, vocab_size]."""

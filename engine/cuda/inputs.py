@@ -70,6 +70,8 @@ class StepInputs:
         self.device_seeds = mirror["seeds"].view(torch.int64)
         self.device_temperatures = mirror["temperatures"].view(torch.float32)
         self.device_block_ids = mirror["block_ids"]
+        self.device_table_starts = mirror["table_starts"]
+        self.device_last_lens = mirror["last_lens"]
 
     def reuse(self) -> None:
         """Wait until what was written before has reached the device."""

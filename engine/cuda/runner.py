@@ -16,7 +16,9 @@ from core.sampling import SamplingParams
 from engine.cuda.attention import (
     CudaContext,
     FlashInferAttention,
+    RowCounts,
     blocks_of,
+    row_order,
 )
 from engine.cuda.graphs import DecodeSteps, pad_rows
 from engine.cuda.inputs import StepInputs
@@ -149,7 +151,9 @@ class CudaRunner:
         self.rehearse(2 * self._block_size, self._block_size)
 
     def _run_decodes(self, chunks: Sequence[Chunk]) -> "_Queued":
-        """Row i is chunk i, whether it is to be sampled or not."""
+        """Every chunk has a row of logits, whether it is to be sampled or not."""
+        order = row_order(chunks)
+        chunks = [chunks[i] for i in order]
         inputs, count = self._decode_inputs, len(chunks)
         inputs.reuse()
         num_blocks = self._writer.write(inputs, chunks, self._sampled_rows).num_blocks
@@ -159,12 +163,12 @@ class CudaRunner:
         if size > count:
             num_blocks = pad_rows(inputs, count, size, num_blocks)
         inputs.send(num_blocks)
-        self._decodes.plan(size, num_blocks)
+        self._decodes.plan(size)
         inputs.sent()
-        return _Queued(range(count), specs, self._decodes.run(size)[:count])
+        return _Queued(order, specs, self._decodes.run(size)[:count])
 
     def _run_mixed(self, chunks: Sequence[Chunk], *, write: bool = True) -> "_Queued":
-        order = sorted(range(len(chunks)), key=lambda i: len(chunks[i].token_ids) > 1)
+        order = row_order(chunks)
         chunks = [chunks[i] for i in order]
         inputs = self._mixed_inputs
         inputs.reuse()
@@ -178,12 +182,14 @@ class CudaRunner:
         num_rows = max(1, len(drawn))
         inputs.output_rows[:num_rows] = step.last_rows[drawn] if drawn else 0
         inputs.send(step.num_blocks)
-        parts = self._attention.plan_mixed(
-            lengths=step.lengths,
-            context_lens=step.context_lens,
-            num_decodes=int(np.count_nonzero(step.lengths == 1)),
-            block_ids=inputs.device_block_ids[: step.num_blocks],
+        prompts = step.lengths > 1
+        rows = RowCounts(
+            step.lengths,
+            num_decodes=int(np.count_nonzero(~prompts)),
+            num_resumed=int(np.count_nonzero(prompts & (step.context_lens > step.lengths))),
         )
+        block_ids = inputs.device_block_ids[: step.num_blocks]
+        parts = self._attention.plan_mixed(rows, step.context_lens, block_ids)
         inputs.sent()
         context = CudaContext(
             parts=parts,

@@ -5,6 +5,7 @@ t // 32 is set. Ends of output are tokens like any other: allowed once the gramm
 """
 
 import json
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -37,7 +38,7 @@ class Matcher(Protocol):
         """
 
     def fill(self, words: Words) -> None:
-        """Write which tokens may follow, [ceil(vocab_size / 32)].
+        """Write which tokens may follow, [ceil(vocab_size / 32)]; no bits past the vocabulary.
 
         Raises:
             GrammarFailure: a limit was hit; the matcher is of no more use.
@@ -83,6 +84,13 @@ def choices(structured: StructuredOutput) -> list[str]:
     if not isinstance(found, list) or not found or not all(isinstance(c, str) and c for c in found):
         raise refusal(structured, "it must be a list of at least one string, none of them empty.")
     return found
+
+
+def mask_of(token_ids: Iterable[int], vocab_size: int) -> Words:
+    """The mask that allows those ids of the vocabulary."""
+    bits = np.zeros(num_words(vocab_size) * 32, np.uint8)
+    bits[[token_id for token_id in token_ids if token_id < vocab_size]] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def num_words(vocab_size: int) -> int:

@@ -41,7 +41,9 @@ class LlguidanceBackend:
             ValueError: this is no vocabulary that llguidance can read.
         """
         self._tokenizer = LLTokenizer(
-            tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids)
+            _within(tokenizer_json, vocab_size),
+            n_vocab=vocab_size,
+            eos_token=list(eos_token_ids),
         )
 
     def compile(self, structured: StructuredOutput) -> CompiledGrammar:
@@ -53,6 +55,17 @@ class LlguidanceBackend:
         if matcher.is_error():
             raise refusal(structured, matcher.get_error())
         return _Grammar(matcher)
+
+
+def _within(tokenizer_json: str, vocab_size: int) -> str:
+    """Leave out added tokens that the model does not know, as those of a sibling that sees images.
+
+    Text tokens stay: text that others force is tokenised as the model's own tokenizer does it.
+    """
+    tokenizer = json.loads(tokenizer_json)
+    added = tokenizer.get("added_tokens") or []
+    tokenizer["added_tokens"] = [token for token in added if token["id"] < vocab_size]
+    return json.dumps(tokenizer)
 
 
 def _grammar(structured: StructuredOutput) -> str:
@@ -94,10 +107,15 @@ class _Matcher:
         self._matcher = matcher
 
     def accept(self, token_ids: list[int]) -> None:
-        if not self._matcher.consume_tokens(token_ids):
-            raise GrammarFailure(self._matcher.get_error())
+        # One by one: several at once may not be followed by the end.
+        if not all(map(self._matcher.consume_token, token_ids)):
+            raise self._failure()
 
     def fill(self, words: Words) -> None:
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         if self._matcher.is_error():
-            raise GrammarFailure(self._matcher.get_error())
+            raise self._failure()
+
+    def _failure(self) -> GrammarFailure:
+        # The whole grammar and the parser's state follow.
+        return GrammarFailure(self._matcher.get_error().partition("\n<state>")[0])

@@ -6,6 +6,7 @@ An extra of its own, since it brings transformers and triton with it.
 import json
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +22,7 @@ from engine.grammar.backend import (
     Matcher,
     Words,
     choices,
+    mask_of,
     refusal,
 )
 
@@ -30,9 +32,15 @@ class XgrammarBackend:
 
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """Read a vocabulary; arguments and errors as those of LlguidanceBackend."""
+        tokenizer_object = Tokenizer.from_str(tokenizer_json)
         tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=Tokenizer.from_str(tokenizer_json)
+            tokenizer_object=tokenizer_object
         )
+        # To xgrammar a special token is the text that it is spelt with.
+        added = tokenizer_object.get_added_tokens_decoder()
+        special = {token_id for token_id, token in added.items() if token.special}
+        usable = set(range(vocab_size)) - special | set(eos_token_ids)
+        self._masks = _Masks(mask_of(usable, vocab_size), mask_of(eos_token_ids, vocab_size))
         info = TokenizerInfo.from_huggingface(
             tokenizer, vocab_size=vocab_size, stop_token_ids=list(eos_token_ids)
         )
@@ -42,7 +50,7 @@ class XgrammarBackend:
     def compile(self, structured: StructuredOutput) -> CompiledGrammar:
         """See GrammarBackend."""
         try:
-            return _Grammar(self._compile(structured))
+            return _Grammar(self._compile(structured), self._masks)
         except (RuntimeError, ValueError) as error:
             # Before the reason it says when, and where in its own sources.
             reason = re.sub(r"^\[[^\]]*\] \S+:\d+: ", "", str(error))
@@ -69,21 +77,31 @@ class XgrammarBackend:
         )
 
 
+class _Masks(NamedTuple):
+    """Of a vocabulary."""
+
+    usable: Words
+    """Text, and ends of output."""
+    ends: Words
+
+
 class _Grammar:
     """Implements CompiledGrammar."""
 
-    def __init__(self, compiled: Compiled) -> None:
+    def __init__(self, compiled: Compiled, masks: _Masks) -> None:
         self._compiled = compiled
+        self._masks = masks
 
     def start(self) -> Matcher:
-        return _Matcher(GrammarMatcher(self._compiled))
+        return _Matcher(GrammarMatcher(self._compiled), self._masks)
 
 
 class _Matcher:
     """Implements Matcher."""
 
-    def __init__(self, matcher: GrammarMatcher) -> None:
+    def __init__(self, matcher: GrammarMatcher, masks: _Masks) -> None:
         self._matcher = matcher
+        self._masks = masks
 
     def accept(self, token_ids: list[int]) -> None:
         for token_id in token_ids:
@@ -91,5 +109,8 @@ class _Matcher:
                 raise GrammarFailure(f"token {token_id} does not fit.")
 
     def fill(self, words: Words) -> None:
-        if not self._matcher.is_terminated():
+        if self._matcher.is_terminated():
+            words[:] = self._masks.ends
+        else:
             self._matcher.fill_next_token_bitmask(words.reshape(1, -1))
+            words &= self._masks.usable

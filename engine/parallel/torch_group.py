@@ -81,7 +81,7 @@ class TorchGroup:
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """See RankGroup."""
         self.calls += 1
-        self._backend.allreduce([tensor], self._reduce_options).wait()
+        _wait(self._backend.allreduce([tensor], self._reduce_options))
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class TorchGroup:
         self.calls += 1
         rows, part = tensor.shape
         parts = tensor.new_empty(self.size * rows, part)
-        self._backend._allgather_base(parts, tensor.contiguous(), self._gather_options).wait()
+        _wait(self._backend._allgather_base(parts, tensor.contiguous(), self._gather_options))
         return parts.view(self.size, rows, part).transpose(0, 1).reshape(rows, -1)
 
     def smallest(self, value: int) -> int:
@@ -119,6 +119,12 @@ class TorchGroup:
         backend, self._backend, self._store = self._backend, None, None
         if backend is not None:
             (backend.abort if self._is_nccl else backend.shutdown)()
+
+
+def _wait(work: Any) -> None:
+    """NCCL gives nothing to wait for when it runs on the current stream."""
+    if work is not None:
+        work.wait()
 
 
 def _gloo(store: Any, rank: int, size: int, timeout: timedelta, device: torch.device) -> Any:

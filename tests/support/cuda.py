@@ -17,9 +17,11 @@ from engine.cuda.attention import (
     AttentionParts,
     DecodeAttention,
     FlashInferAttention,
+    RowCounts,
     blocks_of,
     last_block_lens,
 )
+from engine.cuda.inputs import Int32s, StepInputs
 from engine.cuda.runner import CudaRunner, StepLimits
 from engine.kv.pool import KVPool
 from engine.layers.rope import cos_sin_table
@@ -44,38 +46,46 @@ class WrittenOutAttention(FlashInferAttention):
         self._num_heads, self._num_kv_heads = num_heads, layout.num_kv_heads
         self._block_size = layout.block_size
 
-    def decodes(self, batch_size: int, block_ids: torch.Tensor) -> DecodeAttention:
-        return DecodeAttention(self, _Plan())
+    def decodes(self, batch_size: int, inputs: StepInputs) -> DecodeAttention:
+        step = _Plan()
 
-    def plan_decodes(
+        def plan(starts: Int32s, last_lens: Int32s) -> None:
+            # What the device has must be what is planned: graphs read tables there.
+            assert torch.equal(inputs.device_table_starts[: batch_size + 1], torch.tensor(starts))
+            assert torch.equal(inputs.device_last_lens[:batch_size], torch.tensor(last_lens))
+            self._fill(step, torch.tensor(starts), inputs.device_block_ids, torch.tensor(last_lens))
+
+        return DecodeAttention(AttentionParts(self, None, (step, None, None)), plan)
+
+    def _fill(
         self,
-        wrapper: Any,
+        step: _Plan,
         starts: torch.Tensor,
         block_ids: torch.Tensor,
         last_lens: torch.Tensor,
     ) -> None:
-        wrapper.starts, wrapper.last_lens = starts.clone(), last_lens.clone()
-        wrapper.block_ids = block_ids.clone()
-        wrapper.lengths = [1] * len(last_lens)
+        step.starts, step.last_lens = starts.clone(), last_lens.clone()
+        step.block_ids = block_ids.clone()
+        step.lengths = [1] * len(last_lens)
 
     def plan_mixed(
-        self, *, lengths: Any, context_lens: Any, num_decodes: int, block_ids: torch.Tensor
+        self, rows: RowCounts, context_lens: Any, block_ids: torch.Tensor
     ) -> AttentionParts:
         counts = blocks_of(context_lens, self._block_size)
         starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
         last_lens = torch.from_numpy(last_block_lens(context_lens, self._block_size))
-        decode = prompt = None
-        if num_decodes:
-            decode = _Plan()
-            self.plan_decodes(decode, starts[: num_decodes + 1], block_ids, last_lens[:num_decodes])
-        if num_decodes < len(lengths):
-            prompt = _Plan()
-            self.plan_decodes(prompt, starts[num_decodes:], block_ids, last_lens[num_decodes:])
-            prompt.lengths = lengths[num_decodes:].tolist()
-        whole = prompt is not None and np.array_equal(
-            lengths[num_decodes:], context_lens[num_decodes:]
-        )
-        return AttentionParts(self, num_decodes, decode, prompt, whole=whole)
+        first, last = rows.num_decodes, rows.num_decodes + rows.num_resumed
+
+        def plan(begin: int, end: int) -> _Plan | None:
+            if begin == end:
+                return None
+            part = _Plan()
+            self._fill(part, starts[begin : end + 1], block_ids, last_lens[begin:end])
+            part.lengths = rows.lengths[begin:end].tolist()
+            return part
+
+        wrappers = (plan(0, first), plan(first, last), plan(last, len(rows.lengths)))
+        return AttentionParts(self, rows.ends, wrappers)
 
     def run(self, wrapper: Any, query: torch.Tensor, layer: int, out: torch.Tensor) -> None:
         kv, row = self.layers[layer], 0
@@ -88,7 +98,7 @@ class WrittenOutAttention(FlashInferAttention):
             out[rows] = self._attend(query[rows], key, value).to(out.dtype)
             row += length
 
-    def run_whole(self, wrapper: Any, qkv: torch.Tensor, out: torch.Tensor) -> None:
+    def run_fresh(self, wrapper: Any, qkv: torch.Tensor, out: torch.Tensor) -> None:
         rotated, row = self._num_heads + self._num_kv_heads, 0
         for length in wrapper.lengths:
             part = qkv[row : row + length]

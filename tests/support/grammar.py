@@ -11,7 +11,7 @@ import numpy as np
 
 from core.errors import InvalidRequestError
 from core.sampling import StructuredOutput
-from engine.grammar.backend import CompiledGrammar, GrammarFailure, Matcher, Words
+from engine.grammar.backend import CompiledGrammar, GrammarFailure, Matcher, Words, mask_of
 from engine.grammar.compiler import GrammarCompiler
 
 END = 0
@@ -101,9 +101,7 @@ class _RuleMatcher:
     def fill(self, words: Words) -> None:
         if len(self._output) == self._rule.fails_at:
             raise GrammarFailure("too complex")
-        bits = np.zeros(len(words) * 32, np.uint8)
-        bits[list(self._rule.allowed(self._output))] = 1
-        words[:] = np.packbits(bits, bitorder="little").view(np.int32)
+        words[:] = mask_of(self._rule.allowed(self._output), NUM_TOKENS)
 
 
 class HeldCompiler(GrammarCompiler):

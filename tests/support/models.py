@@ -47,7 +47,7 @@ def make_checkpoint(
     """
     target = folder / f"{_MODEL_TYPES[arch]}-{seed}"
     target.mkdir(parents=True)
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     config: dict[str, Any] = {
         "architectures": [arch],
         "model_type": _MODEL_TYPES[arch],
@@ -136,7 +136,8 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]
     return weights
 
 
-def _tokenizer() -> Tokenizer:
+def make_tokenizer() -> Tokenizer:
+    """Byte-level BPE of 384 tokens, the first three of them special."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

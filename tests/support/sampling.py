@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from core.sampling import SamplingParams
-from engine.grammar.backend import Words, num_words
+from engine.grammar.backend import Words, mask_of
 from engine.plan import SampleSpec
 from engine.sampler.logits import modify_
 from engine.sampler.philox import uniform
@@ -30,9 +29,7 @@ class AllowedIds:
     """A TokenMask that allows the ids it was given."""
 
     def __init__(self, vocab_size: int, *allowed: int) -> None:
-        bits = np.zeros(num_words(vocab_size) * 32, np.uint8)
-        bits[list(allowed)] = 1
-        self._words = np.packbits(bits, bitorder="little").view(np.int32)
+        self._words = mask_of(allowed, vocab_size)
 
     def words(self) -> Words:
         return self._words

@@ -118,6 +118,18 @@ def test_summary_of_steady_steps(marker: str) -> None:
     assert len(unpack(timeline)) == 6
 
 
+def test_a_step_that_the_profiler_held_up_counts_as_one_of_many() -> None:
+    kernels = [
+        kernel
+        if kernel.start < 1900
+        else kernel._replace(start=kernel.start + 9e4, end=kernel.end + 9e4)
+        for kernel in decode_steps(16)
+    ]
+    found = summary(kernels, 16)
+    assert (found["step_us"], found["idle_share"]) == (100, pytest.approx(0.05))
+    assert max(found["idle_shares"]) > 0.99
+
+
 def test_summary_of_too_few_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="2 steps were told apart"):
         summary(decode_steps(2), 2)

@@ -44,11 +44,16 @@ def test_an_unknown_commit_is_called_so(without_git: pytest.MonkeyPatch) -> None
     assert reports.revision() == ("unknown", None)
 
 
-def test_git_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_environment_says_of_a_copy_comes_before_git(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     answers = {"rev-parse": "1234567", "status": " M file"}
     monkeypatch.setattr(reports, "_git", lambda verb, *rest: answers[verb])
-    monkeypatch.setenv(reports.COMMIT, "abc")
+    monkeypatch.delenv(reports.COMMIT, raising=False)
     assert reports.revision() == ("1234567", True)
+    monkeypatch.setenv(reports.COMMIT, "abc")
+    monkeypatch.setenv(reports.DIRTY, "0")
+    assert reports.revision() == ("abc", False)
 
 
 def test_gpu_table_names_gpu_goal_and_file(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ pytestmark = [
 SHAPE: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 768,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "head_dim": 128,
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -93,10 +93,12 @@ def test_greedy_float32_equals_transformers(checkpoint: Path) -> None:
     llm.close()
 
 
-def test_bfloat16_is_as_near_to_float32_as_transformers_is(checkpoint: Path) -> None:
+@pytest.mark.parametrize("count", [5, 70])  # with contexts split between programs, and whole
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(checkpoint: Path, count: int) -> None:
     rng = random.SystemRandom()
-    sequences = [[rng.randrange(3, 280) for _ in range(70)] for _ in range(5)]
-    executor = build_executor(config(checkpoint, dtype="bfloat16"))
+    sequences = [[rng.randrange(3, 280) for _ in range(70)] for _ in range(count)]
+    settings = config(checkpoint, dtype="bfloat16", max_num_seqs=70, max_step_tokens=4096)
+    executor = build_executor(settings)
     ours = forced_logits(executor, sequences, num_prompt=40)
     tokens = torch.tensor(sequences, device="cuda")
     found = {}

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from core.sampling import SamplingParams
 from engine.parallel.plan_codec import PlanDecoder, PlanEncoder
 from engine.plan import PENDING, Chunk, SampleSpec, StepPlan
+from tests.support.sampling import AllowedIds
 
 ids = st.integers(0, 2**31 - 1)
+VOCAB = 70
 unit = st.floats(0, 1, exclude_min=True)
 params = st.builds(
     SamplingParams,
@@ -54,6 +56,7 @@ def seen(plan: StepPlan) -> list[object]:
                 chunk.sample.params,
                 chunk.sample.position,
                 list(chunk.sample.banned_ids),
+                chunk.sample.mask and chunk.sample.mask.words().tolist(),
                 chunk.sample.params.penalised
                 and (list(chunk.sample.prompt_ids), list(chunk.sample.output_ids)),
             ),
@@ -96,6 +99,8 @@ def test_every_step_of_a_changing_batch_survives(data: st.DataObject) -> None:
                 banned = data.draw(st.lists(ids, max_size=2))
                 position = data.draw(st.integers(0, 2**40))
                 spec = SampleSpec(request.params, position, request.prompt, request.output, banned)
+                if data.draw(st.booleans()):
+                    spec.mask = AllowedIds(VOCAB, *data.draw(st.sets(st.integers(0, VOCAB - 1))))
             start = data.draw(st.integers(0, 2**31))
             chunks.append(Chunk(request.name, token_ids, start, request.table, spec))
         plan = StepPlan(chunks)

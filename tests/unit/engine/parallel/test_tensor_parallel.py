@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from core.sampling import SamplingParams
+from core.modelfile.description import read_tokenizer
+from core.sampling import SamplingParams, StructuredOutput
 from engine.config import EngineConfig
 from engine.llm import LLM
 from tests.support.models import make_checkpoint, make_gguf
@@ -19,15 +20,16 @@ NUM_NEW = 10
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases, a vocabulary that does not divide": (
         "LlamaForCausalLM",
-        {"attention_bias": True, "mlp_bias": True, "vocab_size": 307},
+        {"attention_bias": True, "mlp_bias": True, "vocab_size": 387},
     ),
     "llama, tied, a vocabulary that does not divide": (
         "LlamaForCausalLM",
-        {"tie_word_embeddings": True, "vocab_size": 301},
+        {"tie_word_embeddings": True, "vocab_size": 385},
     ),
     "qwen2": ("Qwen2ForCausalLM", {}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
 }
+WORDS = StructuredOutput(kind="regex", definition="([a-f]{2,7} )+")
 LENGTHS = (1, 5, 16, 40, 64, 33)
 
 
@@ -90,17 +92,21 @@ def test_greedy_tokens_equal_those_of_one_rank_and_of_transformers(
     two_ranks.engine.check_integrity()
 
 
-def test_sampled_tokens_equal_those_of_one_rank(one_rank: LLM, two_ranks: LLM) -> None:
+def test_sampled_tokens_equal_those_of_one_rank(
+    checkpoint: Path, one_rank: LLM, two_ranks: LLM
+) -> None:
     sampling = [
         SamplingParams(max_tokens=NUM_NEW, temperature=0.8, top_p=0.9, seed=1),
         SamplingParams(max_tokens=NUM_NEW, temperature=1.2, top_k=20, seed=2, ignore_eos=True),
         SamplingParams(max_tokens=NUM_NEW, seed=3, repetition_penalty=1.3, min_tokens=4),
         SamplingParams(max_tokens=NUM_NEW, seed=4, frequency_penalty=1.0, presence_penalty=0.5),
         SamplingParams(max_tokens=NUM_NEW, temperature=0, logit_bias={7: 5.0, 9: -100.0}),
-        SamplingParams(max_tokens=NUM_NEW, min_p=0.05, seed=5, stop_token_ids=(8, 11)),
+        SamplingParams(max_tokens=NUM_NEW, min_p=0.05, seed=5, structured=WORDS),
     ]
     alone = [each.token_ids for each in one_rank.generate(prompts(), sampling)]
     assert [each.token_ids for each in two_ranks.generate(prompts(), sampling)] == alone
+    text = read_tokenizer(checkpoint).tokenizer.decode(alone[5])
+    assert len(text) > 5 and set(text) <= set("abcdef ")
 
 
 def test_a_rank_holds_its_heads_of_every_block(one_rank: LLM, two_ranks: LLM) -> None:
