@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.api.output import Output, Piece
+from router.api.requests import TextRequest
 from router.generation import GenerationRequest
 
 
@@ -16,6 +17,8 @@ class Prompt:
     """Text that comes before the output in the answer."""
     continued: bool = False
     """True if the output goes on with the prompt's own text instead of starting a new one."""
+    request: TextRequest | None = None
+    """What was asked for this prompt, where the prompts of a request differ in it."""
     opens_reasoning: bool = False
     """True if the prompt leaves the model thinking."""
 

@@ -175,7 +175,7 @@ class _Planner:
     deadline: float
 
     def choice(self, prompt: Prompt, index: int, copy: int) -> Choice:
-        request, field = self.request, self.dialect.prompt_field
+        request, field = prompt.request or self.request, self.dialect.prompt_field
         if not prompt.token_ids:
             raise InvalidRequestError(f"{field} is empty: it has no tokens.", param=field)
         check_token_ids(prompt.token_ids, self.model, field)
@@ -209,11 +209,12 @@ class _Planner:
                 cache_salt=_salt(request),
                 trace_id=self.trace_id,
             ),
-            output=Output(detokeniser, self._rules(), parser=parser, offset=len(prompt.echo)),
+            output=Output(
+                detokeniser, self._rules(request), parser=parser, offset=len(prompt.echo)
+            ),
         )
 
-    def _rules(self) -> OutputRules:
-        request = self.request
+    def _rules(self, request: TextRequest) -> OutputRules:
         eos_ids = frozenset[int]() if request.ignore_eos else frozenset(self.model.eos_token_ids)
         return OutputRules(
             stops=request.stop,

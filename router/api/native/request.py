@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema
 
 from core.errors import InvalidRequestError
 from router.api.fields import Strict, wrong
@@ -87,16 +87,26 @@ _OWN_NAMES = {
 }
 
 
-def _sampling(value: Any) -> NativeSampling:
-    if isinstance(value, list):
-        if not value or any(other != value[0] for other in value):
-            raise wrong("must be one object; several that differ are not supported")
-        value = value[0]
+def _sampling(value: Any) -> tuple[NativeSampling, ...]:
+    """Settings of all prompts, or of each."""
+    if isinstance(value, list) and value:
+        return tuple(_one_sampling(one, f"sampling_params[{i}].") for i, one in enumerate(value))
+    return (_one_sampling(value, "sampling_params."),)
+
+
+def _one_sampling(value: Any, where: str) -> NativeSampling:
     if not isinstance(value, dict):
-        raise wrong("must be an object")
-    where = "sampling_params."
+        raise wrong("must be an object or a list of objects")
     fields = known_fields(value, NativeSampling, _UNSERVED_SAMPLING, where=where)
-    return validate(NativeSampling, fields, where=where)
+    sampling = validate(NativeSampling, fields, where=where)
+    validate(SamplingFields, _by_own_names(sampling), where=where)
+    return sampling
+
+
+def _by_own_names(sampling: NativeSampling) -> dict[str, Any]:
+    """The fields that SamplingFields knows, as it names them."""
+    named = {_OWN_NAMES.get(name, name): value for name, value in sampling if value is not None}
+    return {name: value for name, value in named.items() if name in SamplingFields.model_fields}
 
 
 _NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 128}
@@ -113,13 +123,23 @@ def parse_names(value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+_SAMPLING_SCHEMA = {
+    "anyOf": [
+        NativeSampling.model_json_schema(ref_template="#/components/schemas/{model}"),
+        {"type": "array", "items": {"type": "object"}, "minItems": 1},
+    ]
+}
+
+
 class NativeBody(Strict):
     """Body of POST /generate."""
 
     model: str | None = None
     text: Annotated[tuple[str, ...], PlainValidator(parse_prompts)] | None = None
     input_ids: Annotated[tuple[tuple[int, ...], ...], PlainValidator(parse_prompts)] | None = None
-    sampling_params: Annotated[NativeSampling, BeforeValidator(_sampling)] = NativeSampling()
+    sampling_params: Annotated[
+        tuple[NativeSampling, ...], PlainValidator(_sampling), WithJsonSchema(_SAMPLING_SCHEMA)
+    ] = (NativeSampling(),)
     rid: Annotated[tuple[str, ...], PlainValidator(parse_names), WithJsonSchema(NAMES_SCHEMA)] = ()
     return_logprob: bool = False
     top_logprobs_num: int = 0
@@ -136,6 +156,8 @@ class NativeRequest(CompletionRequest):
     """The answer is a list, one entry per prompt and choice."""
     rids: tuple[str, ...]
     """The client's names of the prompts, one each or none."""
+    each: tuple["NativeRequest", ...] = ()
+    """What is asked for each prompt, where they differ in it."""
 
 
 def read_native(data: Mapping[str, Any]) -> NativeRequest:
@@ -163,30 +185,38 @@ def read_native(data: Mapping[str, Any]) -> NativeRequest:
         raise InvalidRequestError(
             "top_logprobs_num needs return_logprob to be true.", param="top_logprobs_num"
         )
-    sampling = {
-        _OWN_NAMES.get(name, name): value
-        for name, value in body.sampling_params
-        if value is not None
-    }
-    checked = validate(
-        SamplingFields,
-        {name: value for name, value in sampling.items() if name in SamplingFields.model_fields},
-        where="sampling_params.",
-    )
+    if len(body.sampling_params) not in (1, len(prompts)):
+        raise InvalidRequestError(
+            f"sampling_params has {len(body.sampling_params)} entries for {len(prompts)} prompts.",
+            param="sampling_params",
+        )
+    if len({sampling.n for sampling in body.sampling_params}) > 1:
+        raise InvalidRequestError("n must be the same for all prompts.", param="sampling_params")
     several = isinstance(data[field], list) and (
         field == "text" or isinstance(data[field][0], list)
     )
+    first, *others = [
+        _completion(body, sampling, prompts, batch=several or sampling.n > 1)
+        for sampling in body.sampling_params
+    ]
+    return first.model_copy(update={"each": (first, *others)}) if others else first
+
+
+def _completion(
+    body: NativeBody, sampling: NativeSampling, prompts: tuple[Any, ...], *, batch: bool
+) -> NativeRequest:
+    checked = SamplingFields(**_by_own_names(sampling))
     return NativeRequest.model_construct(
         **{name: getattr(checked, name) for name in SamplingFields.model_fields}
         | {"model": body.model, "stream": body.stream, "extra_key": body.extra_key},
         prompt=prompts,
-        n=body.sampling_params.n,
-        json_schema=body.sampling_params.json_schema,
-        regex=body.sampling_params.regex,
-        ebnf=body.sampling_params.ebnf,
-        max_tokens=body.sampling_params.max_new_tokens,
+        n=sampling.n,
+        json_schema=sampling.json_schema,
+        regex=sampling.regex,
+        ebnf=sampling.ebnf,
+        max_tokens=sampling.max_new_tokens,
         logprobs=body.top_logprobs_num if body.return_logprob else None,
         return_token_ids=True,
-        batch=several or body.sampling_params.n > 1,
+        batch=batch,
         rids=body.rid,
     )

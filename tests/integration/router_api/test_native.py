@@ -87,6 +87,16 @@ async def test_batch_answers_in_order(http: httpx.AsyncClient, served: Served) -
     assert len(await generate(http, input_ids=[[65], [66]])) == 2
 
 
+async def test_prompts_of_a_batch_can_have_settings_of_their_own(
+    http: httpx.AsyncClient, served: Served
+) -> None:
+    sampling = [{"max_new_tokens": 7, "stop": "lo"}, {"max_new_tokens": 9, "temperature": 0}]
+    answers = await generate(http, text=["a", "b"], sampling_params=sampling)
+    assert [answer["text"] for answer in answers] == ["hel", TEXT]
+    asked = [request.sampling for request in served.generator.requests]
+    assert [(each.max_tokens, each.temperature) for each in asked] == [(7, 1.0), (9, 0.0)]
+
+
 async def test_stream_repeats_the_text_so_far(http: httpx.AsyncClient) -> None:
     for batch in (False, True):
         answer = await http.post(
@@ -186,7 +196,9 @@ async def test_what_runs_here(http: httpx.AsyncClient) -> None:
         ({"text": "a", "sampling_params": {"temperature": "x"}}, "sampling_params.temperature"),
         ({"text": "a", "sampling_params": {"stop": 5}}, "sampling_params.stop"),
         ({"text": "a", "sampling_params": {"stop_regex": "a"}}, "sampling_params.stop_regex"),
-        ({"text": "a", "sampling_params": [{}, {"n": 2}]}, "sampling_params"),
+        ({"text": "a", "sampling_params": [{}, {}]}, "sampling_params"),
+        ({"text": ["a", "b"], "sampling_params": [{}, {"n": 2}]}, "sampling_params"),
+        ({"text": ["a", "b"], "sampling_params": [{}, {"x": 2}]}, "sampling_params[1].x"),
         ({"text": "a", "top_logprobs_num": 2}, "top_logprobs_num"),
     ],
 )
