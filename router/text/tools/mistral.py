@@ -24,6 +24,8 @@ from router.text.tools.json_value import JsonValue
 
 MARKER = "[TOOL_CALLS]"
 _NAME = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\]\s*)?")
+_MAX_HEAD = 256
+"""Characters of a name and what may follow it; more of them are no call."""
 _UNFINISHED_NAME = re.compile(r"[\s\w.\-\[\]]*")
 
 
@@ -92,7 +94,7 @@ class _NamedCall:
         if self._arguments is None:
             name = _NAME.fullmatch(self.raw[:-1]) if character == "{" else None
             if name is None:
-                if not _UNFINISHED_NAME.fullmatch(self.raw):
+                if len(self.raw) > _MAX_HEAD or not _UNFINISHED_NAME.fullmatch(self.raw):
                     self.state = CallState.BROKEN
                 return []
             self._arguments = JsonValue()

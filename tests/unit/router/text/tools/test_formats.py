@@ -91,6 +91,7 @@ def parse(name: str, text: str, *, one_call: bool = False) -> MessageDelta:
         ("mistral", '[TOOL_CALLS]f{"a": [1]}', "", [("f", '{"a": [1]}')]),
         ("mistral", "[TOOL_CALLS]f[CALL_ID]abc123XYZ[ARGS]{}", "", [("f", "{}")]),
         ("mistral", "[TOOL_CALLS]!", "[TOOL_CALLS]!", []),
+        ("mistral", f"[TOOL_CALLS]{'f' * 300}", f"[TOOL_CALLS]{'f' * 300}", []),
         ("mistral", "[TOOL_CALLS][] ", "[TOOL_CALLS][] ", []),
     ],
 )
