@@ -17,6 +17,7 @@ COMMIT, DIRTY = "DIPTYCH_COMMIT", "DIPTYCH_DIRTY"
 """Environment of a copy: the commit it was made from, and 0 or 1."""
 _PACKAGES = (
     *("torch", "triton", "flashinfer-python", "transformers", "nixl-cu12", "grpcio", "uvicorn"),
+    *("llguidance", "xgrammar"),
 )
 
 

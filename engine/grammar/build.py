@@ -11,6 +11,7 @@ from engine.grammar.backend import GrammarBackend
 from engine.grammar.compiler import GrammarCompiler
 from engine.models.config import ModelConfig
 
+DEFAULT_BACKEND = "llguidance"
 log = logging.getLogger(__name__)
 
 
@@ -22,17 +23,18 @@ def build_grammars(config: EngineConfig, model: ModelConfig) -> GrammarCompiler 
         model: of its executor.
 
     Returns:
-        None for a model without a tokenizer or an end-of-sequence id: it serves everything else.
+        None without the default library, or for a model without a tokenizer or an end-of-sequence
+        id: everything else is served. The log says why.
 
     Raises:
-        ConfigError: the library is not installed.
+        ConfigError: a library was chosen that is not installed.
     """
     if find_spec(config.grammar_backend) is None:
-        raise ConfigError(
-            f"The grammar backend {config.grammar_backend} is not installed. Run "
-            f"`pip install {config.grammar_backend}`, or choose the other one of llguidance and "
-            "xgrammar."
-        )
+        missing = f"{config.grammar_backend} is not installed: pip install {config.grammar_backend}"
+        if config.grammar_backend != DEFAULT_BACKEND:
+            raise ConfigError(f"The grammar backend {missing}, or choose {DEFAULT_BACKEND}.")
+        log.warning("no structured output: %s", missing)
+        return None
     if not model.eos_token_ids:
         log.warning("no structured output: the model names no end-of-sequence id")
         return None

@@ -11,6 +11,7 @@ from core.sampling import SamplingParams
 from decode.importer import Importer
 from decode.metrics import ImportMetrics
 from engine.engine import Engine
+from engine.grammar.compiler import GrammarCompiler
 from engine.metrics import EngineMetrics
 from kvtransfer.handover_config import HandoverConfig
 from kvtransfer.messages import Hello
@@ -46,8 +47,10 @@ class ListPipe:
     def __init__(self) -> None:
         self.inbox: deque[ipc_pb2.EngineCommand] = deque()
         self.sent: list[ipc_pb2.EngineEvent] = []
+        self.last_timeout_s = 0.0
 
     def receive(self, timeout_s: float) -> list[ipc_pb2.EngineCommand]:
+        self.last_timeout_s = timeout_s
         commands = list(self.inbox)
         self.inbox.clear()
         return commands
@@ -173,13 +176,16 @@ def make_side(
     num_blocks: int,
     overlaps: bool = False,
     probe_blocks: int = 0,
+    grammars: GrammarCompiler | None = None,
     **config: object,
 ) -> Side:
     """A worker of that role."""
     executor = FakeExecutor(num_blocks, BLOCK_SIZE, overlaps=overlaps)
     metrics_registry = CollectorRegistry()
     metrics = EngineMetrics(metrics_registry)
-    engine = WatchedEngine(make_config(**config), executor, model_digest=DIGEST, clock=clock)
+    engine = WatchedEngine(
+        make_config(**config), executor, model_digest=DIGEST, clock=clock, grammars=grammars
+    )
     transport = CopyTransport(executor.pool, pools)
     pipe = ListPipe()
     built: list[Role] = []
@@ -293,7 +299,8 @@ class Pair:
         self, prompt: Sequence[int], *, attempt: int = 1, request_id: str = "r", **sampling: object
     ) -> SamplingParams:
         """Place a request on the pair, as a router does."""
-        params = SamplingParams(**{"max_tokens": 6, "ignore_eos": True, **sampling})
+        ignore_eos = "structured" not in sampling
+        params = SamplingParams(**{"max_tokens": 6, "ignore_eos": ignore_eos, **sampling})
         for side, phase in ((self.prefill, "export"), (self.decode, "import")):
             submit = worker_pb2.Submit(
                 request_id=request_id,

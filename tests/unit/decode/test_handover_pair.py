@@ -7,6 +7,7 @@ import pytest
 
 from rpc.v1 import worker_pb2
 from tests.support.engine import undisturbed
+from tests.support.grammar import BAD, HeldCompiler, ready_compiler, structure
 from tests.support.loops import COPY_S, LEASE_TTL_S, Pair
 
 PROMPT = list(range(1, 31))
@@ -223,3 +224,35 @@ def test_a_full_prefill_worker_refuses_a_probe(make_pair: MakePair) -> None:
     assert probe_ends(pair) == {"refused": 1}
     assert pair.prefill.balanced
     assert pair.decode.balanced
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_grammar_goes_on_across_the_hand_over(make_pair: MakePair, late: bool) -> None:
+    grammars = HeldCompiler() if late else ready_compiler(structure(9))
+    pair = make_pair(grammars=grammars)
+    params = pair.submit(PROMPT, seed=3, max_tokens=12, structured=structure(9))
+    if late:
+        pair.settle()
+        assert not pair.prefill.tokens()
+        grammars.release()
+    pair.run()
+    pair.settle()
+    assert pair.decode.tokens() == undisturbed(PROMPT, params)
+    (end,) = pair.decode.finished()
+    assert end.reason == worker_pb2.FINISH_REASON_STOP
+    assert pair.prefill.balanced and pair.decode.balanced
+
+
+def test_a_definition_that_cannot_be_ends_both_sides_with_the_same_cause(
+    make_pair: MakePair,
+) -> None:
+    pair = make_pair(grammars=ready_compiler(BAD))
+    pair.submit(PROMPT, structured=BAD)
+    pair.settle(60)
+    for side in (pair.prefill, pair.decode):
+        (end,) = side.finished()
+        assert (end.reason, end.error_code) == (
+            worker_pb2.FINISH_REASON_FAILED,
+            "invalid_request",
+        )
+        assert not side.tokens() and side.balanced

@@ -12,6 +12,7 @@ from prefill.exporter import build_exporter
 from prefill.settings import PrefillSettings
 from rpc.v1 import ipc_pb2, worker_pb2
 from tests.support.engine import FakeClock, undisturbed
+from tests.support.grammar import HeldCompiler, structure
 from tests.support.loops import ROUTER, Side, make_side, sampling_to_proto
 from worker.role import BuildRole, RoleContext
 
@@ -107,6 +108,23 @@ def test_a_bad_submission_is_refused_with_its_cause(
     end = last_finished(side)
     assert (end.reason, end.error_code) == (worker_pb2.FINISH_REASON_FAILED, code)
     assert says in end.error_message
+    assert side.balanced
+
+
+def test_a_grammar_that_is_being_compiled_neither_blocks_the_loop_nor_makes_it_spin(
+    clock: FakeClock,
+) -> None:
+    grammars = HeldCompiler()
+    side = make_side("decode", clock=clock, pools={}, num_blocks=16, grammars=grammars)
+    params = SamplingParams(max_tokens=9, structured=structure(5))
+    submit(side, sampling=sampling_to_proto(params))
+    turn(side, 3)
+    assert 0 < side.pipe.last_timeout_s < 0.01
+    grammars.release()
+    turn(side)
+    assert side.tokens() == undisturbed(range(1, 10), params)
+    assert last_finished(side).reason == worker_pb2.FINISH_REASON_STOP
+    assert side.pipe.last_timeout_s > 0.01
     assert side.balanced
 
 

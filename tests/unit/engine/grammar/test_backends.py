@@ -181,7 +181,7 @@ def test_matchers_of_one_grammar_do_not_meet(backend: GrammarBackend, size: int)
     ("kind", "definition", "says"),
     [
         ("json_schema", "{", "json_schema"),
-        ("json_schema", '{"type": "objekt"}', "objekt"),
+        ("json_schema", '{"type": "record"}', "record"),
         ("json_schema", '{"$ref": "#/$defs/none"}', "none"),
         ("regex", "(a", "paren|unclosed"),
         ("regex", "(?=a)b", "look|[aA]ssertion|not supported"),

@@ -118,9 +118,12 @@ def test_without_a_tokenizer_there_is_no_structured_output(
 
 
 def test_a_library_that_is_missing_is_said_at_the_start(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    for name in ("xgrammar", "llguidance"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert build_grammars(EngineConfig(model=str(path)), read_model_config(path)) is None
+    assert "llguidance is not installed" in caplog.text
     config = EngineConfig(model=str(path), grammar_backend="xgrammar")
     with pytest.raises(ConfigError, match="xgrammar is not installed"):
         build_grammars(config, read_model_config(path))
