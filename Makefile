@@ -6,6 +6,8 @@ TORCH_SPEC ?= torch==2.13.0
 TORCH_PIP_ARGS ?=
 PIP_ARGS ?=
 ARGS ?=
+# Processes that run tests. Two keep two cores busy; ARGS=-n0 runs all in one, for a debugger.
+TEST_PROCESSES ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +30,7 @@ chat: $(VENV)/.installed ## Chat with what `make serve` started
 	@exec $(BIN)/diptych chat $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run all tests; ARGS="tests/unit -k name" chooses
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
 
 check: lint type imports proto-check ## Everything that needs no test run: lint, types, imports, fresh stubs
 

@@ -1,11 +1,16 @@
-"""What holds for every test run."""
+"""What holds for every test run, in each of its processes."""
 
 import os
 import signal
 from types import FrameType
 
+# Read when OpenMP starts. Tests share the cores with each other and with the processes they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Read when kernels are defined, so it must be set before any test imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -100,7 +100,12 @@ def frozen_worker(worker: Worker) -> Iterator[None]:
                 os.kill(pid, signal.SIGCONT)
 
 
-@pytest.fixture(params=["nixl", "tcp"], scope="module")
+each_transport = pytest.mark.parametrize("system", ["nixl", "tcp"], indirect=True)
+"""For what goes wrong while KV moves."""
+one_transport = pytest.mark.parametrize("system", ["nixl"], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def system(request: pytest.FixtureRequest, slow_llama: Path) -> Iterator[Cluster]:
     with cluster(
         slow_llama,
@@ -128,6 +133,7 @@ def whole_again(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
 
 
+@each_transport
 def test_prefill_killed_mid_prefill(system: Cluster, expected: list[int]) -> None:
     stream = Stream(system)
     victim = busy(system.prefill, prefilling)
@@ -138,6 +144,7 @@ def test_prefill_killed_mid_prefill(system: Cluster, expected: list[int]) -> Non
     system.wait_balanced()
 
 
+@one_transport
 def test_decode_killed_mid_decode(system: Cluster, expected: list[int]) -> None:
     stream = Stream(system)
     wait_until(lambda: len(stream.ids) >= 5, 30, "five tokens")
@@ -149,6 +156,7 @@ def test_decode_killed_mid_decode(system: Cluster, expected: list[int]) -> None:
     system.wait_balanced()
 
 
+@each_transport
 def test_decode_killed_while_blocks_are_pulled(system: Cluster, expected: list[int]) -> None:
     stream = Stream(system)
     busy(system.prefill, prefilling)
@@ -160,6 +168,7 @@ def test_decode_killed_while_blocks_are_pulled(system: Cluster, expected: list[i
     system.wait_balanced(45)
 
 
+@each_transport
 def test_prefill_frozen_mid_prefill(system: Cluster, expected: list[int]) -> None:
     stream = Stream(system)
     victim = busy(system.prefill, prefilling)
@@ -169,6 +178,7 @@ def test_prefill_frozen_mid_prefill(system: Cluster, expected: list[int]) -> Non
     system.wait_balanced(45)
 
 
+@one_transport
 def test_decode_frozen_mid_decode(system: Cluster, expected: list[int]) -> None:
     stream = Stream(system)
     wait_until(lambda: len(stream.ids) >= 5, 30, "five tokens")
@@ -179,6 +189,7 @@ def test_decode_frozen_mid_decode(system: Cluster, expected: list[int]) -> None:
     system.wait_balanced(45)
 
 
+@one_transport
 def test_seeded_answer_is_the_same_after_decode_was_killed(system: Cluster) -> None:
     sampling = {"temperature": 1.0, "top_p": 0.9, "seed": 11, "frequency_penalty": 0.5}
     calm = Stream(system, **sampling)
@@ -193,6 +204,7 @@ def test_seeded_answer_is_the_same_after_decode_was_killed(system: Cluster) -> N
     system.wait_balanced()
 
 
+@one_transport
 def test_engine_frozen_behind_a_live_service(system: Cluster, expected: list[int]) -> None:
     """The service still answers; the age of the engine's heartbeat tells the truth."""
     stream = Stream(system)
@@ -209,6 +221,7 @@ def test_engine_frozen_behind_a_live_service(system: Cluster, expected: list[int
     system.wait_balanced(45)
 
 
+@one_transport
 def test_worker_told_to_end_finishes_what_it_runs(system: Cluster, expected: list[int]) -> None:
     stream = Stream(system)
     wait_until(lambda: len(stream.ids) >= 3, 30, "three tokens")

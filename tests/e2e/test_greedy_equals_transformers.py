@@ -15,6 +15,18 @@ from tests.support.prompts import CHATS, TEXTS
 TINY_TOKENS = 24
 SMOLLM2_TOKENS = 16
 WHOLE = 4096
+PAIRWISE = [
+    ("llama", "nixl", 16),
+    ("llama", "tcp", 64),
+    ("llama", "nixl", WHOLE),
+    ("qwen2", "tcp", 16),
+    ("qwen2", "nixl", 64),
+    ("qwen2", "tcp", WHOLE),
+    ("qwen3", "nixl", 16),
+    ("qwen3", "tcp", 64),
+    ("qwen3", "tcp", WHOLE),
+]
+"""Each model with each chunk and each transport, and each transport with each chunk."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ def tiny_cases(tiny_models: dict[str, Path]) -> dict[str, list[Case]]:
 def smollm2_cases(smollm2: Path) -> list[Case]:
     oracle = Oracle(smollm2)
     lengths = [len(oracle.tokenizer(text)["input_ids"]) for text in TEXTS]
-    assert min(lengths) == 1 and max(lengths) > 1400
+    assert min(lengths) == 1 and max(lengths) > 800
     return cases_of(oracle, SMOLLM2_TOKENS)
 
 
@@ -81,13 +93,10 @@ async def compare(system: Cluster, cases: Sequence[Case], at_once: int) -> None:
 
 
 def check_system(system: Cluster, cases: Sequence[Case]) -> None:
-    """Alone without a prefix hit, 16 at once with one and without; KV really moves."""
-    asyncio.run(compare(system, cases, at_once=1))
+    """16 at once without a prefix hit, and each alone with one; KV really moves."""
     asyncio.run(compare(system, cases, at_once=16))
     system.wait_balanced()
-    for worker in system.workers:
-        worker.flush_cache()
-    asyncio.run(compare(system, cases, at_once=16))
+    asyncio.run(compare(system, cases, at_once=1))
     system.wait_balanced()
     assert metric(system, "decode", "diptych_kv_transfer_bytes_total") > 0
     assert metric(system, "prefill", "diptych_prefix_cache_hit_tokens_total") > 0
@@ -107,9 +116,7 @@ def metric(system: Cluster, role: str, name: str) -> float:
     )
 
 
-@pytest.mark.parametrize("chunk", [16, 64, WHOLE])
-@pytest.mark.parametrize("transport", ["nixl", "tcp"])
-@pytest.mark.parametrize("model", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("model", "transport", "chunk"), PAIRWISE)
 def test_small_random_models(
     tiny_models: dict[str, Path],
     tiny_cases: dict[str, list[Case]],
@@ -120,16 +127,16 @@ def test_small_random_models(
     worker = {"max_chunk_tokens": chunk, "max_step_tokens": max(chunk, 64)}
     with cluster(tiny_models[model], transport=transport, worker=worker) as system:
         check_system(system, tiny_cases[model])
+        for one in system.workers:
+            one.flush_cache()
+        asyncio.run(compare(system, tiny_cases[model], at_once=1))
+        system.wait_balanced()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("transport", "chunk"), [("nixl", WHOLE), ("nixl", 16), ("tcp", 64)])
-def test_smollm2(smollm2: Path, smollm2_cases: list[Case], transport: str, chunk: int) -> None:
-    worker = {
-        "max_chunk_tokens": chunk,
-        "max_step_tokens": max(chunk, 64),
-        "kv_cache_memory": "1GiB",
-        "num_threads": 2,
-    }
-    with cluster(smollm2, transport=transport, worker=worker) as system:
+def test_smollm2(smollm2: Path, smollm2_cases: list[Case]) -> None:
+    """Trained weights, and steps as large as a user's."""
+    worker = {"kv_cache_memory": "1GiB"}
+    # On a busy machine the largest step takes longer than decode usually bears with.
+    with cluster(smollm2, worker=worker, decode_worker={"peer_silence_s": 60}) as system:
         check_system(system, smollm2_cases)

@@ -5,7 +5,9 @@ failing test leaves nothing behind. Nothing is ever killed by name.
 """
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -13,12 +15,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TypeVar
-
-from diptych.cluster.plan import free_ports
 
 T = TypeVar("T")
 _POLL_S = 0.02
+_PORTS = range(10_000, 15_000)
 
 
 class Process:
@@ -165,8 +167,32 @@ def http_status(url: str, timeout_s: float = 2.0) -> int | None:
 
 
 def free_port() -> int:
-    """A loopback port that was free a moment ago, and that no outgoing connection is given."""
-    return free_ports(1)[0]
+    """A loopback port that nothing listens on, given to nobody else in this test run."""
+    return next(_free_ports())
+
+
+@cache
+def _free_ports() -> Iterator[int]:
+    """This process's share of the ports that tests listen on, in random order.
+
+    They lie below those that `diptych serve` chooses from, and below the range of outgoing
+    connections. Each process of a test run has a share of its own, and gives none out twice: a
+    child that was given one takes seconds until it listens.
+    """
+    share = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ports = _PORTS[share::count]
+
+    def unused() -> Iterator[int]:
+        for port in random.sample(ports, len(ports)):
+            with socket.socket() as probe:
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    continue
+            yield port
+
+    return unused()
 
 
 def alive(pid: int) -> bool:

@@ -163,6 +163,14 @@ def test_bytes_that_are_no_plan_are_refused(noise: bytes) -> None:
     assert len(broken) == len(good)
 
 
+def test_sampling_settings_that_can_not_be_are_refused() -> None:
+    good = PlanEncoder().encode(decode_plan(2, [[1], [2, 3]]))
+    one = struct.pack("<d", 1.0)
+    assert one in good, "top_p is 1"
+    with pytest.raises(ValueError, match="top_p"):
+        PlanDecoder().decode(good.replace(one, bytes(8)))
+
+
 @pytest.mark.parametrize("cut", [1, 4, 40])
 def test_a_message_cut_short_or_too_long_is_refused(cut: int) -> None:
     good = PlanEncoder().encode(decode_plan(2, [[1], [2, 3]]))
