@@ -196,13 +196,7 @@ class PlanDecoder:
         """
         try:
             return self._decode(message)
-        except (
-            IndexError,
-            StopIteration,
-            struct.error,
-            UnicodeDecodeError,
-            InvalidRequestError,
-        ) as error:
+        except (IndexError, struct.error, UnicodeDecodeError, InvalidRequestError) as error:
             raise ValueError(f"This is no step plan: {error}.") from error
 
     def _decode(self, message: bytes) -> StepPlan:

@@ -35,7 +35,9 @@ SAMPLING = SamplingParams(
     logprobs=0,
     stop_token_ids=(9, 8),
     ignore_eos=True,
-    structured=StructuredOutput(kind="json_schema", definition='{"type": "object"}'),
+)
+STRUCTURED = SamplingParams(
+    structured=StructuredOutput(kind="json_schema", definition='{"type": "object"}')
 )
 
 
@@ -48,17 +50,21 @@ def test_every_sampling_value_is_sent() -> None:
             assert dict(value) == wanted
         elif field.name == "stop_token_ids":
             assert tuple(value) == wanted
-        elif field.name == "structured":
-            assert (value.kind, value.definition) == (wanted.kind, wanted.definition)
-        else:
+        elif field.name != "structured":
             assert value == wanted, field.name
     assert sent.HasField("logprobs")
+    structured = sampling_to_proto(STRUCTURED).structured
+    assert STRUCTURED.structured is not None
+    assert (structured.kind, structured.definition) == (
+        STRUCTURED.structured.kind,
+        STRUCTURED.structured.definition,
+    )
     assert not sampling_to_proto(SamplingParams()).HasField("logprobs")
     assert not sampling_to_proto(SamplingParams()).HasField("structured")
 
 
 def test_a_worker_reads_what_the_router_sent() -> None:
-    for sampling in (SAMPLING, SamplingParams()):
+    for sampling in (SAMPLING, STRUCTURED, SamplingParams()):
         assert sampling_from_proto(sampling_to_proto(sampling)) == sampling
 
 
