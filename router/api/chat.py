@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.errors import InvalidRequestError
+from core.sampling import StructuredOutput
 from router.api.answer import Answer, AnswerFacts
+from router.api.calls_or_answer import calls_or_answer
 from router.api.chat_answer import ChatAnswer
 from router.api.choice import Prompt
 from router.api.requests import ChatRequest, ConversationFields, TextRequest, read
@@ -69,6 +71,21 @@ class ChatDialect:
             tools=tool_format.new_parser(names) if tool_format else None,
             short_ids=tool_format is not None and tool_format.short_ids,
             one_call=not request.parallel_tool_calls,
+        )
+
+    def structure(self, request: TextRequest, text: TextProcessor) -> StructuredOutput | None:
+        """What was asked for; where the model may call functions, that or calls."""
+        assert isinstance(request, ChatRequest)
+        asked = request.structured
+        may_call = request.callable_tools and not request.tool_choice.forced
+        if asked is None or not may_call or text.tool_format is None:
+            return asked
+        return calls_or_answer(
+            request.callable_tools,
+            asked,
+            text,
+            tool_format=text.tool_format,
+            parallel=request.parallel_tool_calls,
         )
 
     def aliases(self, request: TextRequest) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.errors import InvalidRequestError
+from core.sampling import StructuredOutput
 from router.api.answer import Answer, AnswerFacts
 from router.api.choice import Prompt
 from router.api.completion_answer import CompletionAnswer
@@ -39,6 +40,10 @@ class CompletionDialect:
     ) -> MessageParser | None:
         """All text is content."""
         return None
+
+    def structure(self, request: TextRequest, text: TextProcessor) -> StructuredOutput | None:
+        """What was asked for."""
+        return request.structured
 
     def aliases(self, request: TextRequest) -> list[str]:
         """The client's own name of the request, if it gave one."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from core.errors import InvalidRequestError
+from core.sampling import StructuredOutput
 from router.api.answer import Answer, AnswerFacts, Usage
 from router.api.choice import Choice, Prompt
 from router.api.exchange import Exchange
@@ -58,6 +59,14 @@ class Dialect(Protocol):
 
     def default_max_tokens(self, configured: int) -> int | None:
         """The output's limit where the client set none; None for the rest of the context."""
+        ...
+
+    def structure(self, request: TextRequest, text: TextProcessor) -> StructuredOutput | None:
+        """What an output must be; None for anything.
+
+        Raises:
+            InvalidRequestError: what was asked for can't be had together.
+        """
         ...
 
     def aliases(self, request: TextRequest) -> list[str]:
@@ -188,7 +197,11 @@ class _Planner:
             param=field,
         )
         sampling = sampling_params(
-            request, max_tokens=limit, seed=choice_seed(request.seed, copy), model=self.model
+            request,
+            max_tokens=limit,
+            seed=choice_seed(request.seed, copy),
+            model=self.model,
+            structured=self.dialect.structure(request, self.parts.text),
         )
         parser = self.dialect.parser(request, prompt, self.parts.text)
         detokeniser = self.parts.text.detokeniser(

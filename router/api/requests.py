@@ -201,17 +201,17 @@ class ChatRequest(GenerateRequest, ConversationFields):
         """What the output must be: what a field says, or calls where they are required.
 
         Raises:
-            InvalidRequestError: two fields say so, or one does where the model may call functions.
+            InvalidRequestError: two fields say so, or one does where a call is required.
         """
         asked = super().structured
-        if asked is not None and self.callable_tools:
-            raise InvalidRequestError(
-                "The output can't be held to a structure while the model may call functions; send "
-                'tool_choice "none" as well, or leave tools or the structure out.',
-                param="tools",
-            )
         if not self.tool_choice.forced:
             return asked
+        if asked is not None:
+            raise InvalidRequestError(
+                "An output that must call functions can't have another structure; leave "
+                "tool_choice or the structure out.",
+                param="tool_choice",
+            )
         return call_constraint(self.tools, self.tool_choice, parallel=self.parallel_tool_calls)
 
 

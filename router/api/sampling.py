@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import xxhash
 
 from core.errors import ErrorCode, InvalidRequestError
-from core.sampling import MAX_LOGPROBS, SamplingParams
+from core.sampling import MAX_LOGPROBS, SamplingParams, StructuredOutput
 from router.api.requests import ChatRequest, CompletionRequest, GenerateRequest, TextRequest
 from router.generation import ServedModel
 
@@ -104,7 +104,12 @@ def wanted_logprobs(request: TextRequest) -> int | None:
 
 
 def sampling_params(
-    request: TextRequest, *, max_tokens: int, seed: int, model: ServedModel
+    request: TextRequest,
+    *,
+    max_tokens: int,
+    seed: int,
+    model: ServedModel,
+    structured: StructuredOutput | None = None,
 ) -> SamplingParams:
     """Sampling settings of one sequence.
 
@@ -134,7 +139,7 @@ def sampling_params(
         logprobs=wanted_logprobs(request),
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
-        structured=request.structured,
+        structured=structured,
     )
 
 

@@ -4,6 +4,7 @@ Parsing calls out of the text is router/text/tools; this says what a request ask
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -134,36 +135,46 @@ def call_constraint(
         choice: required or named.
         parallel: more than one call may be made.
     """
-    callable_tools = [
-        tool for tool in tools if choice.mode == "required" or tool.function.name == choice.name
-    ]
-    schema: dict[str, Any] = {
-        "type": "array",
-        "minItems": 1,
-        "items": {
-            "anyOf": [
-                {
-                    "type": "object",
-                    "properties": {
-                        "name": {"const": tool.function.name},
-                        "arguments": {"$ref": f"#/$defs/arguments_{i}"},
-                    },
-                    "required": ["name", "arguments"],
-                    "additionalProperties": False,
-                }
-                for i, tool in enumerate(callable_tools)
-            ]
-        },
-        "$defs": {
-            f"arguments_{i}": _rooted(
-                tool.function.parameters or _NO_PARAMETERS, f"#/$defs/arguments_{i}"
-            )
-            for i, tool in enumerate(callable_tools)
-        },
-    }
-    if choice.mode == "named" or not parallel:
+    named = choice.mode == "named"
+    schema = calls_schema([t for t in tools if not named or t.function.name == choice.name])
+    if named or not parallel:
         schema["maxItems"] = 1
     return StructuredOutput(kind="json_schema", definition=orjson.dumps(schema).decode())
+
+
+def calls_schema(tools: Sequence[Tool], arguments: str = "arguments") -> dict[str, Any]:
+    """JSON schema of an array of calls, at least one.
+
+    Args:
+        tools: the functions that may be called.
+        arguments: what a call's arguments stand under.
+    """
+    schema = call_schema(tools, arguments)
+    definitions = schema.pop("$defs")
+    return {"type": "array", "minItems": 1, "items": schema, "$defs": definitions}
+
+
+def call_schema(tools: Sequence[Tool], arguments: str = "arguments") -> dict[str, Any]:
+    """JSON schema of one call; see `calls_schema`."""
+    alternatives = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.function.name},
+                arguments: {"$ref": f"#/$defs/arguments_{i}"},
+            },
+            "required": ["name", arguments],
+            "additionalProperties": False,
+        }
+        for i, tool in enumerate(tools)
+    ]
+    definitions = {
+        f"arguments_{i}": _rooted(
+            tool.function.parameters or _NO_PARAMETERS, f"#/$defs/arguments_{i}"
+        )
+        for i, tool in enumerate(tools)
+    }
+    return {"anyOf": alternatives, "$defs": definitions}
 
 
 def _tool(value: Any, where: str) -> Tool:

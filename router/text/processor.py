@@ -43,12 +43,20 @@ class TextProcessor:
         self._vocabulary = Vocabulary(tokenizer)
         self.tool_format = tool_format
         self.reasons = reasons
+        self._added = {
+            token.content: token_id
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        }
         markers = {BEGIN, END}.union(tool_format.shown_tokens if tool_format else ())
         self._markers = frozenset(
             token_id
             for token_id in self._vocabulary.special_ids
             if tokenizer.id_to_token(token_id) in markers
         )
+
+    def added_token_id(self, token: str) -> int | None:
+        """Id of a token that is matched whole before text is split; None for other text."""
+        return self._added.get(token)
 
     def template_reads(self, variable: str) -> bool:
         """Whether the chat template looks at a variable at all."""

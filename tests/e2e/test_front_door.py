@@ -99,6 +99,34 @@ def test_forced_calls_fit_their_schema_streamed_and_not(
         assert streamed[answer.index] == call.function.arguments
 
 
+def test_calls_or_an_answer_of_a_form(client: openai.OpenAI, model: str) -> None:
+    """What a random model says is one or the other, and nothing else."""
+    schema = {"type": "object", "properties": {"sun": {"type": "boolean"}}, "required": ["sun"]}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "sky", "schema": schema}}
+    answer = client.chat.completions.create(
+        model=model,
+        messages=MESSAGES,
+        tools=TOOLS[:1],
+        response_format=form,
+        n=6,
+        seed=1,
+        temperature=3.0,
+        parallel_tool_calls=False,
+        max_tokens=300,
+    )
+    reasons = set()
+    for choice in answer.choices:
+        reasons.add(choice.finish_reason)
+        if choice.finish_reason == "tool_calls":
+            assert choice.message.content is None and choice.message.tool_calls
+            (call,) = choice.message.tool_calls
+            assert call.type == "function"
+            check_arguments(call.function.arguments)
+        elif choice.finish_reason == "stop":
+            assert json.loads(choice.message.content or "")["sun"] in (True, False)
+    assert "tool_calls" in reasons
+
+
 def test_a_conversation_with_calls_goes_on(client: openai.OpenAI, model: str) -> None:
     options: dict[str, Any] = {"model": model, "tools": TOOLS, "max_tokens": 300}
     first = client.chat.completions.create(messages=MESSAGES, tool_choice=NAMED, **options)

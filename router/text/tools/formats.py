@@ -10,6 +10,19 @@ from router.text.tools.events import ToolParser
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CallStyle:
+    """How calls are written that a grammar shall take; parts that are markers stand alone."""
+
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
+    arguments: str = "arguments"
+    """What the arguments stand under."""
+    array: bool = False
+    """One JSON array holds all calls."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToolFormat:
     """A way of writing calls."""
 
@@ -18,6 +31,7 @@ class ToolFormat:
     """Makes the parser of one output; takes the names of the functions."""
     shown_tokens: frozenset[str]
     """Tokens that the parser must see even where special tokens have no text."""
+    style: CallStyle
     short_ids: bool = False
     """Ids of calls are nine letters and digits, as the chat template wants them."""
 
@@ -30,16 +44,21 @@ FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
                 name="hermes",
                 new_parser=lambda _: hermes.HermesParser(),
                 shown_tokens=frozenset({hermes.BEGIN, hermes.END}),
+                style=CallStyle(
+                    before=(hermes.BEGIN, "\n"), after=("\n", hermes.END), between=("\n",)
+                ),
             ),
             ToolFormat(
                 name="llama3",
                 new_parser=llama3.Llama3Parser,
                 shown_tokens=frozenset({llama3.TAG}),
+                style=CallStyle(between=("; ",), arguments="parameters"),
             ),
             ToolFormat(
                 name="mistral",
                 new_parser=lambda _: mistral.MistralParser(),
                 shown_tokens=frozenset({mistral.MARKER, "[ARGS]", "[CALL_ID]"}),
+                style=CallStyle(before=(mistral.MARKER, " "), array=True),
                 short_ids=True,
             ),
         )

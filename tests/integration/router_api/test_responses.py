@@ -250,7 +250,15 @@ async def test_running_response_can_be_cancelled() -> None:
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": "a", "truncation": "auto"}, "truncation"),
         ({"input": "a", "text": {"format": {"type": "xml"}}}, "text"),
-        ({"input": "a", "tools": [TOOL], "text": {"format": {"type": "json_object"}}}, "tools"),
+        (
+            {
+                "input": "a",
+                "tools": [TOOL],
+                "tool_choice": "required",
+                "text": {"format": {"type": "json_object"}},
+            },
+            "tool_choice",
+        ),
         ({"input": "a", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "a", "max_output_tokens": 9999}, "input"),
         ({"input": "a", "temperature": -1}, "temperature"),
