@@ -3,8 +3,9 @@
 What it says of bodies is what the models check; tests hold a running router to it.
 """
 
+import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -80,8 +81,8 @@ def document(routes: Sequence[ApiRoute], *, version: str) -> dict[str, Any]:
     models = {model: None for route in routes for model in route.bodies}
     _, schemas = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
     components: dict[str, Any] = {**schemas.get("$defs", {}), "Error": _ERROR}
-    for schema in components.values():
-        _let_null_mean_the_default(schema)
+    components = copy.deepcopy(components)  # schemas of fields are shared
+    _let_null_mean_the_default(components)
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         for method in sorted((route.methods or set()) - {"HEAD"}):
@@ -137,14 +138,21 @@ def _reference(model: str) -> dict[str, str]:
     return {"$ref": _REF.format(model=model)}
 
 
-def _let_null_mean_the_default(schema: dict[str, Any]) -> None:
+def _let_null_mean_the_default(schema: Any) -> None:
     """In every object of ours an optional field may be null, which is as if it were left out."""
-    required: Iterable[str] = schema.get("required", ())
-    properties: Mapping[str, dict[str, Any]] = schema.get("properties", {})
-    for name, field in properties.items():
-        if name not in required and schema.get("additionalProperties") is False:
+    if isinstance(schema, list):
+        for each in schema:
+            _let_null_mean_the_default(each)
+    if not isinstance(schema, dict):
+        return
+    for each in schema.values():
+        _let_null_mean_the_default(each)
+    if schema.get("type") != "object" or schema.get("additionalProperties") is not False:
+        return
+    required = schema.get("required", ())
+    for name, field in schema.get("properties", {}).items():
+        if name not in required:
             apart = ("title", "description", "default")
             described = {key: field[key] for key in apart[:2] if key in field}
             whole = {key: value for key, value in field.items() if key not in apart}
-            field.clear()
-            field.update({**described, "anyOf": [whole, {"type": "null"}]})
+            schema["properties"][name] = {**described, "anyOf": [whole, {"type": "null"}]}
