@@ -12,7 +12,7 @@ from engine.models.config import ModelConfig
 from engine.parallel.children import RankProcesses
 from engine.parallel.group import RankGroup
 from engine.parallel.pipe import Frame
-from engine.parallel.plan_codec import PlanEncoder
+from engine.parallel.plan_codec import PlanEncoder, read_masks
 from engine.plan import StepPlan, StepResult
 
 
@@ -67,10 +67,10 @@ class MultiProcessExecutor:
             ExecutorLostError: a rank is lost; it is raised for every further step too.
         """
         assert not self._closed, "submit after close"
-        # It may wait for the step before, whose failure is that step's own.
-        message = self._encoder.encode(plan)
+        # Reading a mask may wait for the step before, whose failure is that step's own.
+        read_masks(plan)
         with self._ranks.step():
-            self._ranks.send(Frame.PLAN, message)
+            self._ranks.send(Frame.PLAN, self._encoder.encode(plan))
             return _RankedStep(self._local.submit(plan), self._ranks)
 
     def close(self) -> None:

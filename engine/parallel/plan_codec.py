@@ -45,6 +45,13 @@ _MAX_COUNT = (1 << 64) - 1
 _MIN_KNOWN = 64
 
 
+def read_masks(plan: StepPlan) -> None:
+    """Have all masks of a plan computed, so that encoding it waits for nothing and can't fail."""
+    for chunk in plan.chunks:
+        if chunk.sample is not None and chunk.sample.mask is not None:
+            chunk.sample.mask.words()
+
+
 class _Sent:
     """What the decoder knows of a request."""
 

@@ -3,6 +3,9 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,10 @@ from engine.config import EngineConfig
 from engine.grammar.build import build_grammars
 from engine.llm import LLM
 from engine.models.config import read_model_config
+from engine.parallel.executor import MultiProcessExecutor
+from engine.parallel.group import Alone
+from engine.parallel.pipe import Frame
+from engine.parallel.plan_codec import PlanDecoder
 from tests.support.models import make_checkpoint, make_gguf
 
 SCHEMA = {
@@ -58,8 +65,10 @@ def config_of(path: Path) -> EngineConfig:
     )
 
 
-def generate(llm: LLM, path: Path) -> list[str]:
-    done = llm.generate(PROMPTS, SAMPLING)
+def generate(
+    llm: LLM, path: Path, sampling: Sequence[SamplingParams] = tuple(SAMPLING)
+) -> list[str]:
+    done = llm.generate(PROMPTS, sampling)
     llm.engine.check_integrity()
     assert [one.finish_reason for one in done[:2]] == [FinishReason.STOP] * 2
     assert len(done[1].logprobs) == len(done[1].token_ids)
@@ -77,6 +86,10 @@ def texts(path: Path) -> list[str]:
 
 
 def test_what_is_said_is_what_was_asked_for(texts: list[str]) -> None:
+    check_all(texts)
+
+
+def check_all(texts: list[str]) -> None:
     for text in texts[:2]:
         found = json.loads(text)
         assert list(found) == ["name", "n", "tags"]
@@ -97,15 +110,75 @@ def test_the_gpu_runner_says_the_same_planning_ahead(path: Path) -> None:
     from tests.support.cuda import build_cuda_runner_on_cpu
 
     sampling = [
-        SamplingParams(max_tokens=14, temperature=0, structured=WORDS),
-        SamplingParams(max_tokens=9, temperature=0, ignore_eos=True),
-        SamplingParams(max_tokens=14, seed=2, top_p=0.9, structured=WORDS),
+        SamplingParams(max_tokens=8, temperature=0, structured=WORDS),
+        SamplingParams(max_tokens=6, temperature=0, ignore_eos=True),
+        SamplingParams(max_tokens=8, seed=2, top_p=0.9, structured=WORDS),
     ]
     expected = LLM(config_of(path)).generate(PROMPTS[:3], sampling)
     runner = build_cuda_runner_on_cpu(path, config_of(path))
     assert runner.overlaps
     done = LLM(config_of(path), executor=runner).generate(PROMPTS[:3], sampling)
     assert [one.token_ids for one in done] == [one.token_ids for one in expected]
+
+
+@pytest.mark.gpu
+def test_a_gpu_keeps_to_a_schema_with_graphs_and_without(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    pytest.importorskip("flashinfer")
+    # Heads of a size that GPU kernels take.
+    path = make_checkpoint(
+        tmp_path, vocab_size=387, hidden_size=256, intermediate_size=512, head_dim=64
+    )
+    config = EngineConfig(model=str(path), device="cuda:0", dtype="bfloat16", num_blocks=256)
+    # Room for all the white space that a schema allows: nobody knows what this model says.
+    roomy = [
+        replace(each, max_tokens=900) if each.structured == JSON else each for each in SAMPLING
+    ]
+    said = []
+    for cuda_graphs in (True, False):
+        llm = LLM(replace(config, cuda_graphs=cuda_graphs))
+        said.append(generate(llm, path, roomy))
+        llm.close()
+        check_all(said[-1])
+    assert said[0] == said[1]
+
+
+class _SilentRanks:
+    """Takes what rank 0 sends, and reads it as another rank does."""
+
+    def __init__(self) -> None:
+        self.decoder = PlanDecoder()
+        self.masks: list[list[int]] = []
+
+    def step(self) -> nullcontext[None]:
+        return nullcontext()
+
+    def send(self, kind: Frame, body: bytes) -> None:
+        for chunk in self.decoder.decode(body).chunks:
+            if chunk.sample is not None and chunk.sample.mask is not None:
+                self.masks.append(chunk.sample.mask.words().tolist())
+
+    def begin_close(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")
+def test_other_ranks_get_the_masks_of_steps_that_are_planned_ahead(path: Path) -> None:
+    pytest.importorskip("triton")
+    from tests.support.cuda import build_cuda_runner_on_cpu
+
+    sampling = SamplingParams(max_tokens=6, temperature=0, structured=WORDS)
+    config, ranks = config_of(path), _SilentRanks()
+    (expected,) = LLM(config).generate(PROMPTS[:1], sampling)
+    executor = MultiProcessExecutor(build_cuda_runner_on_cpu(path, config), Alone(), ranks)  # type: ignore[arg-type]
+    (done,) = LLM(config, executor=executor).generate(PROMPTS[:1], sampling)
+    executor.close()
+    assert done.token_ids == expected.token_ids
+    assert len(ranks.masks) == 6
+    for mask, token_id in zip(ranks.masks, done.token_ids, strict=True):
+        assert mask[token_id // 32] >> token_id % 32 & 1
 
 
 def test_without_a_tokenizer_there_is_no_structured_output(
