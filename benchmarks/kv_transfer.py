@@ -3,8 +3,10 @@
     python -m benchmarks.kv_transfer [--mebibytes 64] [--repetitions 9]
 
 Limits first: one thread's copy of the same bytes, and a bare socket on loopback. Blocks are those
-of SmolLM2-135M in float32 and of Llama-3-8B in bfloat16, 16 tokens each. Every figure is the median
-of the raw samples, which the JSON file keeps. READs are polled every 0.5 ms, as decode's loop does.
+of SmolLM2-135M in float32 and of Llama-3-8B in bfloat16, 16 tokens each. "Half the heads" is what a
+rank of two reads from a worker of one: for each layer, a run of bytes of K and one of V. Every
+figure is the median of the raw samples, which the JSON file keeps. READs are polled every 0.5 ms,
+as decode's loop does.
 """
 
 import argparse
@@ -17,10 +19,11 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.report import Report, median
-from kvtransfer.transport import ReadState
+from kvtransfer.transport import BlockPieces, Piece, ReadState
 from tests.support.kv import HostPool, finish, open_named, peer, ucx_env
 
 BLOCK_BYTES = {"SmolLM2-135M": 737_280, "Llama-3-8B": 2 << 20}
+LAYERS = {"SmolLM2-135M": 30, "Llama-3-8B": 32}
 TRANSPORTS = ("tcp", "nixl", "nixl+tcp", "mooncake")
 
 
@@ -98,6 +101,28 @@ def transport_rates(
     return rates
 
 
+def half_heads_rates(
+    name: str, block_bytes: int, num_layers: int, num_blocks: int, repetitions: int
+) -> list[float]:
+    """Rates of READs of half of every block, in order."""
+    os.environ.update(ucx_env(name))
+    run = block_bytes // (4 * num_layers)
+    pieces = tuple(Piece((2 * i + 1) * run, i * run, run) for i in range(2 * num_layers))
+    transport = open_named(name, HostPool(num_blocks, block_bytes // 2))
+    pairs = [(i, i) for i in range(num_blocks)]
+    with peer(name, num_blocks=num_blocks, block_bytes=block_bytes, seed=1) as (_, metadata):
+        transport.connect("p", metadata, BlockPieces(block_bytes, pieces))
+
+        def read() -> None:
+            assert finish(transport.read("p", pairs)) is ReadState.DONE
+
+        rates = sample(read, num_blocks * block_bytes // 2, repetitions)
+        transport.close()
+    if "UCX_TLS" in os.environ:
+        del os.environ["UCX_TLS"]
+    return rates
+
+
 def main() -> None:
     """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -117,6 +142,11 @@ def main() -> None:
                 goal = "> 1" if name == "tcp" else ""
                 title = f"{name}, {model} blocks, {what}"
                 report.add(title, median(rates[what]), "GB/s", samples=rates[what], goal=goal)
+            num_blocks = num_bytes // block_bytes
+            half = half_heads_rates(name, block_bytes, LAYERS[model], num_blocks, repetitions)
+            report.add(
+                f"{name}, {model} blocks, half the heads", median(half), "GB/s", samples=half
+            )
             one = rates["one block ms"]
             report.add(f"{name}, {model}, one block", median(one), "ms", samples=one)
             assert threading.active_count() == 1, "a transport left a thread behind"

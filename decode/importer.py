@@ -21,10 +21,10 @@ from kvtransfer import wire
 from kvtransfer.handover import HandoverMachine
 from kvtransfer.handover_config import HandoverConfig
 from kvtransfer.messages import Hello, Key
-from kvtransfer.transport import Read, ReadState, Transport
+from kvtransfer.transport import Read, ReadState
+from kvtransfer.worker_transport import WorkerTransport
 from rpc.v1 import ipc_pb2, worker_pb2
 from worker.hello import own_hello, own_transport
-from worker.local_role import LocalRole
 from worker.role import BuildRole, Outbox, Role, RoleContext, Submission, engine_id
 from worker.scratch import scratch_request
 from worker.switchboard import FIRST_ENGINE_CHANNEL
@@ -62,7 +62,7 @@ class Importer:
         outbox: Outbox,
         hello: Hello,
         config: HandoverConfig,
-        transport: Transport,
+        transport: WorkerTransport,
         metrics: ImportMetrics,
         clock: Clock,
     ) -> None:
@@ -140,6 +140,7 @@ class Importer:
 
     def turn(self, now: float) -> None:
         """Take in READs that ended, find room for prompts, let time pass."""
+        self._transport.check()
         self._poll_reads()
         self._reserve_waiting(now)
         self._do(self._machine.tick(self._clock()))
@@ -251,11 +252,12 @@ class Importer:
 
     def _connect(self, connect: act.ConnectPeer) -> Sequence[act.HandoverAction]:
         try:
-            self._transport.connect(connect.peer_id, connect.metadata)
+            hello = connect.hello
+            self._transport.connect(connect.peer_id, hello.layout, hello.rank_metadata)
         except TransferError as error:
             log.warning("can't connect to %s: %s", connect.peer_id, error)
             return self._machine.peer_failed(connect.link, error.message, self._clock())
-        self._rates.opened(connect.peer_id, connect.worker_id)
+        self._rates.opened(connect.peer_id, connect.hello.worker_id)
         return ()
 
     def _reserve_scratch(self, key: Key, num_blocks: int) -> Sequence[act.HandoverAction]:
@@ -297,26 +299,28 @@ class Importer:
             self._outbox.finish(submission, ended.finish_reason, matched_stop=ended.matched_stop)
 
 
+def handover_config(settings: DecodeSettings, hello: Hello) -> HandoverConfig:
+    """Bounds in blocks that follow from settings in bytes; a block counts with all ranks' heads."""
+    block_bytes = hello.layout.block_bytes
+    return HandoverConfig(
+        peer_silence_s=settings.peer_silence_s,
+        max_inflight_blocks=max(1, settings.max_inflight_bytes // block_bytes),
+        probe_blocks=min(settings.probe_bytes // block_bytes, hello.num_blocks // PROBE_SHARE),
+        probe_interval_s=settings.probe_interval_s,
+    )
+
+
 def build_importer(settings: DecodeSettings) -> BuildRole:
     """How a decode worker's engine process makes its role."""
 
     def build(context: RoleContext) -> Role:
-        if settings.tensor_parallel_size > 1:
-            return LocalRole(Importer.role)
-        transport = own_transport(settings, context.pool)
+        transport = own_transport(settings, context)
         hello = own_hello(context.description, transport)
-        block_bytes = hello.layout.block_bytes
-        config = HandoverConfig(
-            peer_silence_s=settings.peer_silence_s,
-            max_inflight_blocks=max(1, settings.max_inflight_bytes // block_bytes),
-            probe_blocks=min(settings.probe_bytes // block_bytes, hello.num_blocks // PROBE_SHARE),
-            probe_interval_s=settings.probe_interval_s,
-        )
         return Importer(
             engine=context.engine,
             outbox=context.outbox,
             hello=hello,
-            config=config,
+            config=handover_config(settings, hello),
             transport=transport,
             metrics=ImportMetrics(context.registry, transport.name),
             clock=monotonic,

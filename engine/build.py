@@ -25,12 +25,18 @@ from engine.runner import TorchRunner
 from engine.threads import apply_num_threads
 
 
-def build_executor(config: EngineConfig, progress: Callable[[str], None] = silent) -> Executor:
+def build_executor(
+    config: EngineConfig,
+    progress: Callable[[str], None] = silent,
+    *,
+    rank_module: str | None = None,
+) -> Executor:
     """Load the model, reserve the KV pool and join them, on every rank if there are several.
 
     Args:
         config: of the engine.
         progress: told before each slow stage.
+        rank_module: the process of each rank above 0, if it does more than steps.
 
     Raises:
         ConfigError: the model can't be found, is not supported or does not fit the settings.
@@ -39,9 +45,9 @@ def build_executor(config: EngineConfig, progress: Callable[[str], None] = silen
     config = replace(config, device=usable_device(config.device))
     if config.tensor_parallel_size == 1:
         return build_rank(config, Alone(), progress)
-    from engine.parallel.start import start_ranks
+    from engine.parallel.start import RANK_MODULE, start_ranks
 
-    return start_ranks(config, progress)
+    return start_ranks(config, progress, rank_module or RANK_MODULE)
 
 
 def build_rank(

@@ -1,7 +1,7 @@
 """What the engine asks of whatever computes its steps, on however many devices."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from core.errors import WorkerLostError
 from engine.plan import StepPlan, StepResult
@@ -13,6 +13,39 @@ if TYPE_CHECKING:  # scheduling needs no torch; only who builds an executor does
 
 class ExecutorLostError(WorkerLostError):
     """A step failed, and so will every further one: the executor has lost a part of itself."""
+
+
+class OtherRanks(Protocol):
+    """Ranks 1 and up, as who shares their processes with the engine reaches them. One thread."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        ...
+
+    def send(self, message: bytes) -> None:
+        """Send to each of them.
+
+        Raises:
+            ExecutorLostError: one of them does not take it, or is lost.
+        """
+        ...
+
+    def receive(self, timeout_s: float = 0.0) -> list[tuple[int, bytes]]:
+        """(rank, message) of all that came; waits at most `timeout_s` for the first.
+
+        Raises:
+            ExecutorLostError: a rank is lost.
+        """
+        ...
+
+    def fail(self, reason: str) -> NoReturn:
+        """Give the ranks up, and with them the executor.
+
+        Raises:
+            ExecutorLostError: always.
+        """
+        ...
 
 
 class PendingStep(Protocol):
@@ -55,6 +88,11 @@ class Executor(Protocol):
     @property
     def pool(self) -> "KVPool":
         """Memory of the KV blocks that plans speak of. With several ranks: this process's."""
+        ...
+
+    @property
+    def ranks(self) -> OtherRanks | None:
+        """The other ranks; None if this process computes alone."""
         ...
 
     @property

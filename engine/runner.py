@@ -63,6 +63,10 @@ class TorchRunner:
         return self._pool
 
     @property
+    def ranks(self) -> None:
+        """See Executor. Who knows of other ranks is MultiProcessExecutor."""
+
+    @property
     def overlaps(self) -> bool:
         """See Executor. A step is computed when it is submitted."""
         return False
@@ -101,7 +105,8 @@ class TorchRunner:
             if chunk.sample is not None:
                 sampled.append(index)
                 last_rows.append(len(token_ids) - 1)
-        # A step that samples nothing still computes one row: an empty matrix helps nobody.
+        # A step that samples nothing still computes one row: with several ranks, its sums are what
+        # tells rank 0 that all KV is written.
         some = len(last_rows) < len(token_ids)
         output_rows = self._tensor(last_rows or [0]) if some else None
         cos, sin = self._rope.rows(self._tensor(positions))

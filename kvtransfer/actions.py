@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from core.errors import ErrorCode
 from core.tokens import TokenLogprobs
-from kvtransfer.messages import DecodeMessage, Key, PrefillMessage
+from kvtransfer.messages import DecodeMessage, Hello, Key, PrefillMessage
 
 M = TypeVar("M")
 
@@ -84,8 +84,8 @@ class ConnectPeer:
 
     link: int
     peer_id: str
-    metadata: bytes
-    worker_id: str
+    hello: Hello
+    """The peer's."""
 
 
 @dataclass(frozen=True, slots=True)

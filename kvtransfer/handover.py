@@ -244,7 +244,7 @@ class HandoverMachine:
         link.idle_since = now
         actions: list[HandoverAction] = [
             Send(link.number, Renew(link.next_renew(now))),
-            ConnectPeer(link.number, link.peer_id, hello.transport_metadata, link.worker_id),
+            ConnectPeer(link.number, link.peer_id, hello),
         ]
         for key in link.keys:
             actions += self._claim(self._handovers[key])

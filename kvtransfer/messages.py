@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from core.kv_layout import KvLayout
 from core.tokens import TokenLogprobs
+from kvtransfer.head_slices import layout_mismatch
 
 
 class Key(NamedTuple):
@@ -27,10 +28,12 @@ class Hello:
     """One lifetime of the worker's pool."""
     model_digest: bytes
     layout: KvLayout
+    """Of the whole model's blocks; each rank holds its share of the heads."""
     num_blocks: int
     transport: str
-    transport_metadata: bytes = b""
-    """What the peer's transport needs in order to read this pool; empty when nobody reads it."""
+    rank_metadata: tuple[bytes, ...] = ()
+    """What the peer's transport needs in order to read each rank's pool, by rank; empty when nobody
+    reads them."""
     lease_ttl_s: float = 0.0
     """How long a lease of prefill outlives the latest Renew; 0 from decode."""
 
@@ -132,9 +135,10 @@ def hello_mismatch(own: Hello, peer: Hello) -> str:
             f"{peer.worker_id} serves a model with digest {peer.model_digest.hex()}, "
             f"{own.worker_id} one with {own.model_digest.hex()}; give both the same weights."
         )
-    if own.layout != peer.layout:
+    mismatch = layout_mismatch(own.layout, peer.layout)
+    if mismatch:
         return (
-            f"{peer.worker_id} has KV layout {peer.layout}, {own.worker_id} has {own.layout}; "
+            f"The KV blocks of {peer.worker_id} differ from those of {own.worker_id}: {mismatch}; "
             "give both the same block size and dtype."
         )
     if own.transport != peer.transport:

@@ -25,7 +25,7 @@ from kvtransfer.mooncake_channel import MAX_CONNECTING, MooncakeChannel
 from kvtransfer.mooncake_engine import load_mooncake, new_engine, register
 from kvtransfer.mooncake_metadata import NONCE_BYTES, MooncakePool
 from kvtransfer.peer_reads import PeerPool, Peers, QueuedRead
-from kvtransfer.transport import BlockPool
+from kvtransfer.transport import BlockPieces, BlockPool, Piece
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class MooncakeTransport:
         """Where the pool lies and who serves it, sealed."""
         return self._metadata
 
-    def connect(self, peer_id: str, metadata: bytes) -> None:
+    def connect(self, peer_id: str, metadata: bytes, pieces: BlockPieces | None = None) -> None:
         """Start connecting. If the peer can't be reached, its READs fail."""
         seal, content = metadata[:_SEAL_BYTES], metadata[_SEAL_BYTES:]
         if not hmac.compare_digest(seal, self._seal(content)):
@@ -105,10 +105,12 @@ class MooncakeTransport:
             )
         peer = MooncakePool.unpack(content)
 
-        def open_channel() -> MooncakeChannel:
-            return MooncakeChannel(self._api, own=self._own, peer=peer, slots=self._slots)
+        def open_channel(checked: Sequence[Piece]) -> MooncakeChannel:
+            return MooncakeChannel(
+                self._api, own=self._own, peer=peer, pieces=checked, slots=self._slots
+            )
 
-        self._peers.add(peer_id, PeerPool(peer.num_blocks, peer.block_bytes), open_channel)
+        self._peers.add(peer_id, PeerPool(peer.num_blocks, peer.block_bytes), pieces, open_channel)
 
     def read(self, peer_id: str, pairs: Sequence[tuple[int, int]]) -> QueuedRead:
         """Queue a READ behind the peer's earlier ones."""

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from core.errors import TransferError
 from kvtransfer.mooncake_engine import new_engine, post, register, wait
 from kvtransfer.mooncake_metadata import NONCE_BYTES, MooncakePool
+from kvtransfer.transport import Piece
 
 CONNECT_TIMEOUT_S = 5.0
 MAX_CONNECTING = 64
@@ -30,18 +31,34 @@ _SOLE_OWNER = 2
 
 
 def joined_runs(
-    remote_ids: Sequence[int], own_ids: Sequence[int]
-) -> Iterator[tuple[int, int, int]]:
-    """(peer's first block, own first block, count) of every run that is adjacent in both pools."""
-    start = 0
-    for i in range(1, len(own_ids) + 1):
-        if (
-            i == len(own_ids)
-            or own_ids[i] != own_ids[i - 1] + 1
-            or remote_ids[i] != remote_ids[i - 1] + 1
-        ):
-            yield remote_ids[start], own_ids[start], i - start
-            start = i
+    own: MooncakePool,
+    peer: MooncakePool,
+    pieces: Sequence[Piece],
+    pairs: Iterable[tuple[int, int]],
+) -> Iterator[Piece]:
+    """Addresses on both sides and bytes of every run that is adjacent in both pools.
+
+    Args:
+        own: pool to fill.
+        peer: pool to read.
+        pieces: of every block.
+        pairs: (peer's block id, own block id) each.
+    """
+    run: Piece | None = None
+    for remote_id, own_id in pairs:
+        remote_base = peer.base_address + remote_id * peer.block_bytes
+        own_base = own.base_address + own_id * own.block_bytes
+        for remote_offset, own_offset, num_bytes in pieces:
+            following = Piece(remote_base + remote_offset, own_base + own_offset, num_bytes)
+            if run is None:
+                run = following
+            elif run.joins(following):
+                run = run._replace(num_bytes=run.num_bytes + num_bytes)
+            else:
+                yield run
+                run = following
+    if run is not None:
+        yield run
 
 
 class _Connecting:
@@ -105,12 +122,19 @@ class MooncakeChannel:
     """An engine that reads one peer's pool; see `peer_reads.Channel`."""
 
     def __init__(
-        self, api: Any, *, own: MooncakePool, peer: MooncakePool, slots: threading.Semaphore
+        self,
+        api: Any,
+        *,
+        own: MooncakePool,
+        peer: MooncakePool,
+        pieces: Sequence[Piece],
+        slots: threading.Semaphore,
     ) -> None:
         """Not connected yet. `slots` bounds the peers that have not answered yet."""
         self._api = api
         self._own = own
         self._peer = peer
+        self._pieces = pieces
         self._slots = slots
         self._interrupted = threading.Event()
         self._engine: Any = None
@@ -128,21 +152,17 @@ class MooncakeChannel:
 
     def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
         """Post pieces, a bounded number at a time, and look at them until all are done."""
-        own, peer = self._own, self._peer
+        target = self._peer.target
         pending: deque[int] = deque()
-        for remote_first, own_first, count in joined_runs(remote_ids, own_ids):
+        pairs = zip(remote_ids, own_ids, strict=True)
+        for run in joined_runs(self._own, self._peer, self._pieces, pairs):
             if len(pending) == _MAX_PIECES_IN_FLIGHT:
-                wait(self._engine, pending.popleft(), peer.target, self._interrupted)
-            batch = post(
-                self._engine,
-                peer.target,
-                own.base_address + own_first * own.block_bytes,
-                peer.base_address + remote_first * peer.block_bytes,
-                count * own.block_bytes,
+                wait(self._engine, pending.popleft(), target, self._interrupted)
+            pending.append(
+                post(self._engine, target, run.own_offset, run.remote_offset, run.num_bytes)
             )
-            pending.append(batch)
         while pending:
-            wait(self._engine, pending.popleft(), peer.target, self._interrupted)
+            wait(self._engine, pending.popleft(), target, self._interrupted)
 
     def interrupt(self) -> None:
         """Let `open` and `read` raise; what they call does not wait for the peer."""

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from core.errors import TransferError
 from kvtransfer.cuda_context import use_gpu
 from kvtransfer.peer_reads import PeerPool, Peers, QueuedRead
-from kvtransfer.transport import BlockPool
+from kvtransfer.transport import BlockPieces, BlockPool, Piece
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,11 @@ _MAGIC = b"DIPTYCHN"
 _HOST = 0xFFFFFFFF
 _LOCAL = "NIXL_INIT_AGENT"
 _SEAL_BYTES = hashlib.sha256().digest_size
-MAX_DESCRIPTORS = 1 << 22
+DEVICE_DESCRIPTOR_BYTES = 64 << 10
+"""Most bytes of a descriptor of device memory unless told otherwise: between two GPUs over NVLink,
+blocks of 2 MiB came at 231 GB/s whole and at 331 GB/s in pieces of this size."""
+MAX_DESCRIPTORS = (1 << 31) - 1
+"""NIXL's indices are signed 32-bit numbers."""
 MAX_BLOCKS_PER_READ = 1 << 20
 _PROGRESS_TIMEOUT_US = 5000
 """How long the serving agent's thread waits for events. NIXL's default, 0, spins: it took a whole
@@ -105,13 +109,17 @@ class NixlPool:
         """(address, bytes, device, tag) of the whole pool."""
         return (self.base_address, self.num_blocks * self.block_bytes, self.device_id or 0, "")
 
-    def descriptors(self, descriptor_bytes: int) -> NDArray[np.uint64]:
-        """(address, bytes, device) of every piece of the pool, in order, [num_pieces, 3]."""
-        starts = np.arange(0, self.num_blocks * self.block_bytes, descriptor_bytes, dtype=np.uint64)
-        table = np.empty((len(starts), 3), dtype=np.uint64)
-        table[:, 0] = np.uint64(self.base_address) + starts
-        table[:, 1] = descriptor_bytes
-        table[:, 2] = self.device_id or 0
+    def descriptors(self, runs: Sequence[tuple[int, int]]) -> NDArray[np.uint64]:
+        """One row for each (offset, bytes) of a block, standing for that run of every block.
+
+        Returns:
+            (address, bytes, device, stride, count) of NIXL's strided lists, [num_runs, 5]. The run
+            r of block b has the index r * num_blocks + b.
+        """
+        table = np.empty((len(runs), 5), dtype=np.uint64)
+        table[:, 0] = [self.base_address + offset for offset, _ in runs]
+        table[:, 1] = [num_bytes for _, num_bytes in runs]
+        table[:, 2:] = (self.device_id or 0, self.block_bytes, self.num_blocks)
         return table
 
     def pack(self) -> bytes:
@@ -174,15 +182,14 @@ class NixlChannel:
         own: NixlPool,
         peer: NixlPool,
         peer_metadata: bytes,
-        descriptor_bytes: int,
+        pieces: Sequence[Piece],
     ) -> None:
-        """Not connected yet. `descriptor_bytes` divides the block's size."""
+        """Not connected yet. `pieces` of every block are moved, with a descriptor each."""
         self._api = api
         self._own = own
         self._peer = peer
         self._peer_metadata = peer_metadata
-        self._descriptor_bytes = descriptor_bytes
-        self._per_block = own.block_bytes // descriptor_bytes
+        self._pieces = pieces
         self._interrupted = threading.Event()
         self._agent: Any = None
         self._own_side: Any = None
@@ -197,12 +204,14 @@ class NixlChannel:
             name = self._agent.add_remote_agent(self._peer_metadata)
             self._own_side = self._agent.prep_xfer_dlist(
                 _LOCAL,
-                self._own.descriptors(self._descriptor_bytes),
+                self._own.descriptors([(each.own_offset, each.num_bytes) for each in self._pieces]),
                 mem_type=self._own.mem_type,
             )
             self._peer_side = self._agent.prep_xfer_dlist(
                 name.decode() if isinstance(name, bytes) else name,
-                self._peer.descriptors(self._descriptor_bytes),
+                self._peer.descriptors(
+                    [(each.remote_offset, each.num_bytes) for each in self._pieces]
+                ),
                 mem_type=self._peer.mem_type,
             )
         except Exception as error:
@@ -215,9 +224,9 @@ class NixlChannel:
             transfer = self._agent.make_prepped_xfer(
                 "READ",
                 self._own_side,
-                self._pieces(own_ids),
+                self._indices(own_ids, self._own.num_blocks),
                 self._peer_side,
-                self._pieces(remote_ids),
+                self._indices(remote_ids, self._peer.num_blocks),
             )
             state = self._agent.transfer(transfer)
             looks = 0
@@ -249,10 +258,36 @@ class NixlChannel:
             gc.collect()
         assert sys.getrefcount(native) <= _SOLE_OWNER, "held elsewhere, its READs would go on"
 
-    def _pieces(self, ids: Sequence[int]) -> NDArray[np.int32]:
-        first = np.asarray(ids, dtype=np.int32) * np.int32(self._per_block)
-        pieces = np.arange(self._per_block, dtype=np.int32)
-        return (first[:, None] + pieces[None, :]).reshape(-1)
+    def _indices(self, ids: Sequence[int], num_blocks: int) -> NDArray[np.int32]:
+        """Descriptors of whole blocks, [num_pieces * num_ids]: the first piece of each, and so on.
+
+        Not block by block: NIXL joins descriptors in a row whose bytes are neighbours, and one that
+        was cut for device memory would be whole again.
+        """
+        pieces = np.arange(len(self._pieces), dtype=np.int32) * np.int32(num_blocks)
+        return (pieces[:, None] + np.asarray(ids, dtype=np.int32)[None, :]).reshape(-1)
+
+
+def descriptor_limit(pool: BlockPool, wanted: int | None) -> int:
+    """Most bytes of one descriptor of a pool; see NixlTransport.
+
+    Raises:
+        TransferError: less than 1 is wanted.
+    """
+    if wanted is None:
+        return pool.layout.block_bytes if pool.device_id is None else DEVICE_DESCRIPTOR_BYTES
+    if wanted < 1:
+        raise TransferError(f"descriptor_bytes must be at least 1, got {wanted}.")
+    return wanted
+
+
+def cut_pieces(pieces: Sequence[Piece], most: int) -> tuple[Piece, ...]:
+    """The same bytes in pieces of at most `most`."""
+    return tuple(
+        Piece(remote + start, own + start, min(most, num_bytes - start))
+        for remote, own, num_bytes in pieces
+        for start in range(0, num_bytes, most)
+    )
 
 
 def _release(handle: Any) -> None:
@@ -272,25 +307,19 @@ class NixlTransport:
         Args:
             pool: host or device memory; kept alive until the transport is gone.
             token: shared secret, equal on all workers; empty where there is none.
-            descriptor_bytes: size of one piece that NIXL moves, a divisor of the block's size;
-                None: whole blocks. Smaller pieces were faster between two GPUs over NVLink.
+            descriptor_bytes: most bytes of one descriptor, of which a READ may have many per block;
+                None: what was fastest, which is as few as can be for host memory.
 
         Raises:
-            TransferError: NIXL is not installed or can't use the memory.
+            TransferError: NIXL is not installed or can't use the memory, or no byte is allowed.
         """
-        block_bytes = pool.layout.block_bytes
-        self._descriptor_bytes = descriptor_bytes or block_bytes
-        if block_bytes % self._descriptor_bytes:
-            raise TransferError(
-                f"descriptor_bytes must divide the block's {block_bytes} bytes, "
-                f"got {descriptor_bytes}."
-            )
+        self._descriptor_bytes = descriptor_limit(pool, descriptor_bytes)
         self._api = load_nixl()
         self._token = token
         self._own = NixlPool(
             base_address=pool.base_address,
             num_blocks=pool.num_blocks,
-            block_bytes=block_bytes,
+            block_bytes=pool.layout.block_bytes,
             device_id=pool.device_id,
         )
         self._pool = pool
@@ -308,7 +337,7 @@ class NixlTransport:
         """Where the pool lies and the serving agent's own metadata, sealed."""
         return self._metadata
 
-    def connect(self, peer_id: str, metadata: bytes) -> None:
+    def connect(self, peer_id: str, metadata: bytes, pieces: BlockPieces | None = None) -> None:
         """Start connecting. If the peer can't be reached, its READs fail."""
         seal, content = metadata[:_SEAL_BYTES], metadata[_SEAL_BYTES:]
         if not hmac.compare_digest(seal, self._seal(content)):
@@ -317,22 +346,23 @@ class NixlTransport:
                 "another token; give both workers the same."
             )
         peer = NixlPool.unpack(content)
-        if peer.num_blocks * peer.block_bytes // self._descriptor_bytes > MAX_DESCRIPTORS:
-            raise TransferError(
-                f"The pool of peer {peer_id} takes more than {MAX_DESCRIPTORS} descriptors; "
-                "use a larger descriptor_bytes."
-            )
 
-        def open_channel() -> NixlChannel:
+        def open_channel(checked: Sequence[Piece]) -> NixlChannel:
+            cut = cut_pieces(checked, self._descriptor_bytes)
+            if len(cut) * max(self._own.num_blocks, peer.num_blocks) > MAX_DESCRIPTORS:
+                raise TransferError(
+                    f"Blocks of peer {peer_id} take {len(cut)} descriptors each, more than NIXL "
+                    "can number; use a larger descriptor_bytes."
+                )
             return NixlChannel(
                 self._api,
                 own=self._own,
                 peer=peer,
                 peer_metadata=content[_METADATA.size :],
-                descriptor_bytes=self._descriptor_bytes,
+                pieces=cut,
             )
 
-        self._peers.add(peer_id, PeerPool(peer.num_blocks, peer.block_bytes), open_channel)
+        self._peers.add(peer_id, PeerPool(peer.num_blocks, peer.block_bytes), pieces, open_channel)
 
     def read(self, peer_id: str, pairs: Sequence[tuple[int, int]]) -> QueuedRead:
         """Queue a READ behind the peer's earlier ones."""

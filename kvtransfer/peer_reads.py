@@ -15,8 +15,8 @@ from typing import Protocol
 
 from core.clock import monotonic
 from core.errors import TransferError
-from kvtransfer.pool_memory import check_distinct, check_ids
-from kvtransfer.transport import BlockPool, ReadState
+from kvtransfer.pool_memory import check_distinct, check_ids, checked_pieces
+from kvtransfer.transport import BlockPieces, BlockPool, Piece, ReadState
 
 log = logging.getLogger(__name__)
 
@@ -165,19 +165,22 @@ class Peers:
         self._block_bytes = pool.layout.block_bytes
         self._peers: dict[str, tuple[PeerPool, PeerReads]] = {}
 
-    def add(self, peer_id: str, pool: PeerPool, open_channel: Callable[[], Channel]) -> None:
-        """Start connecting to a peer.
+    def add(
+        self,
+        peer_id: str,
+        pool: PeerPool,
+        pieces: BlockPieces | None,
+        open_channel: Callable[[tuple[Piece, ...]], Channel],
+    ) -> None:
+        """Start connecting to a peer, of whose blocks these pieces are read.
 
         Raises:
-            TransferError: that name is taken, or its blocks have another size.
+            TransferError: that name is taken, or the pieces do not fit both sides' blocks.
         """
         if peer_id in self._peers:
             raise TransferError(f"Peer {peer_id} is connected already.")
-        if pool.block_bytes != self._block_bytes:
-            raise TransferError(
-                f"Blocks of peer {peer_id} hold {pool.block_bytes} bytes, ours {self._block_bytes}."
-            )
-        self._peers[peer_id] = (pool, PeerReads(peer_id, open_channel()))
+        checked = checked_pieces(self._block_bytes, pool.block_bytes, pieces)
+        self._peers[peer_id] = (pool, PeerReads(peer_id, open_channel(checked)))
 
     def read(self, peer_id: str, pairs: Sequence[tuple[int, int]], most: int) -> QueuedRead:
         """Queue a READ of up to `most` blocks: (peer's block id, own block id) each.

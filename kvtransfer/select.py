@@ -4,7 +4,7 @@ import ipaddress
 import logging
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from core.errors import ConfigError, TransferError
 from kvtransfer.mooncake import MooncakeTransport
@@ -17,7 +17,25 @@ log = logging.getLogger(__name__)
 TransportName = Literal["auto", "nixl", "mooncake", "tcp"]
 
 
-def open_transport(name: TransportName, pool: BlockPool, *, host: str, token: str) -> Transport:
+def known_transport(name: str) -> TransportName:
+    """A transport's name out of a message.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name in get_args(TransportName):
+        return cast(TransportName, name)
+    raise ConfigError(f"kv_transport must be auto, nixl, mooncake or tcp, not {name!r}.")
+
+
+def open_transport(
+    name: TransportName,
+    pool: BlockPool,
+    *,
+    host: str,
+    token: str,
+    descriptor_bytes: int | None = None,
+) -> Transport:
     """Make a pool readable by peers, and peers' pools readable from here.
 
     Args:
@@ -28,6 +46,7 @@ def open_transport(name: TransportName, pool: BlockPool, *, host: str, token: st
         pool: outlives the transport.
         host: name or IP address of this machine at which peers reach it.
         token: shared secret; peers without it can't read. Empty where there is none.
+        descriptor_bytes: see NixlTransport; the others have no descriptors.
 
     Raises:
         TransferError: the transport can't be opened; ConfigError: there is none of that name.
@@ -36,15 +55,13 @@ def open_transport(name: TransportName, pool: BlockPool, *, host: str, token: st
         return TcpTransport(pool, host=_address(host), token=token.encode())
     if name == "mooncake":
         return MooncakeTransport(pool, host=_address(host), token=token.encode())
-    if name not in ("auto", "nixl"):
-        raise ConfigError(f"kv_transport must be auto, nixl, mooncake or tcp, not {name!r}.")
-    if name == "nixl" or pool.device_id is not None:
-        return NixlTransport(pool, token=token.encode())
+    if known_transport(name) == "nixl" or pool.device_id is not None:
+        return NixlTransport(pool, token=token.encode(), descriptor_bytes=descriptor_bytes)
     address = _address(host)
     reason = "this host has no RDMA device and its peers are elsewhere"
     if has_rdma() or ipaddress.ip_address(address).is_loopback:
         try:
-            return NixlTransport(pool, token=token.encode())
+            return NixlTransport(pool, token=token.encode(), descriptor_bytes=descriptor_bytes)
         except TransferError as error:
             reason = error.message
     log.warning("KV moves by tcp instead of nixl: %s", reason)

@@ -13,7 +13,7 @@ from kvtransfer import tcp_frames as frames
 from kvtransfer.peer_reads import PeerPool, Peers, QueuedRead
 from kvtransfer.pool_memory import block_slices, pool_view
 from kvtransfer.tcp_server import TcpServer
-from kvtransfer.transport import BlockPool
+from kvtransfer.transport import BlockPieces, BlockPool, Piece
 
 CONNECT_TIMEOUT_S = 5.0
 RECEIVE_TIMEOUT_S = 30.0
@@ -24,25 +24,35 @@ class TcpChannel:
     """A connection to the pool of one peer; see `peer_reads.Channel`."""
 
     def __init__(
-        self, peer: frames.TcpMetadata, *, token: bytes, view: memoryview, block_bytes: int
+        self,
+        peer: frames.TcpMetadata,
+        *,
+        token: bytes,
+        view: memoryview,
+        block_bytes: int,
+        pieces: Sequence[Piece],
     ) -> None:
         """Not connected yet. `view` is the own pool, [num_blocks * block_bytes]."""
         self._peer = peer
         self._token = token
         self._view = view
         self._block_bytes = block_bytes
+        self._remote_runs = [(piece.remote_offset, piece.num_bytes) for piece in pieces]
+        self._own_runs = [(piece.own_offset, piece.num_bytes) for piece in pieces]
         self._sock = frames.deadline_socket(peer.host, CONNECT_TIMEOUT_S)
 
     def open(self) -> None:
-        """Connect and shake hands."""
+        """Connect, shake hands and say what of each block is wanted."""
         self._sock.connect((self._peer.host, self._peer.port))
         frames.greet_as_client(self._sock, self._token, self._peer.pool_nonce)
+        frames.send_runs(self._sock, self._remote_runs)
         self._sock.settimeout(RECEIVE_TIMEOUT_S)
 
     def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
         """Ask for blocks and receive them into their places."""
         frames.send_request(self._sock, remote_ids)
-        frames.receive_reply(self._sock, block_slices(self._view, own_ids, self._block_bytes))
+        places = block_slices(self._view, own_ids, self._block_bytes, self._own_runs)
+        frames.receive_reply(self._sock, places)
 
     def interrupt(self) -> None:
         """Wake whatever waits on the socket; in vain until `connect` has begun."""
@@ -83,16 +93,20 @@ class TcpTransport:
         """Address, size and nonce of this pool."""
         return self._server.metadata.pack()
 
-    def connect(self, peer_id: str, metadata: bytes) -> None:
+    def connect(self, peer_id: str, metadata: bytes, pieces: BlockPieces | None = None) -> None:
         """Start connecting. If the peer can't be reached or refuses us, its READs fail."""
         peer = frames.TcpMetadata.unpack(metadata)
 
-        def open_channel() -> TcpChannel:
+        def open_channel(checked: Sequence[Piece]) -> TcpChannel:
             return TcpChannel(
-                peer, token=self._token, view=self._view, block_bytes=self._block_bytes
+                peer,
+                token=self._token,
+                view=self._view,
+                block_bytes=self._block_bytes,
+                pieces=checked,
             )
 
-        self._peers.add(peer_id, PeerPool(peer.num_blocks, peer.block_bytes), open_channel)
+        self._peers.add(peer_id, PeerPool(peer.num_blocks, peer.block_bytes), pieces, open_channel)
 
     def read(self, peer_id: str, pairs: Sequence[tuple[int, int]]) -> QueuedRead:
         """Queue a READ behind the peer's earlier ones."""

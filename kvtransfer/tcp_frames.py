@@ -7,8 +7,9 @@ A connection, all integers little-endian:
     server  CHALLENGE   magic, 32 random bytes
     client  PROOF       32 random bytes, HMAC-SHA256(token + pool nonce, "client", both randoms)
     server  WELCOME     HMAC-SHA256(token + pool nonce, "server", both randoms)
+    client  RUNS        number of runs, then that many (offset, bytes) of every block
     client  REQUEST     number of blocks, then that many block ids          } any number of times
-    server  REPLY       length of an error text; 0: the blocks' bytes follow }
+    server  REPLY       length of an error text; 0: the blocks' runs follow  }
 The token never travels, and a proof is worth nothing on another connection or for another pool. The
 bytes of the blocks are not encrypted, as with RDMA: the pod network must keep strangers out.
 """
@@ -19,17 +20,20 @@ import ipaddress
 import secrets
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from core.errors import TransferError
 
-MAGIC = b"DIPTYCH1"
+MAGIC = b"DIPTYCH2"
 NONCE_BYTES = 32
 PROOF_BYTES = hashlib.sha256().digest_size
 MAX_BLOCKS_PER_READ = 1 << 16
+MAX_RUNS = 1 << 16
 MAX_ERROR_BYTES = 4096
 _COUNT = struct.Struct("<I")
+_RUN = struct.Struct("<QQ")
 _METADATA = struct.Struct(f"<8s{NONCE_BYTES}sHIQ")
 _MAX_BUFFERS_PER_CALL = 512
 """Below IOV_MAX, 1024 on Linux."""
@@ -89,28 +93,29 @@ def tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
 
-def send_buffers(sock: socket.socket, buffers: Sequence[memoryview | bytes]) -> None:
+def send_buffers(sock: socket.socket, buffers: Iterable[memoryview | bytes]) -> None:
     """Send everything. Each call waits at most the socket's timeout for the peer to make room."""
-    waiting = [memoryview(buffer) for buffer in buffers if len(buffer)]
-    first = 0
-    while first < len(waiting):
-        sent = sock.sendmsg(waiting[first : first + _MAX_BUFFERS_PER_CALL])
-        first = _advance(waiting, first, sent)
+    coming = filter(len, buffers)
+    while waiting := [memoryview(buffer) for buffer in islice(coming, _MAX_BUFFERS_PER_CALL)]:
+        first = 0
+        while first < len(waiting):
+            first = _advance(waiting, first, sock.sendmsg(waiting[first:]))
 
 
-def receive_buffers(sock: socket.socket, buffers: Sequence[memoryview]) -> None:
+def receive_buffers(sock: socket.socket, buffers: Iterable[memoryview]) -> None:
     """Fill everything. Each call waits at most the socket's timeout for the next bytes.
 
     Raises:
         ConnectionError: the peer closed before that.
     """
-    waiting = [buffer for buffer in buffers if len(buffer)]
-    first = 0
-    while first < len(waiting):
-        received = sock.recvmsg_into(waiting[first : first + _MAX_BUFFERS_PER_CALL])[0]
-        if received == 0:
-            raise ConnectionError("the peer closed the connection")
-        first = _advance(waiting, first, received)
+    coming = filter(len, buffers)
+    while waiting := list(islice(coming, _MAX_BUFFERS_PER_CALL)):
+        first = 0
+        while first < len(waiting):
+            received = sock.recvmsg_into(waiting[first:])[0]
+            if received == 0:
+                raise ConnectionError("the peer closed the connection")
+            first = _advance(waiting, first, received)
 
 
 def _advance(waiting: list[memoryview], first: int, num_bytes: int) -> int:
@@ -176,6 +181,27 @@ def greet_as_client(sock: socket.socket, token: bytes, pool_nonce: bytes) -> Non
         raise TransferError("What listens there does not know the token.")
 
 
+def send_runs(sock: socket.socket, runs: Sequence[tuple[int, int]]) -> None:
+    """Say which (offset, bytes) of every block will be asked for."""
+    send_buffers(sock, [_COUNT.pack(len(runs)), *(_RUN.pack(*run) for run in runs)])
+
+
+def receive_runs(sock: socket.socket, block_bytes: int) -> list[tuple[int, int]]:
+    """What `send_runs` said.
+
+    Raises:
+        TransferError: a run lies outside a block, or they are more than a block holds.
+    """
+    (count,) = _COUNT.unpack(receive_exactly(sock, _COUNT.size))
+    if not 0 < count <= MAX_RUNS:
+        raise TransferError(f"{count} runs of each block were asked for, allowed are {MAX_RUNS}.")
+    runs = list(_RUN.iter_unpack(receive_exactly(sock, count * _RUN.size)))
+    inside = all(size and offset + size <= block_bytes for offset, size in runs)
+    if not inside or sum(size for _, size in runs) > block_bytes:
+        raise TransferError("Runs of bytes were asked for that no block has.")
+    return runs
+
+
 def send_request(sock: socket.socket, ids: Sequence[int]) -> None:
     """Ask for blocks, at most MAX_BLOCKS_PER_READ of them."""
     send_buffers(sock, [struct.pack(f"<{len(ids) + 1}I", len(ids), *ids)])
@@ -201,9 +227,9 @@ def receive_request(sock: socket.socket, timeout_s: float) -> list[int] | None:
     return list(struct.unpack(f"<{count}I", receive_exactly(sock, 4 * count)))
 
 
-def send_reply(sock: socket.socket, blocks: Sequence[memoryview]) -> None:
-    """Answer with the bytes of blocks."""
-    send_buffers(sock, [_COUNT.pack(0), *blocks])
+def send_reply(sock: socket.socket, slices: Iterable[memoryview]) -> None:
+    """Answer with bytes of blocks."""
+    send_buffers(sock, chain([_COUNT.pack(0)], slices))
 
 
 def send_error(sock: socket.socket, message: str) -> None:
@@ -212,7 +238,7 @@ def send_error(sock: socket.socket, message: str) -> None:
     send_buffers(sock, [_COUNT.pack(len(text)), text])
 
 
-def receive_reply(sock: socket.socket, into: Sequence[memoryview]) -> None:
+def receive_reply(sock: socket.socket, into: Iterable[memoryview]) -> None:
     """Fill own blocks with the answer.
 
     Raises:

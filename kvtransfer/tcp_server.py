@@ -100,13 +100,15 @@ class TcpServer:
             frames.tune(sock)
             sock.settimeout(_HANDSHAKE_TIMEOUT_S)
             frames.greet_as_server(sock, self._token, self._nonce)
+            runs = frames.receive_runs(sock, self._block_bytes)
             while (ids := frames.receive_request(sock, _SEND_TIMEOUT_S)) is not None:
                 try:
                     check_ids(ids, self._num_blocks, "the peer's")
                 except TransferError as error:
                     frames.send_error(sock, error.message)
                 else:
-                    frames.send_reply(sock, block_slices(self._view, ids, self._block_bytes))
+                    slices = block_slices(self._view, ids, self._block_bytes, runs)
+                    frames.send_reply(sock, slices)
         except (OSError, TransferError) as error:
             if not self._closed:
                 log.info("A KV reader's connection ended: %s", error)

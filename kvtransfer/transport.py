@@ -5,8 +5,9 @@ methods are called by the engine loop's thread, return at once and never wait fo
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from core.kv_layout import KvLayout
 
@@ -33,6 +34,31 @@ class BlockPool(Protocol):
     def device_id(self) -> int | None:
         """CUDA device index, or None for host memory."""
         ...
+
+
+class Piece(NamedTuple):
+    """A run of bytes that a READ copies from each block of a peer into an own block."""
+
+    remote_offset: int
+    """From the start of the peer's block."""
+    own_offset: int
+    num_bytes: int
+
+    def joins(self, following: "Piece") -> bool:
+        """True if the two are one run on both sides."""
+        return (
+            self.remote_offset + self.num_bytes == following.remote_offset
+            and self.own_offset + self.num_bytes == following.own_offset
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPieces:
+    """What of every block is read from a peer whose blocks hold other bytes than the own ones."""
+
+    remote_block_bytes: int
+    pieces: tuple[Piece, ...]
+    """In the order of the own block, without overlap there."""
 
 
 class ReadState(StrEnum):
@@ -73,8 +99,11 @@ class Transport(Protocol):
         """What a peer needs in order to connect to this pool."""
         ...
 
-    def connect(self, peer_id: str, metadata: bytes) -> None:
-        """Make a peer's pool readable. A peer id names one connection; it is never used again."""
+    def connect(self, peer_id: str, metadata: bytes, pieces: BlockPieces | None = None) -> None:
+        """Make a peer's pool readable. A peer id names one connection; it is never used again.
+
+        Every READ from it copies the pieces of each block; None: whole blocks of equal size.
+        """
         ...
 
     def read(self, peer_id: str, pairs: Sequence[tuple[int, int]]) -> Read:

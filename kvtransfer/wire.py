@@ -29,7 +29,9 @@ from rpc.v1 import worker_pb2
 MAX_ID_CHARS = 256
 MAX_TEXT_CHARS = 4096
 MAX_DIGEST_BYTES = 64
+MAX_RANKS = 64
 MAX_METADATA_BYTES = 1 << 20
+"""Of all ranks of a worker."""
 MAX_BLOCKS_PER_MESSAGE = 1 << 20
 MAX_TOP_LOGPROBS = 64
 MAX_LEASE_TTL_S = 3600.0
@@ -149,23 +151,40 @@ def _key(message: pb.Claim | pb.Release | pb.Probe | pb.Offer | pb.Revoke) -> Ke
     return Key(message.request_id, message.attempt)
 
 
+def layout_to_proto(layout: KvLayout) -> worker_pb2.KvLayout:
+    """For the wire."""
+    return worker_pb2.KvLayout(
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_size=layout.block_size,
+        dtype=layout.dtype,
+        block_bytes=layout.block_bytes,
+    )
+
+
+def layout_from_proto(layout: worker_pb2.KvLayout) -> KvLayout:
+    """Off the wire."""
+    _bound("dtype characters", len(layout.dtype), MAX_ID_CHARS)
+    return KvLayout(
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_size=layout.block_size,
+        dtype=layout.dtype,
+        block_bytes=layout.block_bytes,
+    )
+
+
 def _hello_to_proto(hello: Hello) -> pb.LinkHello:
-    layout = hello.layout
     return pb.LinkHello(
         worker_id=hello.worker_id,
         epoch=hello.epoch,
         model_digest=hello.model_digest,
-        layout=worker_pb2.KvLayout(
-            num_layers=layout.num_layers,
-            num_kv_heads=layout.num_kv_heads,
-            head_dim=layout.head_dim,
-            block_size=layout.block_size,
-            dtype=layout.dtype,
-            block_bytes=layout.block_bytes,
-        ),
+        layout=layout_to_proto(hello.layout),
         num_blocks=hello.num_blocks,
         transport=hello.transport,
-        transport_metadata=hello.transport_metadata,
+        rank_metadata=hello.rank_metadata,
         lease_ttl_ms=round(hello.lease_ttl_s * 1000),
     )
 
@@ -174,27 +193,19 @@ def _hello_from_proto(hello: pb.LinkHello) -> Hello:
     _bound("worker_id characters", len(hello.worker_id), MAX_ID_CHARS)
     _bound("model_digest bytes", len(hello.model_digest), MAX_DIGEST_BYTES)
     _bound("transport characters", len(hello.transport), MAX_ID_CHARS)
-    _bound("transport_metadata bytes", len(hello.transport_metadata), MAX_METADATA_BYTES)
-    _bound("dtype characters", len(hello.layout.dtype), MAX_ID_CHARS)
+    _bound("ranks", len(hello.rank_metadata), MAX_RANKS)
+    _bound("rank_metadata bytes", sum(map(len, hello.rank_metadata)), MAX_METADATA_BYTES)
     _bound("seconds of lease ttl", hello.lease_ttl_ms / 1000, MAX_LEASE_TTL_S)
     if not hello.worker_id:
         raise TransferError("A hello names no worker.")
-    layout = hello.layout
     return Hello(
         worker_id=hello.worker_id,
         epoch=hello.epoch,
         model_digest=hello.model_digest,
-        layout=KvLayout(
-            num_layers=layout.num_layers,
-            num_kv_heads=layout.num_kv_heads,
-            head_dim=layout.head_dim,
-            block_size=layout.block_size,
-            dtype=layout.dtype,
-            block_bytes=layout.block_bytes,
-        ),
+        layout=layout_from_proto(hello.layout),
         num_blocks=hello.num_blocks,
         transport=hello.transport,
-        transport_metadata=hello.transport_metadata,
+        rank_metadata=tuple(hello.rank_metadata),
         lease_ttl_s=hello.lease_ttl_ms / 1000,
     )
 

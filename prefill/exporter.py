@@ -23,12 +23,11 @@ from kvtransfer.actions import (
 )
 from kvtransfer.export import ExportMachine
 from kvtransfer.messages import Hello, Key
-from kvtransfer.transport import Transport
+from kvtransfer.worker_transport import WorkerTransport
 from prefill.metrics import ExportMetrics
 from prefill.settings import PrefillSettings
 from rpc.v1 import ipc_pb2, worker_pb2
 from worker.hello import own_hello, own_transport
-from worker.local_role import LocalRole
 from worker.role import BuildRole, Outbox, Role, RoleContext, Submission, engine_id
 from worker.scratch import scratch_request
 
@@ -55,7 +54,7 @@ class Exporter:
         engine: Engine,
         outbox: Outbox,
         hello: Hello,
-        transport: Transport,
+        transport: WorkerTransport,
         metrics: ExportMetrics,
         clock: Clock,
     ) -> None:
@@ -171,6 +170,7 @@ class Exporter:
 
     def turn(self, now: float) -> None:
         """Let leases run out."""
+        self._transport.check()
         self._do(self._machine.expire(now))
 
     def wait_s(self, now: float) -> float:
@@ -233,9 +233,7 @@ def build_exporter(settings: PrefillSettings) -> BuildRole:
     """How a prefill worker's engine process makes its role."""
 
     def build(context: RoleContext) -> Role:
-        if settings.tensor_parallel_size > 1:
-            return LocalRole(Exporter.role)
-        transport = own_transport(settings, context.pool)
+        transport = own_transport(settings, context)
         hello = own_hello(context.description, transport, lease_ttl_s=settings.lease_ttl_s)
         return Exporter(
             engine=context.engine,

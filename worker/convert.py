@@ -5,7 +5,6 @@ from typing import cast
 from core.block_hash import unpack_hashes
 from core.errors import DiptychError, ErrorCode, InvalidRequestError
 from core.finish import FinishReason
-from core.kv_layout import KvLayout
 from core.sampling import SamplingParams, StructuredOutput, StructureKind
 from core.tokens import TokenLogprobs
 from engine.request import EngineRequest, EngineStats
@@ -117,16 +116,4 @@ def load_to_proto(stats: EngineStats, *, draining: bool, leases: int) -> worker_
         leases=leases,
         prefill_tokens_per_s=stats.prefill_tokens_per_s,
         decode_step_s=stats.decode_step_s,
-    )
-
-
-def layout_to_proto(layout: KvLayout) -> worker_pb2.KvLayout:
-    """How this worker's blocks lie in memory."""
-    return worker_pb2.KvLayout(
-        num_layers=layout.num_layers,
-        num_kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-        block_size=layout.block_size,
-        dtype=layout.dtype,
-        block_bytes=layout.block_bytes,
     )

@@ -21,9 +21,10 @@ from engine.engine import Engine
 from engine.executor import Executor, ExecutorLostError
 from engine.grammar.build import build_grammars
 from engine.metrics import EngineMetrics
+from kvtransfer.wire import layout_to_proto
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.logs import setup
-from worker.convert import error_of, layout_to_proto
+from worker.convert import error_of
 from worker.ipc import EnginePipe, PipeClosedError
 from worker.loop import EngineLoop
 from worker.role import BuildRole, Outbox, Role, RoleContext
@@ -31,6 +32,8 @@ from worker.settings import WorkerSettings, engine_config
 
 log = logging.getLogger(__name__)
 
+RANK_MODULE = "worker.rank"
+"""The process of each rank above 0."""
 _START_TIMEOUT_S = 60.0
 
 
@@ -77,7 +80,7 @@ def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) ->
         pipe.send(ipc_pb2.EngineEvent(progress=ipc_pb2.StartupProgress(stage=stage)))
 
     config = engine_config(settings)
-    executor = build_executor(config, progress)
+    executor = build_executor(config, progress, rank_module=RANK_MODULE)
     registry = CollectorRegistry()
     dtype = executor.pool.layout.dtype
     digest = _kv_digest(executor.model_digest, dtype)
@@ -94,6 +97,7 @@ def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) ->
             RoleContext(
                 engine=engine,
                 pool=executor.pool,
+                ranks=executor.ranks,
                 outbox=outbox,
                 description=description,
                 registry=registry,
@@ -121,21 +125,21 @@ def describe(
     settings: WorkerSettings, engine: Engine, executor: Executor, digest: bytes
 ) -> worker_pb2.WorkerDescription:
     """Who this worker is; the role adds its own part."""
-    exports = settings.tensor_parallel_size == 1
+    model, pool = executor.model_config, executor.pool
     address = f"{settings.advertise_host or settings.host}:{settings.port}"
     return worker_pb2.WorkerDescription(
         worker_id=settings.worker_id or "",
         epoch=secrets.randbits(64) or 1,
         model=settings.served_model_name or "",
         model_digest=digest,
-        layout=layout_to_proto(executor.pool.layout),
-        num_blocks=executor.pool.num_blocks,
+        layout=layout_to_proto(pool.layout.with_heads(model.num_kv_heads)),
+        num_blocks=pool.num_blocks,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
-        vocab_size=executor.model_config.vocab_size,
-        eos_token_ids=executor.model_config.eos_token_ids,
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
         version=_version(),
-        kv_address=address if exports else "",
+        kv_address=address,
     )
 
 

@@ -1,46 +1,67 @@
 """How a worker meets its peers: the transport it offers and the hello that says so."""
 
-from core.kv_layout import KvLayout
 from kvtransfer.messages import Hello
+from kvtransfer.rank_transport import RankTransport
+from kvtransfer.ranked_transport import LET_GO_S, RankedTransport
 from kvtransfer.select import open_transport
-from kvtransfer.transport import BlockPool, Transport
+from kvtransfer.wire import layout_from_proto
+from kvtransfer.worker_transport import WorkerTransport
 from rpc.v1 import worker_pb2
+from rpc.v1.kv_ranks_pb2 import RankOpen
+from worker.role import RoleContext
 from worker.settings import WorkerSettings
 
 
-def own_transport(settings: WorkerSettings, pool: BlockPool) -> Transport:
-    """Make this worker's pool readable by peers as the settings say, and peers' pools from here.
+def own_transport(settings: WorkerSettings, context: RoleContext) -> WorkerTransport:
+    """Make the pools of this worker's ranks readable by peers, and peers' pools from here.
 
     Raises:
-        TransferError: the transport can't be opened.
+        TransferError: a rank's transport can't be opened.
+        WorkerLostError: a rank is lost.
     """
-    return open_transport(
+    host = settings.advertise_host or settings.host
+    token = settings.auth_token.get_secret_value() if settings.auth_token else ""
+    layout = context.description.layout
+    size = settings.tensor_parallel_size
+    transport = open_transport(
         settings.kv_transport,
-        pool,
-        host=settings.advertise_host or settings.host,
-        token=settings.auth_token.get_secret_value() if settings.auth_token else "",
+        context.pool,
+        host=host,
+        token=token,
+        descriptor_bytes=settings.descriptor_bytes,
     )
+    own = RankTransport(transport, layout_from_proto(layout), size=size)
+    if context.ranks is None:
+        return own
+    opening = RankOpen(
+        layout=layout,
+        size=size,
+        transport=transport.name,
+        host=host,
+        token=token,
+        descriptor_bytes=settings.descriptor_bytes,
+    )
+    try:
+        return RankedTransport(own, context.ranks, opening, let_go_s=LET_GO_S)
+    except BaseException:
+        own.close()
+        raise
 
 
 def own_hello(
-    description: worker_pb2.WorkerDescription, transport: Transport, *, lease_ttl_s: float = 0.0
+    description: worker_pb2.WorkerDescription,
+    transport: WorkerTransport,
+    *,
+    lease_ttl_s: float = 0.0,
 ) -> Hello:
     """The hello that follows from what routers are told and from the transport in use."""
-    layout = description.layout
     return Hello(
         worker_id=description.worker_id,
         epoch=description.epoch,
         model_digest=description.model_digest,
-        layout=KvLayout(
-            num_layers=layout.num_layers,
-            num_kv_heads=layout.num_kv_heads,
-            head_dim=layout.head_dim,
-            block_size=layout.block_size,
-            dtype=layout.dtype,
-            block_bytes=layout.block_bytes,
-        ),
+        layout=layout_from_proto(description.layout),
         num_blocks=description.num_blocks,
         transport=transport.name,
-        transport_metadata=transport.metadata(),
+        rank_metadata=transport.rank_metadata,
         lease_ttl_s=lease_ttl_s,
     )

@@ -14,6 +14,7 @@ from core.errors import DiptychError
 from core.finish import FinishReason
 from core.tokens import TokenLogprobs
 from engine.engine import Engine
+from engine.executor import OtherRanks
 from engine.request import EngineRequest, StepOutputs
 from kvtransfer.messages import Key
 from kvtransfer.transport import BlockPool
@@ -138,6 +139,9 @@ class RoleContext:
 
     engine: Engine
     pool: BlockPool
+    """Of this process; with several ranks, of rank 0."""
+    ranks: OtherRanks | None
+    """The other ranks, if there are."""
     outbox: Outbox
     description: worker_pb2.WorkerDescription
     registry: CollectorRegistry

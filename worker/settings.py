@@ -126,6 +126,13 @@ class WorkerSettings(BaseModel):
         "else tcp; docs/transports.md says what each needs.",
     )
 
+    descriptor_bytes: ByteSize | None = Field(
+        None,
+        ge=1,
+        description="Most bytes of KV that nixl moves with one descriptor; default: 64 KiB in GPU "
+        "memory, no limit in host memory.",
+    )
+
     heartbeat_interval_s: Seconds = Field(
         0.1, gt=0, description="Seconds between two signs of life of the engine loop."
     )

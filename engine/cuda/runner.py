@@ -102,6 +102,10 @@ class CudaRunner:
         return self._pool
 
     @property
+    def ranks(self) -> None:
+        """See Executor. Who knows of other ranks is MultiProcessExecutor."""
+
+    @property
     def overlaps(self) -> bool:
         """See Executor."""
         return True
@@ -178,7 +182,8 @@ class CudaRunner:
         drawn = [i for i, chunk in enumerate(chunks) if chunk.sample is not None]
         specs = [spec for i in drawn if (spec := chunks[i].sample) is not None]
         write_draws(inputs, specs)
-        # A step that samples nothing still computes one row: an empty matrix helps nobody.
+        # A step that samples nothing still computes one row: with several ranks, its sums are what
+        # tells rank 0 that all KV is written.
         num_rows = max(1, len(drawn))
         inputs.output_rows[:num_rows] = step.last_rows[drawn] if drawn else 0
         inputs.send(step.num_blocks)

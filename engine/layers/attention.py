@@ -38,6 +38,7 @@ class SelfAttention:
         self._head_dim = config.head_dim
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
+        kv_copies = max(1, group.size // config.num_kv_heads)
         self.qkv = load_linear(
             source.split(0),
             [f"{prefix}.q_proj", f"{prefix}.k_proj", f"{prefix}.v_proj"],
@@ -45,6 +46,7 @@ class SelfAttention:
             config.hidden_size,
             bias=config.qkv_bias,
             pack=pack,
+            copies=(1, kv_copies, kv_copies),
         )
         self.output = load_linear(
             source.split(1),

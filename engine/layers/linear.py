@@ -68,6 +68,7 @@ def load_linear(
     *,
     bias: bool,
     pack: bool,
+    copies: Sequence[int] = (),
 ) -> Linear:
     """Load one or several projections of the same input as one.
 
@@ -78,15 +79,18 @@ def load_linear(
         in_features: columns of all.
         bias: whether they have biases.
         pack: see `Linear`.
+        copies: of each, see `WeightSource.get`; empty: none is copied.
     """
+    copies = copies or [1] * len(names)
     weights = [
-        source.get(f"{name}.weight", rows, in_features)
-        for name, rows in zip(names, out_features, strict=True)
+        source.get(f"{name}.weight", rows, in_features, copies=count)
+        for name, rows, count in zip(names, out_features, copies, strict=True)
     ]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     if not bias:
         return Linear(weight, pack=pack)
     biases = [
-        source.get(f"{name}.bias", rows) for name, rows in zip(names, out_features, strict=True)
+        source.get(f"{name}.bias", rows, copies=count)
+        for name, rows, count in zip(names, out_features, copies, strict=True)
     ]
     return Linear(weight, torch.cat(biases), pack=pack)

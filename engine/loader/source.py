@@ -66,12 +66,13 @@ class WeightSource:
         view._split = dim
         return view
 
-    def get(self, name: str, *shape: int) -> torch.Tensor:
+    def get(self, name: str, *shape: int, copies: int = 1) -> torch.Tensor:
         """Take one weight.
 
         Args:
             name: in the checkpoint.
             shape: of the whole weight.
+            copies: so many neighbouring ranks get the same part, out of fewer parts.
 
         Returns:
             The weight, or this rank's part: equally long on every rank, with zeros at the end
@@ -89,16 +90,16 @@ class WeightSource:
             )
         self._taken.add(name)
         if self._split is not None and self._group.size > 1:
-            tensor = self._part(tensor, self._split)
+            tensor = self._part(tensor, self._split, copies)
         return tensor.to(device=self._device, dtype=self._dtype)
 
-    def _part(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    def _part(self, tensor: torch.Tensor, dim: int, copies: int) -> torch.Tensor:
         rank = self._group.rank
         if tensor.dim() == 1 and dim == 1:
             return tensor if rank == 0 else torch.zeros_like(tensor)
         length = tensor.shape[dim]
-        size = -(-length // self._group.size)
-        start = min(rank * size, length)
+        size = -(-length // (self._group.size // copies))
+        start = min(rank // copies * size, length)
         part = tensor.narrow(dim, start, min(size, length - start))
         missing = size - part.shape[dim]
         if missing:

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from core.errors import DiptychError, ErrorCode
 from engine.executor import ExecutorLostError
+from engine.parallel.other_ranks import PipesToRanks
 from engine.parallel.pipe import Frame, PipeClosedError, RankPipe, failure_from
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class RankProcesses:
         self._children: list[_Child] = []
         self._group: Collectives | None = None
         self._state = threading.Condition()
+        self.side = PipesToRanks(self, self._state)
+        """What shares the pipes with the engine."""
         self._error: DiptychError | None = None
         self._steps = 0
         self._in_step = False
@@ -106,6 +109,11 @@ class RankProcesses:
     def attach(self, group: Collectives) -> None:
         """From now on, a failure ends this group's collectives."""
         self._group = group
+
+    @property
+    def error(self) -> DiptychError | None:
+        """The failure, if there was one."""
+        return self._error
 
     def check(self) -> None:
         """Raise the failure, if there was one.
@@ -245,6 +253,9 @@ class RankProcesses:
             with suppress(subprocess.TimeoutExpired):
                 child.process.wait(_VERDICT_S)
             self.fail(f"Rank {child.rank} {_end_of(child.process)}.")
+            return
+        if kind is Frame.SIDE:
+            self.side.take(child.rank, body)
             return
         if kind is Frame.READY:
             with self._state:

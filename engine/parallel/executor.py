@@ -1,12 +1,14 @@
 """The executor of several ranks on one host: this process is rank 0, its children are the others.
 
 Every rank gets every plan, computes its share and gathers the same logits, so each samples the same
-tokens and nothing is sent back but failures.
+tokens and nothing is sent back but failures. Invariant: when rank 0 knows a step's result, every
+rank has read and written all KV of that step, since the last layer's sums need each rank's
+attention. So blocks may be handed over, or filled from elsewhere, as with one rank.
 """
 
 import atexit
 
-from engine.executor import Executor, PendingStep
+from engine.executor import Executor, OtherRanks, PendingStep
 from engine.kv.pool import KVPool
 from engine.models.config import ModelConfig
 from engine.parallel.children import RankProcesses
@@ -49,6 +51,11 @@ class MultiProcessExecutor:
     def pool(self) -> KVPool:
         """See Executor. Rank 0's; the others hold the same blocks of the other heads."""
         return self._local.pool
+
+    @property
+    def ranks(self) -> OtherRanks:
+        """See Executor."""
+        return self._ranks.side
 
     @property
     def overlaps(self) -> bool:

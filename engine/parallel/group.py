@@ -25,6 +25,8 @@ class RankGroup(Protocol):
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace a contiguous tensor by the sum over all ranks, bit for bit the same on each.
 
+        The tensor is not empty: whoever has the sum knows that every rank came this far.
+
         On a GPU it is queued on the current stream without synchronising, and may be captured in a
         CUDA graph.
 

@@ -7,6 +7,7 @@ that a rank is gone.
 import json
 import socket
 import struct
+import threading
 from enum import IntEnum
 
 from core.errors import DiptychError, ErrorCode
@@ -31,6 +32,8 @@ class Frame(IntEnum):
     """To rank 0: this rank can take steps."""
     FAILED = 5
     """To rank 0: the rank ends for this reason."""
+    SIDE = 6
+    """Either way: of what shares the pipe with the engine; see side.py."""
 
 
 def failure_to(error: Exception) -> bytes:
@@ -55,11 +58,12 @@ class PipeClosedError(Exception):
 
 
 class RankPipe:
-    """One end. One thread sends, one receives."""
+    """One end. Any thread sends, one receives."""
 
     def __init__(self, sock: socket.socket, timeout_s: float | None = None) -> None:
         """Args: timeout_s is how long one send or receive may wait; None: for ever."""
         self._sock = sock
+        self._sending = threading.Lock()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
         sock.settimeout(timeout_s)
 
@@ -75,7 +79,8 @@ class RankPipe:
         """
         assert len(body) <= MAX_FRAME_BYTES, "no plan is as long"
         try:
-            self._sock.sendall(_HEADER.pack(kind, len(body)) + body)
+            with self._sending:
+                self._sock.sendall(_HEADER.pack(kind, len(body)) + body)
         except OSError as error:
             raise PipeClosedError(f"could not send: {error}") from error
 

@@ -21,6 +21,7 @@ from engine.executor import Executor, PendingStep
 from engine.parallel.pipe import Frame, PipeClosedError, RankPipe, failure_to
 from engine.parallel.plan_codec import PlanDecoder
 from engine.parallel.shares import rank_device
+from engine.parallel.side import StartSide
 from engine.parallel.torch_group import TorchGroup
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ _IDLE_S = 0.1
 """How long a step that runs ahead is left alone before its end is waited for."""
 _MAX_INBOX = 64
 """Rank 0 is at most two steps ahead; more frames than this mean that it has gone astray."""
+_MAX_SIDE_INBOX = 1 << 16
 _PARENT_CHECK_S = 2.0
 _EXIT_ORPHANED = 3
 
@@ -39,6 +41,7 @@ class Inbox:
 
     def __init__(self, pipe: RankPipe) -> None:
         self._pipe = pipe
+        self.side: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         # A fork of rank 0 would keep the pipe open, so its end is not the only sign.
         self._parent = os.getppid()
         self._frames: queue.SimpleQueue[tuple[Frame, bytes]] = queue.SimpleQueue()
@@ -48,19 +51,59 @@ class Inbox:
         """The next frame, waited for until rank 0 is gone; queue.Empty after `timeout_s`."""
         return self._frames.get(timeout=timeout_s)
 
+    @property
+    def _keeps_up(self) -> bool:
+        return self._frames.qsize() < _MAX_INBOX and self.side.qsize() < _MAX_SIDE_INBOX
+
     def _read(self) -> None:
         try:
-            while self._frames.qsize() < _MAX_INBOX and os.getppid() == self._parent:
+            while self._keeps_up and os.getppid() == self._parent:
                 if select.select([self._pipe], [], [], _PARENT_CHECK_S)[0]:
-                    self._frames.put(self._pipe.receive())
+                    kind, body = self._pipe.receive()
+                    if kind is Frame.SIDE:
+                        self.side.put(body)
+                    else:
+                        self._frames.put((kind, body))
         except PipeClosedError:
             pass
         # Not sys.exit: the main thread may be inside a collective that never returns.
         os._exit(_EXIT_ORPHANED)
 
 
-def run_rank(fd: int) -> int:
-    """Serve rank 0 at the other end of `fd`; returns the process's exit status."""
+class _Channel:
+    """Implements SideChannel over the rank's one pipe."""
+
+    def __init__(self, inbox: Inbox, pipe: RankPipe) -> None:
+        self._inbox = inbox
+        self._pipe = pipe
+
+    def receive(self, timeout_s: float | None) -> bytes | None:
+        """See SideChannel."""
+        try:
+            return self._inbox.side.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def interrupt(self) -> None:
+        """See SideChannel."""
+        self._inbox.side.put(None)
+
+    def send(self, message: bytes) -> None:
+        """See SideChannel."""
+        self._pipe.send(Frame.SIDE, message)
+
+    def fail(self, error: Exception) -> None:
+        """See SideChannel."""
+        self._pipe.send(Frame.FAILED, failure_to(error))
+
+
+def run_rank(fd: int, start_side: StartSide | None = None) -> int:
+    """Serve rank 0 at the other end of `fd`; returns the process's exit status.
+
+    Args:
+        fd: of a socket to rank 0.
+        start_side: starts what runs beside the executor.
+    """
     # Ctrl-C reaches the whole process group; rank 0 decides when ranks end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = RankPipe(socket.socket(fileno=fd))
@@ -68,9 +111,15 @@ def run_rank(fd: int) -> int:
     try:
         kind, body = inbox.next(_START_TIMEOUT_S)
         assert kind is Frame.START
-        executor, group = _build(json.loads(body))
+        start = json.loads(body)
+        executor, group = _build(start)
+        side = None
+        if start_side is not None:
+            side = start_side(start["rank"], executor.pool, _Channel(inbox, pipe))
         pipe.send(Frame.READY)
         _serve(executor, inbox)
+        if side is not None:
+            side.close()
         executor.close()
         group.close()
     except Exception as error:
@@ -115,7 +164,12 @@ def _serve(executor: Executor, inbox: Inbox) -> None:
         pending.popleft().wait()
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or not sys.argv[1].isdigit():
+def pipe_fd(argv: list[str]) -> int:
+    """The descriptor that rank 0 passed on the command line."""
+    if len(argv) != 2 or not argv[1].isdigit():
         sys.exit("This module is started by rank 0; set tensor_parallel_size instead.")
-    sys.exit(run_rank(int(sys.argv[1])))
+    return int(argv[1])
+
+
+if __name__ == "__main__":
+    sys.exit(run_rank(pipe_fd(sys.argv)))

@@ -1,6 +1,5 @@
 """One rank's share of the model, the threads and the devices; refuses what can't be shared."""
 
-import math
 from dataclasses import replace
 
 import torch
@@ -17,22 +16,17 @@ _MAX_SIZE = 64
 def rank_share(config: ModelConfig, size: int) -> ModelConfig:
     """The model as one of `size` ranks computes it: its heads and its part of the feed-forward.
 
-    The vocabulary stays whole: logits are gathered before anyone looks at them.
+    If there are fewer KV heads than ranks, several ranks compute and hold the same one. The
+    vocabulary stays whole: logits are gathered before anyone looks at them.
 
     Raises:
         ConfigError: heads or feed-forward can't be divided by so many.
     """
     if size == 1:
         return config
-    counts = {
-        "attention heads": config.num_heads,
-        "KV heads": config.num_kv_heads,
-        "feed-forward rows": config.intermediate_size,
-    }
-    uneven = [f"{count} {name}" for name, count in counts.items() if count % size]
+    uneven = _uneven(config, size)
     if uneven:
-        common = math.gcd(*counts.values())
-        good = [n for n in range(1, _MAX_SIZE + 1) if common % n == 0]
+        good = [n for n in range(1, _MAX_SIZE + 1) if not _uneven(config, n)]
         raise ConfigError(
             f"tensor_parallel_size is {size}, which does not divide the model's "
             f"{' and '.join(uneven)}; it can be {', '.join(map(str, good))}."
@@ -40,9 +34,20 @@ def rank_share(config: ModelConfig, size: int) -> ModelConfig:
     return replace(
         config,
         num_heads=config.num_heads // size,
-        num_kv_heads=config.num_kv_heads // size,
+        num_kv_heads=max(1, config.num_kv_heads // size),
         intermediate_size=config.intermediate_size // size,
     )
+
+
+def _uneven(config: ModelConfig, size: int) -> list[str]:
+    """What of the model `size` ranks can't share."""
+    counts = {
+        "attention heads": config.num_heads,
+        "feed-forward rows": config.intermediate_size,
+    }
+    if size % config.num_kv_heads:
+        counts["KV heads"] = config.num_kv_heads
+    return [f"{count} {name}" for name, count in counts.items() if count % size]
 
 
 def rank_threads(config: EngineConfig) -> int | None:

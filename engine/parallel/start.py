@@ -18,9 +18,19 @@ from engine.parallel.shares import rank_device, rank_share, rank_threads
 from engine.parallel.torch_group import TorchGroup, make_store_fd
 from engine.threads import compute_thread_env
 
+RANK_MODULE = "engine.parallel.rank"
+"""The process of a rank that does nothing beside its steps."""
 
-def start_ranks(config: EngineConfig, progress: Callable[[str], None]) -> Executor:
+
+def start_ranks(
+    config: EngineConfig, progress: Callable[[str], None], rank_module: str = RANK_MODULE
+) -> Executor:
     """Build the executor of `config.tensor_parallel_size` ranks.
+
+    Args:
+        config: of the engine.
+        progress: told before each slow stage.
+        rank_module: run with `python -m` as each other rank; it calls `run_rank`.
 
     Raises:
         ConfigError: the model can't be found, is not supported, or can't be shared like this.
@@ -40,7 +50,7 @@ def start_ranks(config: EngineConfig, progress: Callable[[str], None]) -> Execut
     try:
         progress(f"starting {size} ranks")
         ranks.start(
-            [sys.executable, "-m", "engine.parallel.rank"],
+            [sys.executable, "-m", rank_module],
             [start_message(config, rank, store_fd) for rank in range(1, size)],
             env={**os.environ, **compute_thread_env(rank_threads(config) or 1)},
             store_fd=store_fd,

@@ -80,6 +80,7 @@ class TorchGroup:
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """See RankGroup."""
+        assert tensor.numel(), "a sum of nothing would wait for nobody"
         self.calls += 1
         _wait(self._backend.allreduce([tensor], self._reduce_options))
         return tensor

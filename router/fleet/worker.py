@@ -38,7 +38,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvLayout:
-    """How KV blocks lie in memory; only equal layouts can exchange blocks."""
+    """How KV blocks, with the heads of all ranks, lie in memory; only equal ones are exchanged."""
 
     num_layers: int
     num_kv_heads: int

@@ -8,14 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LinkHello(_message.Message):
-    __slots__ = ("worker_id", "epoch", "model_digest", "layout", "num_blocks", "transport", "transport_metadata", "lease_ttl_ms")
+    __slots__ = ("worker_id", "epoch", "model_digest", "layout", "num_blocks", "transport", "rank_metadata", "lease_ttl_ms")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
-    TRANSPORT_METADATA_FIELD_NUMBER: _ClassVar[int]
+    RANK_METADATA_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
@@ -23,9 +23,9 @@ class LinkHello(_message.Message):
     layout: _worker_pb2.KvLayout
     num_blocks: int
     transport: str
-    transport_metadata: bytes
+    rank_metadata: _containers.RepeatedScalarFieldContainer[bytes]
     lease_ttl_ms: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., layout: _Optional[_Union[_worker_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., transport: _Optional[str] = ..., transport_metadata: _Optional[bytes] = ..., lease_ttl_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., layout: _Optional[_Union[_worker_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., transport: _Optional[str] = ..., rank_metadata: _Optional[_Iterable[bytes]] = ..., lease_ttl_ms: _Optional[int] = ...) -> None: ...
 
 class DecodeMessage(_message.Message):
     __slots__ = ("hello", "claim", "renew", "release", "probe")

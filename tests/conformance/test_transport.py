@@ -6,13 +6,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import cache
 
+import numpy as np
 import pytest
 
 from core.errors import TransferError
 from kvtransfer.mooncake_engine import load_mooncake
 from kvtransfer.nixl import NixlTransport
-from kvtransfer.transport import ReadState, Transport
-from tests.support.kv import HAS_READ, TOKEN, HostPool, finish, open_named, peer, ucx_env
+from kvtransfer.transport import BlockPieces, Piece, ReadState, Transport
+from tests.support.kv import (
+    HAS_READ,
+    TOKEN,
+    HostPool,
+    finish,
+    open_named,
+    peer,
+    ucx_env,
+    words_of,
+)
 from tests.support.process import frozen, wait_until
 
 BLOCK_BYTES = 1 << 16
@@ -90,16 +100,74 @@ def test_read_random_block_sets_copies_every_byte_to_its_place(
 
 
 @pytest.mark.parametrize("name", ["nixl"], indirect=True)
-def test_blocks_cut_into_pieces_arrive_whole(name: str, standing: Standing) -> None:
+@pytest.mark.parametrize("descriptor_bytes", [BLOCK_BYTES // 4, 3 * 4096, BLOCK_BYTES * 9])
+def test_blocks_cut_into_descriptors_arrive_whole(
+    name: str, standing: Standing, descriptor_bytes: int
+) -> None:
     pool = own_pool()
-    transport = NixlTransport(pool, token=TOKEN.encode(), descriptor_bytes=BLOCK_BYTES // 4)
+    transport = NixlTransport(pool, token=TOKEN.encode(), descriptor_bytes=descriptor_bytes)
     transport.connect("p", standing(name, 1))
     pairs = [(199 - i, i) for i in range(0, NUM_BLOCKS, 3)]
     assert finish(transport.read("p", pairs)) is ReadState.DONE
     assert pool.holds(pairs, 1)
     transport.close()
-    with pytest.raises(TransferError, match="divide"):
-        NixlTransport(pool, token=TOKEN.encode(), descriptor_bytes=48)
+
+
+@pytest.mark.parametrize("own_bytes", [BLOCK_BYTES // 2, BLOCK_BYTES * 2])
+def test_pieces_of_smaller_and_larger_blocks_arrive_in_their_places(
+    name: str, standing: Standing, own_bytes: int
+) -> None:
+    pool = own_pool(NUM_BLOCKS, own_bytes)
+    transport = open_named(name, pool)
+    pieces = (Piece(4096, 0, 8192), Piece(12288, 16384, 64), Piece(0, own_bytes - 8, 8))
+    transport.connect("p", standing(name, 1), BlockPieces(BLOCK_BYTES, pieces))
+    for pairs in ([(i + 9, i + 3) for i in range(20)], [(199, 0), (3, 63), (7, 21)]):
+        pool.clear()
+        expected = pool.words.copy()
+        for remote, own in pairs:
+            source = words_of(remote, 1, BLOCK_BYTES)
+            for piece in pieces:
+                start, at, count = (number // 8 for number in piece)
+                expected[own, at : at + count] = source[start : start + count]
+        assert finish(transport.read("p", pairs)) is ReadState.DONE
+        assert (pool.words == expected).all()
+    transport.close()
+
+
+def test_many_small_pieces_of_many_blocks_swap_the_halves_of_each(
+    name: str, pool: HostPool, transport: Transport, standing: Standing
+) -> None:
+    size, half = 512, BLOCK_BYTES // 2
+    offsets = range(0, half, size)
+    pieces = [Piece(half + at, at, size) for at in offsets]
+    pieces += [Piece(at, half + at, size) for at in offsets]
+    transport.connect("p", standing(name, 2), BlockPieces(BLOCK_BYTES, tuple(pieces)))
+    assert finish(transport.read("p", [(i, i) for i in range(NUM_BLOCKS)])) is ReadState.DONE
+    words = half // 8
+    for block in range(NUM_BLOCKS):
+        expected = np.roll(words_of(block, 2, BLOCK_BYTES), words)
+        assert (pool.words[block] == expected).all()
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (),
+        (Piece(0, 0, 0),),
+        (Piece(-8, 0, 8),),
+        (Piece(0, -8, 8),),
+        (Piece(BLOCK_BYTES - 8, 0, 16),),
+        (Piece(0, BLOCK_BYTES - 8, 16),),
+        (Piece(0, 0, 16), Piece(64, 8, 16)),
+    ],
+)
+def test_pieces_outside_a_block_or_on_top_of_each_other_are_refused(
+    transport: Transport, pieces: tuple[Piece, ...]
+) -> None:
+    with pytest.raises(TransferError):
+        transport.connect("p", transport.metadata(), BlockPieces(BLOCK_BYTES, pieces))
+    with pytest.raises(TransferError, match=f"hold {BLOCK_BYTES} bytes, not 512"):
+        transport.connect("p", transport.metadata(), BlockPieces(512, (Piece(0, 0, 8),)))
 
 
 def test_peer_reads_from_us_while_we_read_from_it(

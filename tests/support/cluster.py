@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from rpc.channel import open_channel
 from rpc.v1 import worker_pb2, worker_pb2_grpc
 from tests.support.process import Process, descendants, free_port, running, wait_until
 
+Settings = Mapping[str, object]
 TOKEN = "test-token"
 START_S = 120.0
 
@@ -63,6 +64,16 @@ class Worker:
         async with open_channel(self.address, Credentials(token=TOKEN)) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)
             return await stub.Describe(worker_pb2.DescribeRequest(), timeout=5)
+
+    def drain(self, *, resume: bool = False) -> None:
+        """Let it take no new requests, or take them again."""
+
+        async def call() -> None:
+            async with open_channel(self.address, Credentials(token=TOKEN)) as channel:
+                stub = worker_pb2_grpc.WorkerStub(channel)
+                await stub.Drain(worker_pb2.DrainRequest(resume=resume), timeout=30)
+
+        asyncio.run(call())
 
     def flush_cache(self) -> int:
         async def call() -> int:
@@ -189,9 +200,9 @@ def cluster(
     prefill: int = 1,
     decode: int = 1,
     transport: str = "nixl",
-    worker: Mapping[str, object] | None = None,
-    prefill_worker: Mapping[str, object] | None = None,
-    decode_worker: Mapping[str, object] | None = None,
+    worker: Settings | None = None,
+    prefill_worker: Settings | Sequence[Settings] | None = None,
+    decode_worker: Settings | Sequence[Settings] | None = None,
     router: Mapping[str, object] | None = None,
     wait: bool = True,
 ) -> Iterator[Cluster]:
@@ -203,17 +214,20 @@ def cluster(
         decode: number of decode workers.
         transport: how KV moves.
         worker: settings of every worker, by field name.
-        prefill_worker: settings of prefill workers alone.
-        decode_worker: settings of decode workers alone.
+        prefill_worker: settings of prefill workers alone; or of each, one worker for each.
+        decode_worker: the same of decode workers.
         router: settings of the router, by field name.
         wait: wait until all is ready.
     """
     with ExitStack() as stack:
         pools = {
-            role: [_worker(role, model, transport, settings) for _ in range(count)]
-            for role, count, settings in (
-                ("prefill", prefill, {**(worker or {}), **(prefill_worker or {})}),
-                ("decode", decode, {**(worker or {}), **(decode_worker or {})}),
+            role: [
+                _worker(role, model, transport, {**(worker or {}), **settings})
+                for settings in (own if isinstance(own, Sequence) else [own or {}] * count)
+            ]
+            for role, count, own in (
+                ("prefill", prefill, prefill_worker),
+                ("decode", decode, decode_worker),
             )
         }
         for one in [*pools["prefill"], *pools["decode"]]:

@@ -171,6 +171,7 @@ class FakeExecutor:
         self.broken: AssertionError | None = None
         """A rule that the engine broke; it takes the error itself for a failure of the device."""
         self.closed = False
+        self.ranks = None
 
     def submit(self, plan: StepPlan) -> PendingStep:
         with self._notices():

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from numpy.typing import NDArray
 
 from core.kv_layout import KvLayout
 from kvtransfer.mooncake_engine import mooncake_environment
@@ -50,9 +51,9 @@ class HostPool:
         self.base_address = self.words.ctypes.data
 
     def fill(self, seed: int) -> None:
-        """Give every block contents that name it."""
-        self.words[:] = np.arange(self.num_blocks, dtype=np.uint64)[:, None] + np.uint64(seed << 32)
-        self.words[:, -1] ^= np.uint64(1 << 63)
+        """Give every word of every block contents that name it."""
+        for block in range(self.num_blocks):
+            self.words[block] = words_of(block, seed, self.layout.block_bytes)
 
     def clear(self) -> None:
         self.words[:] = 0
@@ -60,10 +61,15 @@ class HostPool:
     def holds(self, pairs: Sequence[tuple[int, int]], seed: int) -> bool:
         """True if own block b equals block a of a pool filled with `seed`, for all (a, b)."""
         return all(
-            bool((self.words[own, :-1] == (seed << 32) + remote).all())
-            and int(self.words[own, -1]) == ((seed << 32) + remote) ^ (1 << 63)
+            bool((self.words[own] == words_of(remote, seed, self.layout.block_bytes)).all())
             for remote, own in pairs
         )
+
+
+def words_of(block: int, seed: int, block_bytes: int) -> NDArray[np.uint64]:
+    """What a filled pool holds in a block."""
+    places = np.arange(block_bytes // 8, dtype=np.uint64) << np.uint64(40)
+    return places + np.uint64((seed << 32) + block)
 
 
 def finish(read: Read, timeout_s: float = 20.0) -> ReadState:

@@ -35,7 +35,7 @@ def make_hello(
         layout=layout,
         num_blocks=100,
         transport=transport,
-        transport_metadata=b"where",
+        rank_metadata=(b"where", b"there"),
         lease_ttl_s=ttl_s,
     )
 

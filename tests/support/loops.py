@@ -15,7 +15,8 @@ from engine.grammar.compiler import GrammarCompiler
 from engine.metrics import EngineMetrics
 from kvtransfer.handover_config import HandoverConfig
 from kvtransfer.messages import Hello
-from kvtransfer.transport import ReadState
+from kvtransfer.rank_transport import RankTransport
+from kvtransfer.transport import BlockPieces, ReadState
 from prefill.exporter import Exporter
 from prefill.metrics import ExportMetrics
 from router.fleet.wire import sampling_to_proto
@@ -97,7 +98,8 @@ class CopyTransport:
         self.pools[key] = self.pool
         return key
 
-    def connect(self, peer_id: str, metadata: bytes) -> None:
+    def connect(self, peer_id: str, metadata: bytes, pieces: BlockPieces | None = None) -> None:
+        assert pieces is None, "it copies whole blocks"
         self._peers[peer_id] = self.pools[metadata]
 
     def read(self, peer_id: str, pairs: Sequence[tuple[int, int]]) -> CopyRead:
@@ -186,7 +188,7 @@ def make_side(
     engine = WatchedEngine(
         make_config(**config), executor, model_digest=DIGEST, clock=clock, grammars=grammars
     )
-    transport = CopyTransport(executor.pool, pools)
+    transport = RankTransport(CopyTransport(executor.pool, pools), LAYOUT)
     pipe = ListPipe()
     built: list[Role] = []
     hello = Hello(
@@ -196,7 +198,7 @@ def make_side(
         layout=LAYOUT,
         num_blocks=num_blocks,
         transport=transport.name,
-        transport_metadata=transport.metadata(),
+        rank_metadata=transport.rank_metadata,
         lease_ttl_s=LEASE_TTL_S if role == "prefill" else 0.0,
     )
 

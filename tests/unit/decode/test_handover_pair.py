@@ -5,6 +5,8 @@ from typing import Protocol
 
 import pytest
 
+from engine.executor import ExecutorLostError
+from kvtransfer.rank_transport import RankTransport
 from rpc.v1 import worker_pb2
 from tests.support.engine import undisturbed
 from tests.support.grammar import BAD, HeldCompiler, ready_compiler, structure
@@ -104,6 +106,21 @@ def test_link_cut_at_any_turn_never_gives_a_wrong_token(make_pair: MakePair, tur
     pair.clock.now += LEASE_TTL_S + 1
     pair.settle(3)
     assert pair.prefill.balanced
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_a_lost_rank_ends_the_loop_even_with_nothing_to_compute(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(_: RankTransport) -> None:
+        raise ExecutorLostError("rank 1 is gone")
+
+    pair = Pair()
+    side = getattr(pair, name)
+    pair.settle(2)
+    monkeypatch.setattr(RankTransport, "check", lost)
+    with pytest.raises(ExecutorLostError, match="rank 1 is gone"):
+        side.loop.turn()
 
 
 def test_a_first_token_that_ends_the_request_ends_it_on_both_sides(make_pair: MakePair) -> None:

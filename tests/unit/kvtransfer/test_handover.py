@@ -99,7 +99,7 @@ def test_first_submit_opens_a_link_that_later_ones_share(machine: HandoverMachin
     assert submit(machine, OTHER) == []
     actions = machine.received(1, make_hello(), 0)
     assert sent(actions) == [Renew(1), Claim(KEY), Claim(OTHER)]
-    assert ConnectPeer(1, f"P/{EPOCH:x}/1", b"where", "P") in actions
+    assert ConnectPeer(1, f"P/{EPOCH:x}/1", make_hello()) in actions
     assert sent(submit(machine, Key("t", 0))) == [Claim(Key("t", 0))]
     assert submit(machine) == []
 

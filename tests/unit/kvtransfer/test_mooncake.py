@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from kvtransfer.mooncake_channel import MooncakeChannel, joined_runs
 from kvtransfer.mooncake_engine import load_mooncake, mooncake_environment
 from kvtransfer.mooncake_listener import shorten_accept
 from kvtransfer.mooncake_metadata import NONCE_BYTES, MooncakePool
+from kvtransfer.transport import Piece
 from tests.support.kv import HostPool
 
 POOL = MooncakePool(
@@ -90,8 +92,16 @@ class FakeApi:
         return engine
 
 
-def open_channel(engine: FakeEngine, slots: int = 1) -> MooncakeChannel:
-    return MooncakeChannel(FakeApi(engine), own=POOL, peer=POOL, slots=threading.Semaphore(slots))
+WHOLE = (Piece(0, 0, POOL.block_bytes),)
+
+
+def new_channel(
+    engine: FakeEngine,
+    slots: threading.Semaphore | None = None,
+    pieces: tuple[Piece, ...] = WHOLE,
+) -> MooncakeChannel:
+    slots = slots or threading.Semaphore(1)
+    return MooncakeChannel(FakeApi(engine), own=POOL, peer=POOL, pieces=pieces, slots=slots)
 
 
 def test_metadata_come_back_as_they_were() -> None:
@@ -128,17 +138,42 @@ def test_metadata_of_others_are_refused(data: bytes) -> None:
     st.lists(st.integers(0, 9), min_size=12, max_size=12),
 )
 def test_runs_hold_every_pair_and_are_as_long_as_can_be(own: list[int], peer: list[int]) -> None:
-    runs = list(joined_runs(peer[: len(own)], own))
-    pairs = [(remote + i, mine + i) for remote, mine, count in runs for i in range(count)]
+    size, base = POOL.block_bytes, POOL.base_address
+    runs = list(joined_runs(POOL, POOL, WHOLE, zip(peer, own, strict=False)))
+    pairs = [
+        ((run.remote_offset - base) // size + i, (run.own_offset - base) // size + i)
+        for run in runs
+        for i in range(run.num_bytes // size)
+    ]
     assert pairs == list(zip(peer, own, strict=False))
-    ends = [(remote + count, mine + count) for remote, mine, count in runs]
-    starts = [(remote, mine) for remote, mine, _ in runs]
-    assert all(end != start for end, start in zip(ends, starts[1:], strict=False))
+    assert not any(run.joins(after) for run, after in pairwise(runs))
+
+
+def test_pieces_that_meet_across_blocks_travel_as_one() -> None:
+    engine = FakeEngine()
+    size, base = POOL.block_bytes, POOL.base_address
+    channel = new_channel(engine, pieces=(Piece(0, 64, 8), Piece(size - 8, size - 8, 8)))
+    channel.open()
+    channel.read([2, 3], [5, 6])
+    channel.read([1], [1])
+    assert engine.posted == [
+        (base + 5 * size + 64, base + 2 * size, 8),
+        (base + 6 * size - 8, base + 3 * size - 8, 8),
+        (base + 6 * size + 64, base + 3 * size, 8),
+        (base + 7 * size - 8, base + 4 * size - 8, 8),
+        (base + size + 64, base + size, 8),
+        (base + 2 * size - 8, base + 2 * size - 8, 8),
+    ]
+    other = FakeEngine()
+    channel = new_channel(other, pieces=(Piece(0, 0, 8), Piece(size - 8, size - 8, 8)))
+    channel.open()
+    channel.read([2, 3], [5, 6])
+    assert [num_bytes for _, _, num_bytes in other.posted] == [8, 16, 8]
 
 
 def test_neighbours_travel_as_one_piece() -> None:
     engine = FakeEngine()
-    channel = open_channel(engine)
+    channel = new_channel(engine)
     channel.open()
     channel.read([2, 3, 4, 0], [5, 6, 7, 0])
     assert engine.posted == [
@@ -150,7 +185,7 @@ def test_neighbours_travel_as_one_piece() -> None:
 def test_pieces_in_flight_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mooncake_channel, "_MAX_PIECES_IN_FLIGHT", 2)
     engine = FakeEngine()
-    channel = open_channel(engine)
+    channel = new_channel(engine)
     channel.open()
     channel.read([0, 2, 4, 6], [6, 4, 2, 0])
     assert len(engine.posted) == 4
@@ -160,7 +195,7 @@ def test_pieces_in_flight_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("state", [-1, -2])
 def test_failed_piece_fails_the_read(state: int) -> None:
     engine = FakeEngine()
-    channel = open_channel(engine)
+    channel = new_channel(engine)
     channel.open()
     engine.state = state
     with pytest.raises(TransferError, match=r"192\.0\.2\.7:15000"):
@@ -170,7 +205,7 @@ def test_failed_piece_fails_the_read(state: int) -> None:
 def test_interrupt_ends_a_read() -> None:
     engine = FakeEngine()
     engine.state = 0
-    channel = open_channel(engine)
+    channel = new_channel(engine)
     channel.open()
     threading.Timer(0.02, channel.interrupt).start()
     with pytest.raises(TransferError, match="disconnected"):
@@ -180,7 +215,7 @@ def test_interrupt_ends_a_read() -> None:
 def test_another_process_on_the_port_is_not_read() -> None:
     engine = FakeEngine(nonce=bytes(NONCE_BYTES))
     with pytest.raises(TransferError, match="Another process"):
-        open_channel(engine).open()
+        new_channel(engine).open()
     assert POOL.base_address not in engine.registered
 
 
@@ -188,11 +223,11 @@ def test_engine_of_a_silent_peer_is_given_up_without_the_pool() -> None:
     engine = FakeEngine()
     engine.answers.clear()
     slots = threading.Semaphore(1)
-    channel = MooncakeChannel(FakeApi(engine), own=POOL, peer=POOL, slots=slots)
+    channel = new_channel(engine, slots)
     threading.Timer(0.02, channel.interrupt).start()
     with pytest.raises(TransferError, match="does not answer"):
         channel.open()
-    other = MooncakeChannel(FakeApi(FakeEngine()), own=POOL, peer=POOL, slots=slots)
+    other = new_channel(FakeEngine(), slots)
     with pytest.raises(TransferError, match="retry"):
         other.open()
     engine.answers.set()
@@ -205,7 +240,7 @@ def test_silent_peer_is_waited_for_a_bounded_time(monkeypatch: pytest.MonkeyPatc
     engine = FakeEngine()
     engine.answers.clear()
     with pytest.raises(TransferError, match="does not answer"):
-        open_channel(engine).open()
+        new_channel(engine).open()
     engine.answers.set()
 
 
@@ -262,7 +297,7 @@ def test_environment_leaves_what_is_set() -> None:
 def test_refusal_of_mooncake_is_an_error(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeEngine, call, lambda *_: -1)
     with pytest.raises(TransferError, match="Mooncake"):
-        open_channel(FakeEngine()).open()
+        new_channel(FakeEngine()).open()
 
 
 def test_end_of_an_engine_stops_nobody_for_long() -> None:

@@ -86,10 +86,30 @@ def test_server_without_the_token_is_not_believed() -> None:
 def test_request_out_of_range_or_too_long_gets_no_bytes(server: TcpServer) -> None:
     with dial(server) as sock:
         frames.greet_as_client(sock, TOKEN, server.metadata.pool_nonce)
+        frames.send_runs(sock, [(0, 4096)])
         frames.send_request(sock, [4])
         with pytest.raises(TransferError, match="outside"):
             frames.receive_reply(sock, [memoryview(bytearray(4096))])
         sock.sendall(struct.pack("<I", frames.MAX_BLOCKS_PER_READ + 1))
+        assert closed(sock)
+
+
+@pytest.mark.parametrize(
+    "runs", [[], [(0, 0)], [(0, 4097)], [(4096, 1)], [(1 << 63, 1)], [(0, 4096), (0, 1)]]
+)
+def test_runs_that_no_block_has_get_no_bytes(
+    server: TcpServer, runs: list[tuple[int, int]]
+) -> None:
+    with dial(server) as sock:
+        frames.greet_as_client(sock, TOKEN, server.metadata.pool_nonce)
+        frames.send_runs(sock, runs)
+        assert closed(sock)
+
+
+def test_too_many_runs_are_refused_before_they_are_read(server: TcpServer) -> None:
+    with dial(server) as sock:
+        frames.greet_as_client(sock, TOKEN, server.metadata.pool_nonce)
+        sock.sendall(struct.pack("<I", frames.MAX_RUNS + 1))
         assert closed(sock)
 
 
@@ -164,8 +184,15 @@ def test_disconnect_from_a_host_that_never_answers_is_quick() -> None:
 
 def test_adjacent_blocks_become_one_slice() -> None:
     view = memoryview(bytearray(range(40)))
-    slices = block_slices(view, [0, 1, 2, 7, 6, 9], 4)
+    slices = block_slices(view, [0, 1, 2, 7, 6, 9], 4, [(0, 4)])
     assert [(bytes(s)[0], len(s)) for s in slices] == [(0, 12), (28, 4), (24, 4), (36, 4)]
+
+
+def test_runs_of_blocks_are_sliced_in_order() -> None:
+    view = memoryview(bytearray(range(40)))
+    slices = block_slices(view, [2, 3], 10, [(0, 3), (3, 1), (9, 1)])
+    assert [bytes(s) for s in slices] == [bytes(range(20, 24)), bytes(range(29, 34)), b"\x27"]
+    assert list(block_slices(view, [], 10, [(0, 3)])) == []
 
 
 def test_metadata_round_trip_and_names_are_refused() -> None:

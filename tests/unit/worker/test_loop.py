@@ -2,19 +2,13 @@
 
 import pytest
 from google.protobuf.message import Message
-from prometheus_client import CollectorRegistry
 
 from core.sampling import SamplingParams
-from decode.importer import build_importer
-from decode.settings import DecodeSettings
 from engine.executor import ExecutorLostError
-from prefill.exporter import build_exporter
-from prefill.settings import PrefillSettings
 from rpc.v1 import ipc_pb2, worker_pb2
 from tests.support.engine import FakeClock, undisturbed
 from tests.support.grammar import HeldCompiler, structure
 from tests.support.loops import ROUTER, Side, make_side, sampling_to_proto
-from worker.role import BuildRole, RoleContext
 
 
 @pytest.fixture
@@ -281,33 +275,6 @@ def test_a_lost_executor_fails_its_requests_and_ends_the_loop(side: Side) -> Non
     with pytest.raises(ExecutorLostError, match="rank 1"):
         turn(side, 3)
     assert last_finished(side).error_code == "worker_lost"
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        build_exporter(PrefillSettings(tensor_parallel_size=2)),
-        build_importer(DecodeSettings(tensor_parallel_size=2)),
-    ],
-    ids=["prefill", "decode"],
-)
-def test_a_worker_of_several_ranks_hands_no_kv_over(side: Side, build: BuildRole) -> None:
-    context = RoleContext(
-        engine=side.engine,
-        pool=side.executor.pool,  # type: ignore[arg-type]
-        outbox=side.loop._submissions,
-        description=worker_pb2.WorkerDescription(),
-        registry=CollectorRegistry(),
-    )
-    side.loop._role = build(context)
-    assert not side.loop._role.transports
-    submit(side, "moved", export=worker_pb2.Export(decode_worker_id="d"))
-    params = submit(side, "whole")
-    turn(side)
-    (end,) = side.finished("moved")
-    assert end.error_code == "unavailable"
-    assert "tensor_parallel_size" in end.error_message
-    assert side.tokens("whole") == undisturbed(range(1, 10), params)
 
 
 def test_heartbeats_carry_load_and_metrics(side: Side, clock: FakeClock) -> None:

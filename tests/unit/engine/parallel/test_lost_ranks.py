@@ -230,8 +230,8 @@ def test_a_rank_that_can_not_load_says_why(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"tensor_parallel_size": 3}, "4 attention heads and 2 KV heads; it can be 1, 2"),
-        ({"tensor_parallel_size": 4}, "2 KV heads; it can be 1, 2"),
+        ({"tensor_parallel_size": 3}, "4 attention heads and 2 KV heads; it can be 1, 2, 4"),
+        ({"tensor_parallel_size": 8}, "4 attention heads; it can be 1, 2, 4"),
         ({"tensor_parallel_size": 0}, "at least 1"),
         ({"tensor_parallel_size": 2, "device": "meta"}, "cpu or cuda"),
     ],
