@@ -109,9 +109,16 @@ def sampling_params(
     max_tokens: int,
     seed: int,
     model: ServedModel,
-    structured: StructuredOutput | None = None,
+    structured: StructuredOutput | None,
 ) -> SamplingParams:
     """Sampling settings of one sequence.
+
+    Args:
+        request: what was asked for.
+        max_tokens: limit of the output.
+        seed: of this sequence.
+        model: says which token ids there are.
+        structured: what the output must be, from the request and what its model can do.
 
     Raises:
         InvalidRequestError: a value is out of range; names the field.
