@@ -90,9 +90,9 @@ async def test_batch_answers_in_order(http: httpx.AsyncClient, served: Served) -
 async def test_prompts_of_a_batch_can_have_settings_of_their_own(
     http: httpx.AsyncClient, served: Served
 ) -> None:
-    sampling = [{"max_new_tokens": 7, "stop": "lo"}, {"max_new_tokens": 9, "temperature": 0}]
+    sampling = [{"max_new_tokens": 7, "stop": " w"}, {"max_new_tokens": 9, "temperature": 0}]
     answers = await generate(http, text=["a", "b"], sampling_params=sampling)
-    assert [answer["text"] for answer in answers] == ["hel", TEXT]
+    assert [answer["text"] for answer in answers] == ["hello", TEXT]
     asked = [request.sampling for request in served.generator.requests]
     assert [(each.max_tokens, each.temperature) for each in asked] == [(7, 1.0), (9, 0.0)]
 
