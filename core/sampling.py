@@ -11,6 +11,9 @@ MAX_LOGPROBS = 20
 StructureKind: TypeAlias = Literal["json_object", "json_schema", "regex", "ebnf", "choice"]
 MAX_DEFINITION_BYTES = 256 * 1024
 """Longest definition of a structure, in UTF-8."""
+MAX_GRAMMAR_BYTES = 16 * 1024
+"""The same of `ebnf`. A grammar converted from GBNF, or one with a mistake at the end of a chain of
+rules, takes time with the square of its length or worse: seconds at this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +29,11 @@ class StructuredOutput:
         kinds = get_args(StructureKind)
         _require("structured", self.kind in kinds, f"one of {', '.join(kinds)}", self.kind)
         size = len(self.definition.encode("utf-8", "surrogatepass"))
-        if size > MAX_DEFINITION_BYTES:
+        limit = MAX_GRAMMAR_BYTES if self.kind == "ebnf" else MAX_DEFINITION_BYTES
+        if size > limit:
             raise InvalidRequestError(
-                f"The definition of the structured output is {size} bytes long; at most "
-                f"{MAX_DEFINITION_BYTES} are taken.",
+                f"The {self.kind} of the structured output is {size} bytes long; at most {limit} "
+                "are taken.",
                 param="structured",
             )
         if bool(self.definition) == (self.kind == "json_object"):

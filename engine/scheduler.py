@@ -228,7 +228,7 @@ class Scheduler:
         """
         if self._preempted or self._blocked is not None or self._num_seats == 0:
             return False
-        if self._yields_seat and self._num_seats <= len(self._waiting):
+        if self._yields_seat and self._num_seats <= self._num_admissible:
             return False
         matched = self._tables.match(sequence, whole=True)
         if not self._fits(sequence, matched):
@@ -263,6 +263,10 @@ class Scheduler:
     @property
     def _num_seats(self) -> int:
         return self._max_num_seqs - len(self._running) - self._num_reserved
+
+    @property
+    def _num_admissible(self) -> int:
+        return sum(not sequence.waits_for_grammar for sequence in self._waiting.values())
 
     def _chunk_size(self, sequence: SequenceState, draft: "_Draft") -> int:
         return min(sequence.num_unscheduled, draft.budget, self._max_chunk_tokens)

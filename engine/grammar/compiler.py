@@ -22,6 +22,9 @@ COMPILE_TIMEOUT_S = 10.0
 NUM_THREADS = 2
 MAX_QUEUED = 64
 MAX_KEPT = 256
+_STACK_BYTES = 512 << 20
+"""Address space, of which only what is used takes memory. The libraries recurse from rule to rule:
+a chain of rules in the longest definition takes some 150 MiB, and with 8 the process would end."""
 _Job = tuple[StructuredOutput, "Future[CompiledGrammar]"]
 
 
@@ -126,7 +129,11 @@ class GrammarCompiler:
         if len(self._threads) < self._num_threads:
             name = f"grammar-{len(self._threads)}"
             self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
-            self._threads[-1].start()
+            usual = threading.stack_size(_STACK_BYTES)
+            try:
+                self._threads[-1].start()
+            finally:
+                threading.stack_size(usual)
 
     def _work(self) -> None:
         while True:

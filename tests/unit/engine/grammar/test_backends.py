@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -167,6 +169,38 @@ def test_a_token_that_is_not_allowed_is_noticed(
     matcher.accept(tokenizer.encode("a").ids)
     with pytest.raises(GrammarFailure):
         matcher.accept(tokenizer.encode("c").ids)
+
+
+def test_a_limit_that_is_met_on_the_way_ends_the_matcher(tokenizer: Tokenizer) -> None:
+    pytest.importorskip("llguidance")
+    backend = make_backend("llguidance", tokenizer, SIZES["exact"])
+    matcher = start(backend, "regex", "(a{1000}){1000}")
+    with pytest.raises(GrammarFailure, match="too many expressions") as caught:
+        matcher.accept(tokenizer.encode("a" * 9).ids)
+    assert len(str(caught.value)) < 100, "the whole state of the parser is not for the client"
+
+
+def test_a_chain_of_rules_as_long_as_can_be_does_not_end_the_process() -> None:
+    pytest.importorskip("llguidance")
+    program = """
+import json, os
+from core.sampling import MAX_DEFINITION_BYTES, StructuredOutput
+from engine.grammar.compiler import GrammarCompiler
+from tests.support.models import make_tokenizer
+from tests.unit.engine.grammar.test_backends import SIZES, make_backend
+
+rules = {f"r{i}": {"items": {"$ref": f"#/$defs/r{i + 1}"}} for i in range(5600)}
+chain = {"$ref": "#/$defs/r0", "$defs": rules | {"r5600": {"type": "null"}}}
+text = json.dumps(chain, separators=(",", ":"))
+assert MAX_DEFINITION_BYTES * 0.9 < len(text) < MAX_DEFINITION_BYTES, len(text)
+backend = make_backend("llguidance", make_tokenizer(), SIZES["exact"])
+ticket = GrammarCompiler(backend).ticket(StructuredOutput(kind="json_schema", definition=text))
+ticket.wait(10)
+assert ticket.settled
+os._exit(0)  # a library that still compiles would not let the interpreter end in order
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_matchers_of_one_grammar_do_not_meet(backend: GrammarBackend, size: int) -> None:
