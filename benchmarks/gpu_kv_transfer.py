@@ -27,8 +27,8 @@ from kvtransfer.transport import Read, ReadState
 POOL_BLOCKS = 4096
 BLOCK_SIZE = 16
 PROMPTS = (512, 4096, 32_768)
-DESCRIPTORS = (16 << 10, 64 << 10, 256 << 10, 2 << 20)
-REPEATS = 20
+DESCRIPTORS = (2 << 20, 512 << 10, 64 << 10)
+REPEATS = 10
 _METADATA = "METADATA "
 _DEADLINE_S = 60.0
 

@@ -43,9 +43,6 @@ _MAGIC = b"DIPTYCHN"
 _HOST = 0xFFFFFFFF
 _LOCAL = "NIXL_INIT_AGENT"
 _SEAL_BYTES = hashlib.sha256().digest_size
-DEVICE_DESCRIPTOR_BYTES = 64 << 10
-"""Most bytes of a descriptor of device memory unless told otherwise: between two GPUs over NVLink,
-blocks of 2 MiB came at 231 GB/s whole and at 331 GB/s in pieces of this size."""
 MAX_DESCRIPTORS = (1 << 31) - 1
 """NIXL's indices are signed 32-bit numbers."""
 MAX_BLOCKS_PER_READ = 1 << 20
@@ -261,8 +258,8 @@ class NixlChannel:
     def _indices(self, ids: Sequence[int], num_blocks: int) -> NDArray[np.int32]:
         """Descriptors of whole blocks, [num_pieces * num_ids]: the first piece of each, and so on.
 
-        Not block by block: NIXL joins descriptors in a row whose bytes are neighbours, and one that
-        was cut for device memory would be whole again.
+        Not block by block: NIXL joins descriptors in a row whose bytes are neighbours, and blocks
+        that were to be cut would be whole again.
         """
         pieces = np.arange(len(self._pieces), dtype=np.int32) * np.int32(num_blocks)
         return (pieces[:, None] + np.asarray(ids, dtype=np.int32)[None, :]).reshape(-1)
@@ -275,7 +272,7 @@ def descriptor_limit(pool: BlockPool, wanted: int | None) -> int:
         TransferError: less than 1 is wanted.
     """
     if wanted is None:
-        return pool.layout.block_bytes if pool.device_id is None else DEVICE_DESCRIPTOR_BYTES
+        return pool.layout.block_bytes
     if wanted < 1:
         raise TransferError(f"descriptor_bytes must be at least 1, got {wanted}.")
     return wanted
@@ -308,7 +305,8 @@ class NixlTransport:
             pool: host or device memory; kept alive until the transport is gone.
             token: shared secret, equal on all workers; empty where there is none.
             descriptor_bytes: most bytes of one descriptor, of which a READ may have many per block;
-                None: what was fastest, which is as few as can be for host memory.
+                None: no limit. UCX copies a descriptor at a time and took 6 us for each between two
+                GPUs over NVLink (`benchmarks.gpu_kv_transfer`), so fewer were always faster.
 
         Raises:
             TransferError: NIXL is not installed or can't use the memory, or no byte is allowed.

@@ -129,8 +129,7 @@ class WorkerSettings(BaseModel):
     descriptor_bytes: ByteSize | None = Field(
         None,
         ge=1,
-        description="Most bytes of KV that nixl moves with one descriptor; default: 64 KiB in GPU "
-        "memory, no limit in host memory.",
+        description="Most bytes of KV that nixl moves with one descriptor; default: no limit.",
     )
 
     heartbeat_interval_s: Seconds = Field(

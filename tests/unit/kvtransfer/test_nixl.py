@@ -41,10 +41,10 @@ def test_a_row_stands_for_one_run_of_every_block() -> None:
     ]
 
 
-def test_device_memory_is_cut_unless_told_otherwise() -> None:
+def test_blocks_are_moved_whole_unless_told_otherwise() -> None:
     host, device = HostPool(1, 1 << 18), DevicePool(1, 1 << 18)
     assert descriptor_limit(host, None) == 1 << 18
-    assert descriptor_limit(device, None) == 64 << 10
+    assert descriptor_limit(device, None) == 1 << 18
     assert descriptor_limit(host, 100) == descriptor_limit(device, 100) == 100
     with pytest.raises(TransferError, match="at least 1, got 0"):
         descriptor_limit(device, 0)
