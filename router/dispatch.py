@@ -258,7 +258,7 @@ class Dispatcher:
                 run.prompt,
                 run.hashes_for,
                 now,
-                avoid=run.ledger.avoid,
+                avoid=run.ledger.avoid | self._apart_from_sibling(run),
                 allow_avoided=now >= run.retry_at,
                 model_digest=run.model_digest if run.ledger.emitted else None,
                 absent=[
@@ -274,6 +274,21 @@ class Dispatcher:
         self._leave_waiting(run)
         return placement
 
+    def _apart_from_sibling(self, run: Run) -> set[str]:
+        """Workers that would compute again what one computes for a sequence of the same prompt.
+
+        Both would be as fast, so cost alone does not keep the sequences together. Only for the
+        first attempt: after a failure any worker is welcome.
+        """
+        sibling = self._runs.get(run.request.shares_prompt_with or "")
+        chosen = sibling.prompt_worker if sibling is not None and not run.ledger.attempt else None
+        if chosen not in self._ready:
+            return set()
+        roles = {
+            worker: info.role for worker in self._ready if (info := self._workers.info(worker))
+        }
+        return {w for w, role in roles.items() if w != chosen and role == roles.get(chosen)}
+
     def _start(self, run: Run, placement: Placement) -> None:
         info = self._workers.info(placement.worker)
         peer = self._workers.info(placement.prefill) if placement.prefill is not None else None
@@ -281,6 +296,7 @@ class Dispatcher:
         worker_ids = {"decode": info.worker_id} | ({"prefill": peer.worker_id} if peer else {})
         messages = run.messages(placement, info, peer, self._clock())
         run.model_digest = info.model_digest
+        run.prompt_worker = placement.prefill
         run.ledger.place(messages, mode=placement.mode.value)
         run.timeline.placed(run.ledger.attempt, placement, worker_ids)
         self._metrics.routing.labels(placement.mode.value).inc()

@@ -28,6 +28,8 @@ class GenerationRequest:
     """When the router read the client's request, same clock: where the time ledger starts."""
     tokenized_at: float
     cache_salt: str = ""
+    shares_prompt_with: str | None = None
+    """Id of the sequence of the same prompt that was asked for first, if this is another."""
     trace_id: str | None = None
     """Of the trace that the client's call belongs to, for logs and timelines."""
 

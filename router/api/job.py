@@ -221,6 +221,7 @@ class _Planner:
                 tokenized_at=self.tokenized_at,
                 cache_salt=_salt(request),
                 trace_id=self.trace_id,
+                shares_prompt_with=f"{self.answer_id}-{index - copy}" if copy else None,
             ),
             output=Output(
                 detokeniser, self._rules(request), parser=parser, offset=len(prompt.echo)

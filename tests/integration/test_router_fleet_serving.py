@@ -1,5 +1,6 @@
 import asyncio
 import socket
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -57,6 +58,19 @@ async def test_abort_ends_a_request_with_what_it_has_on_both_workers() -> None:
         assert tokens == expected(list(request.prompt_ids), len(tokens))
         assert router.abort_all() == 0
         await until(lambda: d.aborts and not p.busy and not d.busy, "both workers to be free")
+
+
+async def test_sequences_of_one_prompt_are_computed_by_one_worker() -> None:
+    async with fake_workers(prefill=2, decode=1) as (p, q, d), router_on((p, q, d)) as router:
+        prompt = list(range(10, 80))
+        first = make_request(prompt, 6)
+        others = [
+            replace(make_request(prompt, 6), shares_prompt_with=first.request_id) for _ in range(5)
+        ]
+        outputs = await asyncio.gather(*(run(router, each) for each in (first, *others)))
+        assert outputs == [expected(prompt, 6)] * 6
+        assert sorted((len(p.submits), len(q.submits))) == [0, 6]
+        assert len(d.submits) == 6
 
 
 async def test_flush_names_the_worker_that_does_not_answer() -> None:
