@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+MAX_SAMPLES = 1000
+"""Kept of one figure, about."""
 RESULTS = Path(__file__).parent / "results"
 COMMIT, DIRTY = "DIPTYCH_COMMIT", "DIPTYCH_DIRTY"
 """Environment of a copy: the commit it was made from, and 0 or 1."""
@@ -43,12 +45,12 @@ class Report:
     def add(
         self, name: str, value: float, unit: str, *, samples: Sequence[float] = (), goal: str = ""
     ) -> None:
-        """Keep a figure, and print it unless `quiet`."""
+        """Keep a figure, and print it unless `quiet`. Of many samples an even share is kept."""
         self.figures[name] = {
             "value": value,
             "unit": unit,
             "goal": goal,
-            "samples": list(samples),
+            "samples": list(samples)[:: 1 + len(samples) // MAX_SAMPLES],
         }
         if not self.quiet:
             self._print(name)
