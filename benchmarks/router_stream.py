@@ -62,6 +62,22 @@ class ReadyGenerator:
         """None is kept."""
         return None
 
+    def abort(self, request_id: str) -> bool:
+        """Nothing is aborted here."""
+        return False
+
+    def abort_all(self) -> int:
+        """Nothing is aborted here."""
+        return 0
+
+    async def flush_caches(self) -> list[dict[str, object]]:
+        """There is no worker."""
+        return []
+
+    def describe(self) -> list[dict[str, object]]:
+        """There is no worker."""
+        return []
+
 
 class ReadyGeneration:
     """One sequence."""
@@ -82,8 +98,11 @@ def router_app() -> Any:
     tokenizer = Tokenizer(models.WordLevel({WORD: 0, "<unk>": 1}, unk_token="<unk>"))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<unk>")])
+    generator = ReadyGenerator()
     return create_app(
-        generator=ReadyGenerator(),
+        generator=generator,
+        fleet=generator,
+        facts={},
         text=text_processor(tokenizer, None, {}, {}),
         settings=ApiSettings(),
         registry=CollectorRegistry(),

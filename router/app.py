@@ -6,10 +6,12 @@ x-request-id, every error has OpenAI's shape, and no input makes a 500.
 
 import logging
 import time
-import uuid
+from collections.abc import Mapping, Sequence
+from functools import partial
 from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
@@ -21,15 +23,28 @@ from router.api.completions import CompletionDialect
 from router.api.errors import ClientDisconnectedError, HttpError, error_answer
 from router.api.exchange import Endpoint, Exchange
 from router.api.generate import TextEndpoint
+from router.api.identity import identify
 from router.api.metrics import ApiMetrics
+from router.api.native.dialect import NativeDialect
+from router.api.native.endpoints import AbortBody, NativeEndpoints
+from router.api.native.request import NativeBody
+from router.api.openapi import ApiRoute, OpenApi
 from router.api.operations import Operations
 from router.api.parts import ApiParts, Gate, RecentRequests
+from router.api.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeTextRequest,
+)
+from router.api.responses.endpoints import ResponseEndpoints, ResponsesDialect
+from router.api.responses.request import ResponsesBody
+from router.api.responses.store import ResponseStore
 from router.api.settings import ApiSettings
 from router.api.token_endpoints import TokenEndpoints
-from router.generation import Generator
+from router.generation import FleetControl, Generator
 from router.text.processor import TextProcessor
-
-MAX_REQUEST_ID_CHARS = 128
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +52,8 @@ _log = logging.getLogger(__name__)
 def create_app(
     *,
     generator: Generator,
+    fleet: FleetControl,
+    facts: Mapping[str, object],
     text: TextProcessor,
     settings: ApiSettings,
     registry: CollectorRegistry,
@@ -46,6 +63,8 @@ def create_app(
 
     Args:
         generator: runs sequences on the fleet.
+        fleet: the workers as a whole.
+        facts: settings and version of this router, for /get_server_info; free of secrets.
         text: tokenizer and chat template of the served model.
         settings: what the operator decided.
         registry: gets the metrics of the API; GET /metrics shows all of it.
@@ -65,27 +84,72 @@ def create_app(
     )
     operations = Operations(parts, registry=registry, started_at=lambda: int(time.time()))
     tokens = TokenEndpoints(parts)
+    stored = ResponseStore(
+        capacity=settings.stored_responses, capacity_bytes=settings.stored_responses_bytes
+    )
+    responses = ResponseEndpoints(parts, stored)
+    native = NativeEndpoints(parts, fleet, facts=facts)
     routes = [
-        _post("/v1/chat/completions", TextEndpoint(parts, ChatDialect())),
-        _post("/v1/completions", TextEndpoint(parts, CompletionDialect())),
-        _post("/tokenize", tokens.tokenize),
-        _post("/v1/tokenize", tokens.tokenize),
-        _post("/detokenize", tokens.detokenize),
-        _post("/v1/detokenize", tokens.detokenize),
-        _get("/v1/models", operations.models),
-        _get("/v1/models/{name:path}", operations.model),
-        _get("/v1/requests/{id:path}/timeline", operations.timeline),
-        _get("/health", operations.health),
-        _get("/ready", operations.ready),
-        _get("/metrics", operations.metrics),
+        _post(
+            "/v1/chat/completions",
+            TextEndpoint(parts, ChatDialect()),
+            "Answers a conversation.",
+            ChatRequest,
+            produces=_STREAMED,
+        ),
+        _post(
+            "/v1/completions",
+            TextEndpoint(parts, CompletionDialect()),
+            "Goes on with text.",
+            CompletionRequest,
+            produces=_STREAMED,
+        ),
+        _post(
+            "/v1/responses",
+            TextEndpoint(parts, ResponsesDialect(stored)),
+            "Answers a conversation in items.",
+            ResponsesBody,
+            produces=_STREAMED,
+        ),
+        _get("/v1/responses/{id}", responses.get, "A stored response."),
+        _route("DELETE", "/v1/responses/{id}", responses.delete, "Forgets a stored response."),
+        _post("/v1/responses/{id}/cancel", responses.cancel, "Ends a response that is under way."),
+        _post(
+            "/generate",
+            TextEndpoint(parts, NativeDialect()),
+            "Goes on with text or token ids.",
+            NativeBody,
+            produces=_STREAMED,
+        ),
+        _post("/abort_request", native.abort, "Ends requests with what they have.", AbortBody),
+        _post("/flush_cache", native.flush_cache, "Empties every worker's prefix cache."),
+        _get("/get_model_info", native.model_info, "The served model."),
+        _get("/get_server_info", native.server_info, "This router and its workers."),
+        *(
+            _post(path, tokens.tokenize, "Token ids of text or of a conversation.", *_TOKENIZE)
+            for path in ("/tokenize", "/v1/tokenize")
+        ),
+        *(
+            _post(path, tokens.detokenize, "Text of token ids.", DetokenizeRequest)
+            for path in ("/detokenize", "/v1/detokenize")
+        ),
+        _get("/v1/models", operations.models, "Every served model."),
+        _get("/v1/models/{name:path}", operations.model, "One served model."),
+        _get("/v1/requests/{id:path}/timeline", operations.timeline, "Where the time went."),
+        _get("/health", operations.health, "The process lives."),
+        _get("/ready", operations.ready, "A request would be admitted."),
+        _get("/metrics", operations.metrics, "Prometheus metrics.", produces=_METRICS),
     ]
+    version = str(facts.get("version", "unknown"))
+    document = OpenApi(routes, version=version)
+    routes.append(_get("/openapi.json", document, "This document."))
     return HttpApp(routes, clock)
 
 
 class HttpApp:
     """Dispatches requests to endpoints and answers for those that fail."""
 
-    def __init__(self, routes: list[Route], clock: Clock) -> None:
+    def __init__(self, routes: Sequence[Route], clock: Clock) -> None:
         self._router = Router(routes=routes, redirect_slashes=False)
         self._clock = clock
 
@@ -95,10 +159,8 @@ class HttpApp:
             await self._router(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        given = _valid_request_id(headers.get(b"x-request-id", b""))
         exchange = Exchange(
-            request_id=given or uuid.uuid4().hex,
-            client_gave_id=given is not None,
+            identity=identify(headers),
             received_at=self._clock(),
             headers=headers,
             path_params={},
@@ -110,7 +172,7 @@ class HttpApp:
         try:
             await self._router(scope, receive, send)
         except ClientDisconnectedError:
-            _log.info("client left", extra={"request_id": exchange.request_id})
+            _log.info("client left", extra=exchange.log_fields)
         except Exception as error:
             await _answer_error(_translated(error, scope), exchange)
 
@@ -127,12 +189,24 @@ class _EndpointApp:
         await self._endpoint(exchange)
 
 
-def _post(path: str, endpoint: Endpoint) -> Route:
-    return Route(path, _EndpointApp(endpoint), methods=["POST"])
+def _route(
+    method: str,
+    path: str,
+    endpoint: Endpoint,
+    summary: str,
+    *bodies: type[BaseModel],
+    produces: Sequence[str] = ("application/json",),
+) -> ApiRoute:
+    route = ApiRoute(path, _EndpointApp(endpoint), methods=[method])
+    route.summary, route.bodies, route.produces = summary, bodies, produces
+    return route
 
 
-def _get(path: str, endpoint: Endpoint) -> Route:
-    return Route(path, _EndpointApp(endpoint), methods=["GET"])
+_get = partial(_route, "GET")
+_post = partial(_route, "POST")
+_STREAMED = ("application/json", "text/event-stream")
+_METRICS = ("text/plain", "application/openmetrics-text")
+_TOKENIZE = (TokenizeTextRequest, TokenizeChatRequest)
 
 
 async def _answer_error(error: Exception, exchange: Exchange) -> None:
@@ -144,7 +218,7 @@ async def _answer_error(error: Exception, exchange: Exchange) -> None:
             "request failed: %s",
             error,
             exc_info=error if unforeseen else None,
-            extra={"request_id": exchange.request_id, "code": answer.code},
+            extra={**exchange.log_fields, "code": answer.code},
         )
     if not exchange.started:
         await exchange.answer(answer.json(), status=answer.status, headers=answer.headers)
@@ -164,10 +238,3 @@ def _translated(error: Exception, scope: Scope) -> Exception:
             headers=headers,
         )
     return HttpError(error.status_code, ErrorCode.NOT_FOUND, f"{target} is not served here.")
-
-
-def _valid_request_id(header: bytes) -> str | None:
-    """The client's id if it is safe to log and to send back."""
-    if not 0 < len(header) <= MAX_REQUEST_ID_CHARS:
-        return None
-    return header.decode() if all(0x20 < byte < 0x7F for byte in header) else None

@@ -123,6 +123,18 @@ class Dispatcher:
         timeline = self._timelines.get(request_id)
         return None if timeline is None else timeline.as_dict()
 
+    def abort(self, request_id: str) -> bool:
+        """End a sequence with what it has; see Generator."""
+        run = self._runs.get(request_id)
+        if run is None or run.ledger.state is RequestState.ENDED:
+            return False
+        self._carry_out(run, run.ledger.abort())
+        return True
+
+    def abort_all(self) -> int:
+        """End every sequence with what it has; see Generator."""
+        return sum([self.abort(request_id) for request_id in list(self._runs)])
+
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing more and wait for what runs; end with an error what is left."""
         self._draining = True
@@ -246,7 +258,7 @@ class Dispatcher:
                 run.prompt,
                 run.hashes_for,
                 now,
-                avoid=run.ledger.avoid,
+                avoid=run.ledger.avoid | self._apart_from_sibling(run),
                 allow_avoided=now >= run.retry_at,
                 model_digest=run.model_digest if run.ledger.emitted else None,
                 absent=[
@@ -262,6 +274,21 @@ class Dispatcher:
         self._leave_waiting(run)
         return placement
 
+    def _apart_from_sibling(self, run: Run) -> set[str]:
+        """Workers that would compute again what one computes for a sequence of the same prompt.
+
+        Both would be as fast, so cost alone does not keep the sequences together. Only for the
+        first attempt: after a failure any worker is welcome.
+        """
+        sibling = self._runs.get(run.request.shares_prompt_with or "")
+        chosen = sibling.prompt_worker if sibling is not None and not run.ledger.attempt else None
+        if chosen not in self._ready:
+            return set()
+        roles = {
+            worker: info.role for worker in self._ready if (info := self._workers.info(worker))
+        }
+        return {w for w, role in roles.items() if w != chosen and role == roles.get(chosen)}
+
     def _start(self, run: Run, placement: Placement) -> None:
         info = self._workers.info(placement.worker)
         peer = self._workers.info(placement.prefill) if placement.prefill is not None else None
@@ -269,6 +296,7 @@ class Dispatcher:
         worker_ids = {"decode": info.worker_id} | ({"prefill": peer.worker_id} if peer else {})
         messages = run.messages(placement, info, peer, self._clock())
         run.model_digest = info.model_digest
+        run.prompt_worker = placement.prefill
         run.ledger.place(messages, mode=placement.mode.value)
         run.timeline.placed(run.ledger.attempt, placement, worker_ids)
         self._metrics.routing.labels(placement.mode.value).inc()
@@ -299,7 +327,7 @@ class Dispatcher:
             "attempt %d failed, trying again: %s",
             run.ledger.attempt,
             failure.message,
-            extra={"request_id": run.request.request_id},
+            extra={"request_id": run.request.request_id, "trace_id": run.request.trace_id},
         )
         self._metrics.retries.labels(failure.code.value).inc()
         backoff_s = self._settings.retry_backoff_s * 2 ** (run.ledger.attempt - 1)

@@ -28,6 +28,10 @@ class GenerationRequest:
     """When the router read the client's request, same clock: where the time ledger starts."""
     tokenized_at: float
     cache_salt: str = ""
+    shares_prompt_with: str | None = None
+    """Id of the sequence of the same prompt that was asked for first, if this is another."""
+    trace_id: str | None = None
+    """Of the trace that the client's call belongs to, for logs and timelines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class GenerationEnd:
     """How a generation ended well. Failures are raised as core.errors.DiptychError instead."""
 
     finish_reason: FinishReason
-    """STOP or LENGTH."""
+    """STOP, LENGTH or ABORTED."""
     matched_stop: int | None = None
     cached_tokens: int = 0
     mode: str = ""
@@ -103,4 +107,24 @@ class Generator(Protocol):
 
     def timeline(self, request_id: str) -> dict[str, object] | None:
         """The stage ledger and routing decision of a recent request, None if unknown."""
+        ...
+
+    def abort(self, request_id: str) -> bool:
+        """End a sequence with what it has, finish reason ABORTED; False if it does not run."""
+        ...
+
+    def abort_all(self) -> int:
+        """End every sequence so; returns how many there were."""
+        ...
+
+
+class FleetControl(Protocol):
+    """What can be asked of the workers as a whole."""
+
+    async def flush_caches(self) -> list[dict[str, object]]:
+        """Have each worker forget what nothing holds: one entry each, with `error` if it failed."""
+        ...
+
+    def describe(self) -> list[dict[str, object]]:
+        """What is known of each worker, for JSON."""
         ...

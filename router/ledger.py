@@ -199,6 +199,12 @@ class RequestLedger:
         self.error = error
         return Effects(aborts=self._close_legs())
 
+    def abort(self) -> Effects:
+        """End it now with what it has: somebody other than its client wants no more of it."""
+        if self.state is not RequestState.ENDED:
+            self.end = self._end_as(FinishReason.ABORTED, None)
+        return self.stop()
+
     @property
     def end_if_left(self) -> GenerationEnd:
         """How it ends for a client that has all it wants now."""

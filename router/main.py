@@ -61,7 +61,11 @@ def main(argv: Sequence[str]) -> int:
     token = settings.auth_token.get_secret_value() if settings.auth_token else None
     setup(settings.log_level, settings.log_format, "router", secrets=[token] if token else [])
     try:
-        text = load_text(resolve_model(settings.model, log.info))
+        text = load_text(
+            resolve_model(settings.model, log.info),
+            tool_parser=settings.tool_parser,
+            reasoning_parser=settings.reasoning_parser,
+        )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings, text, token))
     except ConfigError as error:
@@ -80,10 +84,15 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
-    async with dispatcher_on_fleet(settings, registry, token) as dispatcher:
+    async with dispatcher_on_fleet(settings, registry, token) as (dispatcher, fleet):
         # Nothing in here raises ConfigError: the task group inside would wrap it.
         app = create_app(
             generator=dispatcher,
+            fleet=fleet,
+            facts={
+                "version": _version(),
+                **settings.model_dump(mode="json", exclude={"auth_token", "tls_key"}),
+            },
             text=text,
             settings=ApiSettings(
                 served_model_name=settings.served_model_name,
@@ -118,8 +127,8 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
 @asynccontextmanager
 async def dispatcher_on_fleet(
     settings: RouterSettings, registry: CollectorRegistry, token: str | None
-) -> AsyncIterator[Dispatcher]:
-    """The Generator of a router, with its links open for as long as the context lasts.
+) -> AsyncIterator[tuple[Dispatcher, Fleet]]:
+    """The Generator of a router and its workers, linked for as long as the context lasts.
 
     Raises:
         ConfigError: no worker is named, or TLS files are missing.
@@ -152,7 +161,7 @@ async def dispatcher_on_fleet(
     async with asyncio.TaskGroup() as group:
         links = group.create_task(fleet.run(dispatcher), name="fleet")
         try:
-            yield dispatcher
+            yield dispatcher, fleet
         finally:
             links.cancel()
 

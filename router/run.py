@@ -29,6 +29,8 @@ class Run:
         self.timeline = timeline
         self.model_digest: bytes | None = None
         """Of the worker that began the output."""
+        self.prompt_worker: str | None = None
+        """Where another worker than the one that generates computes the prompt, if one does."""
         self.retry_at = 0.0
         """From when on a worker that failed it may be tried again, monotonic seconds."""
         self.refusal = ""

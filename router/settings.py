@@ -34,6 +34,15 @@ class RouterSettings(BaseModel):
     served_model_name: str | None = Field(
         None, description="Name in the API; default: the one that the workers announce."
     )
+    tool_parser: Literal["auto", "hermes", "llama3", "mistral", "none"] = Field(
+        "auto",
+        description="How the model writes function calls; auto: what the chat template shows.",
+    )
+    reasoning_parser: Literal["auto", "think", "none"] = Field(
+        "auto",
+        description="Whether the model thinks between <think> and </think> before it answers; "
+        "auto: what the chat template shows.",
+    )
 
     host: str = Field("127.0.0.1", description="Address that the HTTP port binds to.")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")

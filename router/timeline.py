@@ -184,6 +184,7 @@ class RequestTimeline:
         zero = self.request.received_at
         return {
             "request_id": self.request.request_id,
+            "trace_id": self.request.trace_id,
             "outcome": self.outcome,
             "error": None if self.error is None else self.error.message,
             "mode": self.attempts[-1].placement.mode.value if self.attempts else None,

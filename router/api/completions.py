@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.errors import InvalidRequestError
-from router.api.answers import Answer, CompletionAnswer
-from router.api.job import Prompt, TextRequest
-from router.api.requests import CompletionRequest, read
+from core.sampling import StructuredOutput
+from router.api.answer import Answer, AnswerFacts
+from router.api.choice import Prompt
+from router.api.completion_answer import CompletionAnswer
+from router.api.requests import CompletionRequest, TextRequest, read
+from router.text.message import MessageParser
 from router.text.processor import TextProcessor
 
 
@@ -14,9 +17,8 @@ class CompletionDialect:
     """Prompts in, text out."""
 
     name = "completions"
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
     prompt_field = "prompt"
-    answer: type[Answer] = CompletionAnswer
 
     def read(self, data: Mapping[str, Any]) -> TextRequest:
         """Check the fields of a body."""
@@ -32,6 +34,24 @@ class CompletionDialect:
         """Tokenize the prompts that are text."""
         assert isinstance(request, CompletionRequest)
         return [await _prompt(prompt, request, text) for prompt in request.prompt]
+
+    def parser(
+        self, request: TextRequest, prompt: Prompt, text: TextProcessor
+    ) -> MessageParser | None:
+        """All text is content."""
+        return None
+
+    def structure(self, request: TextRequest, text: TextProcessor) -> StructuredOutput | None:
+        """What was asked for."""
+        return request.structured
+
+    def aliases(self, request: TextRequest) -> list[str]:
+        """The client's own name of the request, if it gave one."""
+        return [request.rid] if request.rid else []
+
+    def answer(self, request: TextRequest, facts: AnswerFacts) -> Answer:
+        """An answer in the endpoint's own shape."""
+        return CompletionAnswer(facts, request)
 
     def default_max_tokens(self, configured: int) -> int | None:
         """A short answer, as in OpenAI's API."""

@@ -21,12 +21,19 @@ class HttpError(Exception):
     """A refusal by the HTTP layer itself, before any request was understood."""
 
     def __init__(
-        self, status: int, code: str, message: str, *, headers: Headers | None = None
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        headers: Headers | None = None,
+        param: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.headers = headers or []
+        self.param = param
 
 
 class ModelNotFoundError(HttpError):
@@ -34,7 +41,10 @@ class ModelNotFoundError(HttpError):
 
     def __init__(self, name: str, served: str) -> None:
         super().__init__(
-            404, "model_not_found", f"The model {name!r} is not served here; served: {served!r}."
+            404,
+            "model_not_found",
+            f"The model {name!r} is not served here; served: {served!r}.",
+            param="model",
         )
 
 
@@ -59,8 +69,7 @@ class ErrorAnswer:
 def error_answer(error: BaseException) -> ErrorAnswer:
     """Shape any failure; one that we did not foresee becomes a 500 without our insides."""
     if isinstance(error, HttpError):
-        param = "model" if isinstance(error, ModelNotFoundError) else None
-        return _shaped(error.status, error.code, str(error), param, error.headers)
+        return _shaped(error.status, error.code, str(error), error.param, error.headers)
     if not isinstance(error, DiptychError):
         return _shaped(
             500, ErrorCode.INTERNAL, "The router failed on this request; its log says why."

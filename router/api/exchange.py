@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from core.errors import ErrorCode
 from router.api.errors import ClientDisconnectedError, Headers, HttpError
+from router.api.identity import RequestIdentity
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -23,9 +24,7 @@ JSON = b"application/json"
 class Exchange:
     """A request being answered."""
 
-    request_id: str
-    """x-request-id of the request and its answer."""
-    client_gave_id: bool
+    identity: RequestIdentity
     received_at: float
     """On the router's monotonic clock."""
     headers: dict[bytes, bytes]
@@ -36,6 +35,18 @@ class Exchange:
     """True once the answer's status line is out."""
     phase: str = field(default="body")
     """How far it got, for the metric of disconnects: body, waiting or streaming."""
+
+    @property
+    def request_id(self) -> str:
+        """x-request-id of the request and its answer."""
+        return self.identity.request_id
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What log lines about it carry."""
+        trace_id = self.identity.trace_id
+        traced = {"trace_id": trace_id} if trace_id is not None else {}
+        return {"request_id": self.request_id, **traced}
 
     async def start(self, status: int, content_type: bytes, headers: Headers) -> None:
         """Send status and headers."""

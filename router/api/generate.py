@@ -12,10 +12,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from core.errors import DeadlineError, InvalidRequestError
-from router.api.answers import DONE, Answer, Usage
+from router.api.answer import Answer, AnswerFacts
+from router.api.choice import Choice, EndedChoice
 from router.api.errors import ClientDisconnectedError, error_answer
 from router.api.exchange import Exchange
-from router.api.job import Choice, Dialect, Job, make_job
+from router.api.job import Dialect, Job, make_job
 from router.api.metrics import TokenTimer
 from router.api.output import Piece
 from router.api.parsing import parse_json
@@ -81,17 +82,18 @@ class TextEndpoint:
         async with self._cut_off(deadline):
             job = await make_job(self._parts, self._dialect, request, exchange, deadline)
             names = [choice.request.request_id for choice in job.choices]
-            for name in {exchange.request_id, job.answer_id}:
-                self._parts.recent.remember(name, names)
+            aliases = self._dialect.aliases(request)
+            known_as = {exchange.request_id: names, job.answer_id: names, **job.named(aliases)}
+            for name, parts in known_as.items():
+                self._parts.recent.remember(name, parts)
             self._parts.metrics.prompt_tokens.inc(job.usage().prompt_tokens)
-            options = request.stream_options
-            answer = self._dialect.answer(
+            facts = AnswerFacts(
                 answer_id=job.answer_id,
                 created=int(time.time()),
                 model=self._parts.served_name,
                 token_bytes=self._parts.text.token_bytes,
-                usage_field=options.include_usage,
             )
+            answer = self._dialect.answer(request, facts)
             if request.stream:
                 await self._stream(job, answer, exchange, stream)
             else:
@@ -102,21 +104,12 @@ class TextEndpoint:
 
         def delivery(choice: Choice) -> Deliver:
             async def deliver(piece: Piece) -> None:
-                pieces[choice.index].extend(piece)
+                pieces[choice.index].append(piece)
 
             return deliver
 
         await _together([self._run(choice, delivery(choice), exchange) for choice in job.choices])
-        choices = [
-            answer.choice(
-                choice.index,
-                choice.output,
-                pieces[choice.index],
-                prompt=choice.prompt.echo,
-                prompt_ids=job.prompt_ids(choice),
-            )
-            for choice in job.choices
-        ]
+        choices = [EndedChoice(choice, pieces[choice.index]) for choice in job.choices]
         mode = job.mode()
         headers = [(b"x-diptych-mode", mode.encode("latin-1", "replace"))] if mode else []
         exchange.phase = "answering"
@@ -125,34 +118,24 @@ class TextEndpoint:
     async def _stream(
         self, job: Job, answer: Answer, exchange: Exchange, stream: EventStream
     ) -> None:
-        options = job.request.stream_options
-        per_chunk = options.include_usage and options.continuous_usage_stats
-        stream.open()
-
-        def usage_of(choice: Choice) -> Usage | None:
-            if not per_chunk:
-                return None
-            output = choice.output
-            return Usage(len(choice.prompt.token_ids), output.num_tokens)
+        stream.open(answer.failure)
 
         async def run(choice: Choice) -> None:
-            index = choice.index
-            before = answer.opening(index, choice.prompt.echo, job.prompt_ids(choice))
+            before = answer.opening(choice)
 
             async def deliver(piece: Piece) -> None:
                 nonlocal before
                 if piece:
                     exchange.phase = "streaming"
-                    event = answer.chunk(index, piece, usage_of(choice))
+                    event = answer.chunk(choice, piece)
                     await stream.write(before + event if before else event)
                     before = b""
 
             await self._run(choice, deliver, exchange)
-            await stream.write(before + answer.closing(index, choice.output, usage_of(choice)))
+            await stream.write(before + answer.closing(choice))
 
         await _together([run(choice) for choice in job.choices])
-        total = answer.usage_event(job.usage()) if options.include_usage else b""
-        await stream.write(total + DONE, last=True)
+        await stream.write(answer.ending(job.usage()), last=True)
 
     async def _run(self, choice: Choice, deliver: Deliver, exchange: Exchange) -> None:
         output, clock = choice.output, self._parts.clock

@@ -10,33 +10,24 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from core.errors import InvalidRequestError
-from router.api.answers import Answer, Usage
+from core.sampling import StructuredOutput
+from router.api.answer import Answer, AnswerFacts, Usage
+from router.api.choice import Choice, Prompt
 from router.api.exchange import Exchange
 from router.api.output import Output, OutputRules
 from router.api.parts import ApiParts
-from router.api.requests import ChatRequest, CompletionRequest
+from router.api.requests import TextRequest
 from router.api.sampling import (
     check_token_ids,
     choice_seed,
     output_limit,
     sampling_params,
+    wanted_logprobs,
     wanted_tokens,
 )
 from router.generation import GenerationRequest, ServedModel
+from router.text.message import MessageParser
 from router.text.processor import TextProcessor
-
-TextRequest = ChatRequest | CompletionRequest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A prompt, ready to run."""
-
-    token_ids: Sequence[int]
-    echo: str = ""
-    """Text that comes before the output in the answer."""
-    continued: bool = False
-    """True if the output goes on with the prompt's own text instead of starting a new one."""
 
 
 class Dialect(Protocol):
@@ -47,7 +38,6 @@ class Dialect(Protocol):
     id_prefix: str
     prompt_field: str
     """Field that errors about the prompt name."""
-    answer: type[Answer]
 
     def read(self, data: Mapping[str, Any]) -> TextRequest:
         """Check the fields of a body.
@@ -61,19 +51,31 @@ class Dialect(Protocol):
         """Make the prompts of a request that `read` returned."""
         ...
 
+    def parser(
+        self, request: TextRequest, prompt: Prompt, text: TextProcessor
+    ) -> MessageParser | None:
+        """Makes what parts the text of one output; None if all of it is content."""
+        ...
+
     def default_max_tokens(self, configured: int) -> int | None:
         """The output's limit where the client set none; None for the rest of the context."""
         ...
 
+    def structure(self, request: TextRequest, text: TextProcessor) -> StructuredOutput | None:
+        """What an output must be; None for anything.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """One sequence of a request."""
+        Raises:
+            InvalidRequestError: what was asked for can't be had together.
+        """
+        ...
 
-    index: int
-    prompt: Prompt
-    request: GenerationRequest
-    output: Output
+    def aliases(self, request: TextRequest) -> list[str]:
+        """The client's own names: none, one for all of it, or one for each prompt."""
+        ...
+
+    def answer(self, request: TextRequest, facts: AnswerFacts) -> Answer:
+        """Makes what writes the answer."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,32 +87,41 @@ class Job:
     choices: Sequence[Choice]
     answer_id: str
 
+    def named(self, aliases: Sequence[str]) -> dict[str, list[str]]:
+        """Which sequences each of the client's names stands for."""
+        share = len(self.choices) // max(1, len(aliases))
+        names = [choice.request.request_id for choice in self.choices]
+        return {alias: names[i * share : (i + 1) * share] for i, alias in enumerate(aliases)}
+
     def usage(self) -> Usage:
         """What the whole request has used so far."""
         return Usage(
             prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts),
             completion_tokens=sum(choice.output.num_tokens for choice in self.choices),
             cached_tokens=self._cached_tokens(),
+            reasoning_tokens=self._reasoning_tokens(),
         )
-
-    def prompt_ids(self, choice: Choice) -> Sequence[int] | None:
-        """The prompt's ids, if the client wants to see ids."""
-        return choice.prompt.token_ids if self.request.return_token_ids else None
 
     def mode(self) -> str:
         """How the sequences were served, as far as it is known."""
         ends = (choice.output.end for choice in self.choices)
         return ",".join(sorted({end.mode for end in ends if end is not None and end.mode}))
 
+    def _reasoning_tokens(self) -> int:
+        return sum(choice.output.num_reasoning for choice in self.choices)
+
     def _cached_tokens(self) -> int | None:
-        """Of each prompt, what the luckiest of its choices found; None if that is not known."""
+        """Of each prompt, what was cached before the request; None if that is not known.
+
+        Its choices share what the first of them computes, so the least lucky one tells.
+        """
         total = 0
         for prompt in self.prompts:
             ends = [choice.output.end for choice in self.choices if choice.prompt is prompt]
             known = [end.cached_tokens for end in ends if end is not None]
             if not known:
                 return None
-            total += max(known)
+            total += min(known)
         return total
 
 
@@ -137,14 +148,15 @@ async def make_job(
             f"this server takes at most {parts.settings.max_choices} in one request.",
             param="n",
         )
-    unique = uuid.uuid4().hex if exchange.client_gave_id else exchange.request_id
+    unique = uuid.uuid4().hex if exchange.identity.client_gave_id else exchange.request_id
     planner = _Planner(
         parts=parts,
         dialect=dialect,
         request=request,
         model=model,
-        answer_id=f"{dialect.id_prefix}-{unique}",
+        answer_id=f"{dialect.id_prefix}{unique}",
         received_at=exchange.received_at,
+        trace_id=exchange.identity.trace_id,
         tokenized_at=parts.clock(),
         deadline=deadline,
     )
@@ -167,11 +179,12 @@ class _Planner:
     model: ServedModel
     answer_id: str
     received_at: float
+    trace_id: str | None
     tokenized_at: float
     deadline: float
 
     def choice(self, prompt: Prompt, index: int, copy: int) -> Choice:
-        request, field = self.request, self.dialect.prompt_field
+        request, field = prompt.request or self.request, self.dialect.prompt_field
         if not prompt.token_ids:
             raise InvalidRequestError(f"{field} is empty: it has no tokens.", param=field)
         check_token_ids(prompt.token_ids, self.model, field)
@@ -184,10 +197,16 @@ class _Planner:
             param=field,
         )
         sampling = sampling_params(
-            request, max_tokens=limit, seed=choice_seed(request.seed, copy), model=self.model
+            request,
+            max_tokens=limit,
+            seed=choice_seed(request.seed, copy),
+            model=self.model,
+            structured=self.dialect.structure(request, self.parts.text),
         )
+        parser = self.dialect.parser(request, prompt, self.parts.text)
         detokeniser = self.parts.text.detokeniser(
             skip_special_tokens=request.skip_special_tokens,
+            show_markers=parser is not None,
             context=prompt.token_ids if prompt.continued else (),
         )
         return Choice(
@@ -200,20 +219,30 @@ class _Planner:
                 deadline=self.deadline,
                 received_at=self.received_at,
                 tokenized_at=self.tokenized_at,
-                cache_salt=request.cache_salt,
+                cache_salt=_salt(request),
+                trace_id=self.trace_id,
+                shares_prompt_with=f"{self.answer_id}-{index - copy}" if copy else None,
             ),
-            output=Output(detokeniser, self._rules(), offset=len(prompt.echo)),
+            output=Output(
+                detokeniser, self._rules(request), parser=parser, offset=len(prompt.echo)
+            ),
         )
 
-    def _rules(self) -> OutputRules:
-        request = self.request
+    def _rules(self, request: TextRequest) -> OutputRules:
         eos_ids = frozenset[int]() if request.ignore_eos else frozenset(self.model.eos_token_ids)
         return OutputRules(
             stops=request.stop,
-            include_stop=request.include_stop_str_in_output,
+            include_stop=request.include_stop_str_in_output or request.no_stop_trim,
             stop_ids=eos_ids.union(request.stop_token_ids),
             eos_ids=eos_ids,
             min_tokens=request.min_tokens,
-            logprobs=request.logprobs not in (None, False),
+            logprobs=wanted_logprobs(request) is not None,
             token_ids=request.return_token_ids,
         )
+
+
+def _salt(request: TextRequest) -> str:
+    if not request.extra_key:
+        return request.cache_salt
+    # The length keeps pairs apart whose texts join to the same.
+    return f"{len(request.cache_salt)}:{request.cache_salt}{request.extra_key}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from core.finish import FinishReason
 from router.generation import GenerationEnd, Token
 from router.text.detokeniser import Detokeniser
+from router.text.message import MessageDelta, MessageParser
 from router.text.stop_strings import StopStrings
 
 
@@ -38,45 +39,60 @@ class TokenText:
 
 
 @dataclass(slots=True)
-class Piece:
+class Piece(MessageDelta):
     """What a turn adds to the answer."""
 
-    text: str = ""
     tokens: list[TokenText] = field(default_factory=list)
     """Empty unless logprobs were asked for."""
     token_ids: list[int] = field(default_factory=list)
     """Empty unless token ids were asked for."""
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.tokens or self.token_ids)
+        parts = self.content or self.reasoning or self.calls or self.tokens or self.token_ids
+        return bool(parts)
 
-    def extend(self, other: "Piece") -> None:
+    def append(self, other: "Piece") -> None:
         """Append a later piece."""
-        self.text += other.text
+        self.extend(other)
         self.tokens += other.tokens
         self.token_ids += other.token_ids
+
+
+_REASONS = {FinishReason.LENGTH: "length", FinishReason.ABORTED: "abort"}
 
 
 class Output:
     """Consumes the tokens of one sequence."""
 
-    def __init__(self, detokeniser: Detokeniser, rules: OutputRules, *, offset: int = 0) -> None:
+    def __init__(
+        self,
+        detokeniser: Detokeniser,
+        rules: OutputRules,
+        *,
+        parser: MessageParser | None = None,
+        offset: int = 0,
+    ) -> None:
         """Start at the first token.
 
         Args:
             detokeniser: for this sequence only.
             rules: what the client gets.
+            parser: finds reasoning and calls; None if all text is content.
             offset: characters that the answer has before the output, where it echoes the prompt.
         """
         self._detokeniser = detokeniser
         self._feed = detokeniser.feed
         self._rules = rules
         self._stops = StopStrings(rules.stops, include_match=rules.include_stop)
+        self._parser = parser
         self._hidden = frozenset[int]() if rules.include_stop else rules.stop_ids
         self._recording = rules.logprobs or rules.token_ids
         self._chars = offset
         self.num_tokens = 0
         """Tokens taken, up to the one that ended the output."""
+        self._num_undecided = 0
+        self.num_reasoning = 0
+        """Those that were reasoning, its markers included."""
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         """The stop string, or the stop id other than an end-of-sequence id, that ended it."""
@@ -85,7 +101,7 @@ class Output:
 
     @property
     def stopped(self) -> bool:
-        """True once a stop string was found: no more tokens are wanted."""
+        """True once a stop string or the only wanted call came: no more tokens are wanted."""
         return self.finish_reason is not None
 
     def take(self, tokens: Sequence[Token]) -> Piece:
@@ -99,27 +115,48 @@ class Output:
                 self._record(token, piece)
             if text:
                 self._chars += len(text)
-                piece.text += self._pass(text) if self._rules.stops else text
-                if self.stopped:
-                    break
+            if self._parser is None:
+                piece.content += self._pass(text)
+            else:
+                self._parse(self._pass(text), self._parser, piece)
+            if self.stopped:
+                break
         return piece
 
     def close(self, end: GenerationEnd) -> Piece:
-        """Take how the generation ended, after its last token or the one with the stop string."""
+        """Take how the generation ended, after its last token or the one that stopped it."""
         self.end = end
-        if self.stopped:
-            return Piece()
-        text = self._detokeniser.finish()
-        if self._rules.stops:
-            text = (self._pass(text) if text else "") + self._stops.flush()
+        piece = Piece()
         if not self.stopped:
-            self.finish_reason = "length" if end.finish_reason is FinishReason.LENGTH else "stop"
+            text = self._detokeniser.finish()
+            text = self._pass(text) + self._stops.flush()
+            if self._parser is None:
+                piece.content = text
+            else:
+                piece.extend(self._parser.feed(text))
+        if not self.stopped:
+            self.finish_reason = _REASONS.get(end.finish_reason, "stop")
             if end.matched_stop not in self._rules.eos_ids:
                 self.stop_reason = end.matched_stop
-        return Piece(text)
+        if self._parser is not None:
+            piece.extend(self._parser.finish())
+            if self._parser.num_calls and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+        return piece
+
+    def _parse(self, text: str, parser: MessageParser, piece: Piece) -> None:
+        thinking = parser.thinking
+        piece.extend(parser.feed(text))
+        self._num_undecided += 1
+        if thinking or parser.thinking:
+            self.num_reasoning += self._num_undecided
+        if not parser.undecided:
+            self._num_undecided = 0
+        if parser.complete:
+            self.finish_reason = "tool_calls"
 
     def _pass(self, text: str) -> str:
-        if self.num_tokens <= self._rules.min_tokens:
+        if not self._rules.stops or not text or self.num_tokens <= self._rules.min_tokens:
             return text
         passed = self._stops.push(text)
         if passed.matched is not None:

@@ -12,6 +12,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from core.errors import InvalidRequestError
+from router.api.unserved import HINTS
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
@@ -72,7 +73,8 @@ def known_names(
             raise _unknown(name, [*names, *unserved], where)
         elif value is not None and not any(_same(value, off) for off in unserved[name]):
             raise InvalidRequestError(
-                f"{where}{name} is not supported by this server; leave it out.",
+                f"{where}{name} is not supported by this server; "
+                f"{HINTS.get(name, 'leave it out')}.",
                 param=f"{where}{name}",
             )
     return kept

@@ -4,94 +4,49 @@ Ranges of sampling settings are checked by core.sampling.SamplingParams, which k
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from core.errors import InvalidRequestError
+from core.sampling import StructuredOutput
+from router.api.fields import Strict, wrong
+from router.api.messages import Message, parse_messages
 from router.api.parsing import Parsed, known_fields, validate
 from router.api.structured import StructureFields
+from router.api.tools import (
+    MAX_TOOLS,
+    TOOL_CHOICE_SCHEMA,
+    Tool,
+    ToolChoice,
+    call_constraint,
+    parse_tool_choice,
+    parse_tools,
+)
+from router.api.unserved import UNSERVED
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
-
-UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {
-        "allowed_token_ids": (),
-        "audio": (),
-        "bad_words": ([],),
-        "best_of": (1,),
-        "chat_template": (),
-        "documents": ([],),
-        "function_call": ("none",),
-        "functions": ([],),
-        "guided_decoding": (),
-        "guided_decoding_backend": (),
-        "guided_whitespace_pattern": (),
-        "input_ids": (),
-        "kv_transfer_params": (),
-        "length_penalty": (1, 1.0),
-        "lora_path": (),
-        "metadata": ({},),
-        "mm_processor_kwargs": ({},),
-        "modalities": (["text"],),
-        "moderation": (),
-        "parallel_tool_calls": (True, False),  # says nothing where there are no tools
-        "prediction": (),
-        "priority": (0,),
-        "prompt_cache_key": (),
-        "prompt_cache_retention": (),
-        "prompt_logprobs": (),
-        "reasoning_effort": ("none",),
-        "service_tier": ("auto", "default"),
-        "spaces_between_special_tokens": (True,),
-        "store": (False,),
-        "suffix": ("",),
-        "tool_choice": ("none", "auto"),  # likewise
-        "tools": ([],),
-        "truncate_prompt_tokens": (),
-        "use_beam_search": (False,),
-        "verbosity": ("medium",),
-        "web_search_options": (),
-    }
-)
-
-_UNSERVED_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {
-        "annotations": ([],),
-        "audio": (),
-        "function_call": (),
-        "refusal": (),
-        "tool_call_id": (),
-        "tool_calls": ([],),
-    }
-)
-
-
-def _wrong(message: str) -> PydanticCustomError:
-    return PydanticCustomError("wrong_value", "{message}", {"message": message})
 
 
 def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise _wrong("must be a string or a list of strings")
+        raise wrong("must be a string or a list of strings")
     if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise _wrong(f"takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters")
+        raise wrong(f"takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters")
     return tuple(stops)
 
 
 def _biases(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
-        raise _wrong("must be an object of token ids and numbers")
+        raise wrong("must be an object of token ids and numbers")
     biases = {}
     for token_id, bias in value.items():
         if not token_id.isascii() or not token_id.isdigit() or len(token_id) > 10:
-            raise _wrong(f"keys must be token ids, not {token_id[:32]!r}")
+            raise wrong(f"keys must be token ids, not {token_id[:32]!r}")
         if isinstance(bias, bool) or not isinstance(bias, int | float):
-            raise _wrong(f"values must be numbers, not that of {token_id}")
+            raise wrong(f"values must be numbers, not that of {token_id}")
         biases[int(token_id)] = float(bias)
     return biases
 
@@ -100,7 +55,7 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
+def parse_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     """One prompt or several, each text or token ids."""
     if isinstance(value, str):
         return (value,)
@@ -111,80 +66,50 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
             return tuple(value)
         if all(isinstance(item, list) and all(_is_id(part) for part in item) for item in value):
             return tuple(tuple(item) for item in value)
-    raise _wrong("must be a string, a list of strings, a list of token ids or a list of such lists")
+    raise wrong("must be a string, a list of strings, a list of token ids or a list of such lists")
 
 
-def _content(value: Any) -> str:
-    """Text of a message: a string, or text parts, one to a line."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise _wrong("must be a string or a list of text parts")
-    texts = []
-    for i, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise _wrong(f"part {i} must be an object with a type")
-        if kind != "text":
-            raise _wrong(f"part {i} is of type {kind[:32]}, which is not supported; send text")
-        if not isinstance(part.get("text"), str):
-            raise _wrong(f"part {i} must have text, a string")
-        if part.keys() - {"type", "text"}:
-            raise _wrong(f"part {i} may only have type and text")
-        texts.append(part["text"])
-    return "\n".join(texts)
+_STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+STOPS_SCHEMA = {
+    "anyOf": [_STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS}]
+}
+BIASES_SCHEMA = {
+    "type": "object",
+    "patternProperties": {"^[0-9]{1,10}$": {"type": "number", "minimum": -100, "maximum": 100}},
+    "additionalProperties": False,
+}
+_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _IDS_SCHEMA,
+        {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
+    ]
+}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream carries besides text."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class Message(_Strict):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, PlainValidator(_content)]
-    name: str | None = None
-    reasoning_content: str | None = None
-
-
-def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, dict):
-        raise InvalidRequestError(f"{where} must be an object.", param=where)
-    fields = known_fields(value, Message, _UNSERVED_IN_MESSAGES, where=f"{where}.")
-    return validate(Message, fields, where=f"{where}.")
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise _wrong("must be a list of at least one message")
-    return tuple(_message(item, f"messages[{i}]") for i, item in enumerate(value))
-
-
 def _stream_options(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise _wrong("must be an object")
+        raise wrong("must be an object")
     fields = known_fields(
         value, StreamOptions, {"include_obfuscation": (False,)}, where="stream_options."
     )
     return validate(StreamOptions, fields, where="stream_options.")
 
 
-class GenerateRequest(StructureFields):
-    """What both ways of asking for text share."""
+class SamplingFields(Strict):
+    """What every endpoint that generates takes under the same names."""
 
     model: str | None = None
     stream: bool = False
-    stream_options: Annotated[StreamOptions, BeforeValidator(_stream_options)] = StreamOptions()
-    n: int = Field(default=1, ge=1)
-    max_tokens: int | None = None
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -194,22 +119,55 @@ class GenerateRequest(StructureFields):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = Field(default_factory=dict)
-    stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
+    logit_bias: Annotated[
+        dict[int, float], PlainValidator(_biases), WithJsonSchema(BIASES_SCHEMA)
+    ] = Field(default_factory=dict)
+    stop: Annotated[tuple[str, ...], PlainValidator(_stops), WithJsonSchema(STOPS_SCHEMA)] = ()
     stop_token_ids: list[int] = Field(default_factory=list)
     include_stop_str_in_output: bool = False
+    no_stop_trim: bool = False
+    """Another name of the one before."""
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    return_token_ids: bool = False
     user: str | None = None
     safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    """Taken for what it hints at: placement goes by the prompt itself."""
     cache_salt: str = Field(default="", max_length=256)
+    extra_key: str = Field(default="", max_length=256)
+    """A second salt."""
 
 
-class ConversationFields(_Strict):
+class GenerateRequest(SamplingFields, StructureFields):
+    """What chats and completions share."""
+
+    limit_field: ClassVar[str] = "max_tokens"
+    """Name of the field that limits the output."""
+
+    stream_options: Annotated[StreamOptions, BeforeValidator(_stream_options)] = StreamOptions()
+    n: int = Field(default=1, ge=1)
+    max_tokens: int | None = None
+    return_token_ids: bool = False
+    rid: str | None = Field(default=None, max_length=128)
+    """A name of the client's own, for /abort_request."""
+
+
+class Effort(Strict):
+    """How hard to think, where the chat template knows of it."""
+
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+
+
+class ConversationFields(Effort):
     """How a conversation becomes a prompt."""
 
-    messages: Annotated[tuple[Message, ...], PlainValidator(_messages)]
+    messages: Annotated[tuple[Message, ...], BeforeValidator(parse_messages), Field(min_length=1)]
+    tools: Annotated[
+        tuple[Tool, ...], BeforeValidator(parse_tools), Field(max_length=MAX_TOOLS)
+    ] = ()
+    tool_choice: Annotated[
+        ToolChoice, PlainValidator(parse_tool_choice), WithJsonSchema(TOOL_CHOICE_SCHEMA)
+    ] = ToolChoice("auto")
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -222,25 +180,58 @@ class ConversationFields(_Strict):
             return not self.continue_final_message
         return self.add_generation_prompt
 
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """The functions that the model is told of."""
+        return () if self.tool_choice.mode == "none" else self.tools
+
 
 class ChatRequest(GenerateRequest, ConversationFields):
     """Body of POST /v1/chat/completions."""
 
     max_completion_tokens: int | None = None
+    parallel_tool_calls: bool = True
+    separate_reasoning: bool = True
+    stream_reasoning: bool = True
     logprobs: bool = False
     top_logprobs: int | None = None
+
+    @property
+    def structured(self) -> StructuredOutput | None:
+        """What the output must be: what a field says, or calls where they are required.
+
+        Raises:
+            InvalidRequestError: two fields say so, or one does where a call is required.
+        """
+        asked = super().structured
+        if not self.tool_choice.forced:
+            return asked
+        if asked is not None:
+            raise InvalidRequestError(
+                "An output that must call functions can't have another structure; leave "
+                "tool_choice or the structure out.",
+                param="tool_choice",
+            )
+        return call_constraint(self.tools, self.tool_choice, parallel=self.parallel_tool_calls)
 
 
 class CompletionRequest(GenerateRequest):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_prompts)]
+    prompt: Annotated[
+        tuple[str | tuple[int, ...], ...],
+        PlainValidator(parse_prompts),
+        WithJsonSchema(_PROMPTS_SCHEMA),
+    ]
     echo: bool = False
     logprobs: int | None = None
     add_special_tokens: bool = True
 
 
-class TokenizeTextRequest(_Strict):
+TextRequest = ChatRequest | CompletionRequest
+
+
+class TokenizeTextRequest(Strict):
     """Body of POST /tokenize with a prompt."""
 
     model: str | None = None
@@ -256,7 +247,7 @@ class TokenizeChatRequest(ConversationFields):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
     model: str | None = None

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import xxhash
 
 from core.errors import ErrorCode, InvalidRequestError
-from core.sampling import MAX_LOGPROBS, SamplingParams
-from router.api.requests import ChatRequest, CompletionRequest, GenerateRequest
+from core.sampling import MAX_LOGPROBS, SamplingParams, StructuredOutput
+from router.api.requests import ChatRequest, CompletionRequest, GenerateRequest, TextRequest
 from router.generation import ServedModel
 
 
@@ -31,7 +31,7 @@ def wanted_tokens(request: GenerateRequest) -> int | None:
     Raises:
         InvalidRequestError: both names, two values; or a limit below 1.
     """
-    name, limit = "max_tokens", request.max_tokens
+    name, limit = request.limit_field, request.max_tokens
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
         if limit not in (None, request.max_completion_tokens):
             raise InvalidRequestError(
@@ -82,7 +82,7 @@ def output_limit(
     return wanted
 
 
-def wanted_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
+def wanted_logprobs(request: TextRequest) -> int | None:
     """How many alternatives to report per token; None for no logprobs at all.
 
     Raises:
@@ -104,9 +104,21 @@ def wanted_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
 
 
 def sampling_params(
-    request: ChatRequest | CompletionRequest, *, max_tokens: int, seed: int, model: ServedModel
+    request: TextRequest,
+    *,
+    max_tokens: int,
+    seed: int,
+    model: ServedModel,
+    structured: StructuredOutput | None,
 ) -> SamplingParams:
     """Sampling settings of one sequence.
+
+    Args:
+        request: what was asked for.
+        max_tokens: limit of the output.
+        seed: of this sequence.
+        model: says which token ids there are.
+        structured: what the output must be, from the request and what its model can do.
 
     Raises:
         InvalidRequestError: a value is out of range; names the field.
@@ -134,7 +146,7 @@ def sampling_params(
         logprobs=wanted_logprobs(request),
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
-        structured=request.structured,
+        structured=structured,
     )
 
 

@@ -26,5 +26,9 @@ class ApiSettings:
     """Most sequences of one request: prompts times n."""
     max_in_flight: int = 4096
     """Most generation requests inside the API at once; more get 429."""
+    stored_responses: int = 1024
+    """Most responses of /v1/responses that are remembered."""
+    stored_responses_bytes: int = 64 << 20
+    """Bytes that they may take together."""
     recent_requests: int = 4096
     """Requests whose timeline can be asked for by x-request-id or answer id."""

@@ -6,6 +6,7 @@ before it still gets its own status; comments fill silences so that proxies keep
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from core.clock import Clock
 from router.api.errors import ErrorAnswer
@@ -24,15 +25,21 @@ class EventStream:
         self._writing = asyncio.Lock()
         self._last_write_at = clock()
         self._open = False
+        self._failure: Callable[[ErrorAnswer], bytes] = _error_event
 
     @property
     def started(self) -> bool:
         """True once the client was told that events follow."""
         return self._open and self._exchange.started
 
-    def open(self) -> None:
-        """From now on the answer is a stream, even if the first thing in it is a comment."""
+    def open(self, failure: Callable[[ErrorAnswer], bytes]) -> None:
+        """From now on the answer is a stream, even if the first thing in it is a comment.
+
+        Args:
+            failure: makes the events that end it if it can't go on.
+        """
         self._open = True
+        self._failure = failure
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
         """Send whole events."""
@@ -66,7 +73,11 @@ class EventStream:
         return self._keep_alive_s
 
     async def fail(self, error: ErrorAnswer, *, patience_s: float) -> None:
-        """End the stream with an error event, if the client takes it within `patience_s`."""
+        """End the stream with an error, if the client takes it within `patience_s`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
-                await self.write(b"data: %b\n\n" % error.json(), last=True)
+                await self.write(self._failure(error), last=True)
+
+
+def _error_event(error: ErrorAnswer) -> bytes:
+    return b"data: %b\n\n" % error.json()

@@ -10,21 +10,18 @@ from functools import partial
 from typing import Annotated, Any
 
 import orjson
-from pydantic import BaseModel, ConfigDict, PlainValidator
+from pydantic import PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from core.errors import InvalidRequestError
 from core.sampling import StructuredOutput, StructureKind
+from router.api.fields import Strict, wrong
 from router.api.parsing import known_names
-
-
-def _wrong(message: str) -> PydanticCustomError:
-    return PydanticCustomError("wrong_value", "{message}", {"message": message})
 
 
 def _as_text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise _wrong("must be a string that is not empty")
+        raise wrong("must be a string that is not empty")
     return value
 
 
@@ -34,18 +31,18 @@ def _as_schema(value: Any) -> str:
         try:
             value = orjson.loads(value)
         except orjson.JSONDecodeError as error:
-            raise _wrong(f"must be a JSON schema; as JSON it is wrong: {error}") from None
+            raise wrong(f"must be a JSON schema; as JSON it is wrong: {error}") from None
     if not isinstance(value, dict):
-        raise _wrong("must be a JSON schema: an object, or the text of one")
+        raise wrong("must be a JSON schema: an object, or the text of one")
     try:
         return orjson.dumps(value).decode()
     except orjson.JSONEncodeError as error:
-        raise _wrong(f"must be a JSON schema that can be passed on: {error}") from None
+        raise wrong(f"must be a JSON schema that can be passed on: {error}") from None
 
 
 def _as_choice(value: Any) -> str:
     if not isinstance(value, list) or not value or not all(isinstance(c, str) and c for c in value):
-        raise _wrong("must be a list of at least one string, none of them empty")
+        raise wrong("must be a list of at least one string, none of them empty")
     return orjson.dumps(value).decode()
 
 
@@ -61,7 +58,7 @@ def _read(kind: StructureKind, value: Any) -> StructuredOutput:
     try:
         return StructuredOutput(kind=kind, definition=_DEFINITIONS[kind](value))
     except InvalidRequestError as error:  # it is too long
-        raise _wrong(error.message) from None
+        raise wrong(error.message) from None
 
 
 def _read_part(kind: StructureKind, value: Any, where: str) -> StructuredOutput:
@@ -71,20 +68,21 @@ def _read_part(kind: StructureKind, value: Any, where: str) -> StructuredOutput:
         raise InvalidRequestError(f"{where}: {error.message()}.", param=where) from None
 
 
-def _response_format(value: Any) -> StructuredOutput | None:
+def parse_response_format(value: Any) -> StructuredOutput | None:
+    """Check the field `response_format`."""
     where = "response_format"
     if not isinstance(value, dict):
-        raise _wrong("must be an object")
+        raise wrong("must be an object")
     form = known_names(value, ("type", "json_schema"), {}, where=f"{where}.")
     match form.get("type"):
         case "json_schema":
             return _named_schema(form.get("json_schema"), f"{where}.json_schema")
         case "text" | "json_object" as kind:
             if "json_schema" in form:
-                raise _wrong(f"of type {kind} takes no json_schema")
+                raise wrong(f"of type {kind} takes no json_schema")
             return None if kind == "text" else StructuredOutput(kind="json_object")
         case _:
-            raise _wrong("must have a type, one of text, json_object and json_schema")
+            raise wrong("must have a type, one of text, json_object and json_schema")
 
 
 def _named_schema(value: Any, where: str) -> StructuredOutput:
@@ -115,7 +113,7 @@ _STRUCTURED_OUTPUTS: dict[str, StructureKind] = {
 def _structured_outputs(value: Any) -> StructuredOutput | None:
     where = "structured_outputs."
     if not isinstance(value, dict):
-        raise _wrong("must be an object")
+        raise wrong("must be an object")
     fields = known_names(value, (*_STRUCTURED_OUTPUTS, "json_object"), {}, where=where)
     asked: dict[str, StructuredOutput | None] = {}
     any_object = fields.pop("json_object", False)
@@ -140,26 +138,65 @@ def _only(asked: dict[str, StructuredOutput | None]) -> StructuredOutput | None:
     return asked[names[0]] if names else None
 
 
+_OBJECT = {"type": "object"}
+_TEXT = {"type": "string", "minLength": 1}
+_TEXTS = {"type": "array", "items": _TEXT, "minItems": 1}
+_SCHEMA_JSON = WithJsonSchema({"anyOf": [_OBJECT, {"type": "string"}]})
+_TEXT_JSON = WithJsonSchema(_TEXT)
+_FORMAT_JSON = WithJsonSchema(
+    {
+        "type": "object",
+        "properties": {
+            "type": {"enum": ["text", "json_object", "json_schema"]},
+            "json_schema": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string"},
+                    "description": {"type": "string"},
+                    "schema": _OBJECT,
+                    "strict": {"type": "boolean"},
+                },
+                "required": ["schema"],
+                "additionalProperties": False,
+            },
+        },
+        "required": ["type"],
+        "additionalProperties": False,
+    }
+)
+_OUTPUTS_JSON = WithJsonSchema(
+    {
+        "type": "object",
+        "properties": {
+            "json": {"anyOf": [_OBJECT, {"type": "string"}]},
+            "json_object": {"type": "boolean"},
+            "regex": _TEXT,
+            "grammar": _TEXT,
+            "choice": _TEXTS,
+        },
+        "additionalProperties": False,
+    }
+)
 _Field = StructuredOutput | None
-_Schema = Annotated[_Field, PlainValidator(partial(_read, "json_schema"))]
-_Regex = Annotated[_Field, PlainValidator(partial(_read, "regex"))]
-_Grammar = Annotated[_Field, PlainValidator(partial(_read, "ebnf"))]
+SchemaField = Annotated[_Field, PlainValidator(partial(_read, "json_schema")), _SCHEMA_JSON]
+RegexField = Annotated[_Field, PlainValidator(partial(_read, "regex")), _TEXT_JSON]
+GrammarField = Annotated[_Field, PlainValidator(partial(_read, "ebnf")), _TEXT_JSON]
 
 
-class StructureFields(BaseModel):
+class StructureFields(Strict):
     """What chats and completions share; at most one field may ask for something."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-    response_format: Annotated[_Field, PlainValidator(_response_format)] = None
-    json_schema: _Schema = None
-    regex: _Regex = None
-    ebnf: _Grammar = None
-    guided_json: _Schema = None
-    guided_regex: _Regex = None
-    guided_grammar: _Grammar = None
-    guided_choice: Annotated[_Field, PlainValidator(partial(_read, "choice"))] = None
-    structured_outputs: Annotated[_Field, PlainValidator(_structured_outputs)] = None
+    response_format: Annotated[_Field, PlainValidator(parse_response_format), _FORMAT_JSON] = None
+    json_schema: SchemaField = None
+    regex: RegexField = None
+    ebnf: GrammarField = None
+    guided_json: SchemaField = None
+    guided_regex: RegexField = None
+    guided_grammar: GrammarField = None
+    guided_choice: Annotated[
+        _Field, PlainValidator(partial(_read, "choice")), WithJsonSchema(_TEXTS)
+    ] = None
+    structured_outputs: Annotated[_Field, PlainValidator(_structured_outputs), _OUTPUTS_JSON] = None
 
     @property
     def structured(self) -> StructuredOutput | None:

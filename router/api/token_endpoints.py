@@ -3,7 +3,7 @@
 import orjson
 
 from core.errors import InvalidRequestError
-from router.api.chat import conversation_ids
+from router.api.chat import render
 from router.api.exchange import Exchange
 from router.api.parsing import parse_json
 from router.api.parts import ApiParts
@@ -23,7 +23,9 @@ class TokenEndpoints:
         if "messages" in data:
             request = read(TokenizeChatRequest, data)
             model = self._parts.model(request.model)
-            ids = await conversation_ids(request, self._parts.text)
+            ids = await self._parts.text.encode(
+                render(request, self._parts.text), add_special_tokens=request.add_special_tokens
+            )
         else:
             request = read(TokenizeTextRequest, data)
             model = self._parts.model(request.model)

@@ -5,13 +5,15 @@ listener (dispatch); this only knows who is there.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
+from typing import cast
 
 import grpc
 
 from router.fleet.link import LinkListener, LinkSettings, WorkerLink
 from router.fleet.worker import Role, WorkerInfo, WorkerState
-from rpc.v1 import worker_pb2
+from rpc.v1 import worker_pb2, worker_pb2_grpc
 
 
 class Fleet:
@@ -26,6 +28,7 @@ class Fleet:
         self._members = dict(members)
         self._open_channel = open_channel
         self._settings = settings
+        self._admin_timeout_s = settings.admin_timeout_s
         self._links: dict[str, WorkerLink] = {}
 
     async def run(self, listener: LinkListener) -> None:
@@ -47,6 +50,49 @@ class Fleet:
         """What a worker said of itself; None while it is not attached."""
         link = self._links.get(worker)
         return None if link is None else link.info
+
+    async def flush_caches(self) -> list[dict[str, object]]:
+        """Have every worker forget the cached blocks that nothing holds; see FleetControl."""
+        return await asyncio.gather(*(self._flush(address) for address in self._members))
+
+    def describe(self) -> list[dict[str, object]]:
+        """What is known of every worker; see FleetControl."""
+        shown: list[dict[str, object]] = []
+        for address, listed in self._members.items():
+            link = self._links.get(address)
+            info = link.info if link is not None else None
+            state = link.state if link is not None else WorkerState.LOST
+            about: dict[str, object] = {"address": address, "role": listed, "state": state}
+            if info is not None:
+                about |= {
+                    "role": info.role,
+                    "worker_id": info.worker_id,
+                    "model": info.model,
+                    "model_digest": info.model_digest.hex(),
+                    "num_blocks": info.num_blocks,
+                    "max_model_len": info.max_model_len,
+                    "max_num_seqs": info.max_num_seqs,
+                    "layout": asdict(info.layout),
+                    "kv_address": info.kv_address,
+                }
+            elif link is not None:
+                about["cause"] = link.cause
+            shown.append(about)
+        return shown
+
+    async def _flush(self, address: str) -> dict[str, object]:
+        async with self._open_channel(address) as channel:
+            # The stub is typed for synchronous channels.
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            call = cast(
+                Awaitable[worker_pb2.FlushCacheResponse],
+                stub.FlushCache(worker_pb2.FlushCacheRequest(), timeout=self._admin_timeout_s),
+            )
+            try:
+                response = await call
+            except grpc.aio.AioRpcError as error:
+                return {"address": address, "error": f"{error.code().name}: {error.details()}"}
+        return {"address": address, "freed_blocks": response.freed_blocks}
 
     @property
     def census(self) -> list[tuple[Role, WorkerState]]:

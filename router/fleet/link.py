@@ -75,6 +75,8 @@ class LinkSettings:
     silence_s: float
     reconnect_max_s: float
     queue_size: int
+    admin_timeout_s: float = 30.0
+    """Time that a worker has to answer a call besides the link, such as to flush its cache."""
 
 
 class _SessionEnded(Exception):

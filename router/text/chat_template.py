@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -59,9 +60,14 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            self._variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise ConfigError(f"The model's chat template is not valid jinja: {error}.") from error
         self._special_tokens = dict(special_tokens)
+
+    def reads(self, variable: str) -> bool:
+        """Whether the template looks at a variable at all."""
+        return variable in self._variables
 
     def render(
         self,
@@ -70,6 +76,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Render a conversation of plain JSON values.
 
@@ -78,6 +85,7 @@ class ChatTemplate:
             add_generation_prompt: end with the header of an assistant message.
             continue_final_message: leave the last message open, for the model to go on with.
             variables: further names for the template.
+            tools: functions that the model may call, in OpenAI's shape.
 
         Raises:
             InvalidRequestError: the template refused the conversation, or the arguments conflict.
@@ -102,7 +110,7 @@ class ChatTemplate:
             text = self._template.render(
                 **{**self._special_tokens, **(variables or {})},
                 messages=chat,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )

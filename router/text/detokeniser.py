@@ -38,11 +38,10 @@ class Detokeniser(Protocol):
 class TableDetokeniser:
     """For vocabularies whose tokens have bytes of their own."""
 
-    def __init__(
-        self, vocabulary: Vocabulary, *, skip_special_tokens: bool, continues: bool
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, skipped: frozenset[int], continues: bool) -> None:
+        """Args: skipped are the ids without text; continues, that the text has begun before."""
         self._bytes = vocabulary.token_bytes
-        self._skipped = vocabulary.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip_next = vocabulary.strips_first_space and not continues
 
@@ -72,15 +71,24 @@ class WindowDetokeniser:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool, context: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool,
+        context: Sequence[int],
+        shown: frozenset[int] = frozenset(),
     ) -> None:
+        """Args: shown are special tokens that have text although the others have none."""
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._shown = shown
         self._window = list(context[-CONTEXT_TOKENS:])
         self._num_read = len(self._window)
 
     def feed(self, token_id: int) -> str:
         """Text that this token completes."""
+        if token_id in self._shown:
+            return self._cut_at(token_id)
         self._window.append(token_id)
         before, after = self._decode(self._num_read), self._decode(len(self._window))
         held = len(self._window) - self._num_read
@@ -96,6 +104,12 @@ class WindowDetokeniser:
     def finish(self) -> str:
         """What was held back."""
         return self._decode(len(self._window))[len(self._decode(self._num_read)) :]
+
+    def _cut_at(self, token_id: int) -> str:
+        text = self.finish() + (self._tokenizer.id_to_token(token_id) or "")
+        self._window.clear()
+        self._num_read = 0
+        return text
 
     def _decode(self, end: int) -> str:
         return self._tokenizer.decode(self._window[:end], skip_special_tokens=self._skip)

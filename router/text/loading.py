@@ -12,16 +12,26 @@ from tokenizers import Tokenizer, processors
 
 from core.errors import ConfigError
 from core.modelfile.description import read_tokenizer
+from router.text import reasoning
 from router.text.chat_template import ChatTemplate
 from router.text.processor import TextProcessor
+from router.text.tools.formats import ToolFormat, choose_format
 
 
-def load_text(model: Path, *, chat_template: Path | None = None) -> TextProcessor:
+def load_text(
+    model: Path,
+    *,
+    chat_template: Path | None = None,
+    tool_parser: str = "auto",
+    reasoning_parser: str = "auto",
+) -> TextProcessor:
     """Load a model's tokenizer and chat template.
 
     Args:
         model: what `core.modelfile.resolve.resolve_model` returned.
         chat_template: file to use instead of the model's own template.
+        tool_parser: how the model writes function calls; see `choose_format`.
+        reasoning_parser: `think`, `none`, or `auto` to go by the template.
 
     Raises:
         ConfigError: a file is missing or unreadable, or the template is not valid jinja.
@@ -35,7 +45,15 @@ def load_text(model: Path, *, chat_template: Path | None = None) -> TextProcesso
             raise ConfigError(f"Chat template {chat_template} can't be read: {error}.") from error
     config_file = model / "tokenizer_config.json"
     config = json.loads(config_file.read_bytes()) if config_file.is_file() else {}
-    return text_processor(files.tokenizer, source, files.special_tokens, config)
+    return text_processor(
+        files.tokenizer,
+        source,
+        files.special_tokens,
+        config,
+        tool_format=choose_format(tool_parser, source),
+        reasons=reasoning_parser == "think"
+        or (reasoning_parser == "auto" and reasoning.END in (source or "")),
+    )
 
 
 def text_processor(
@@ -43,6 +61,9 @@ def text_processor(
     template: str | None,
     special_tokens: Mapping[str, str],
     config: Mapping[str, Any],
+    *,
+    tool_format: ToolFormat | None = None,
+    reasons: bool = False,
 ) -> TextProcessor:
     """Put a text side together from its parts.
 
@@ -51,6 +72,8 @@ def text_processor(
         template: chat template as jinja text, None for a model without.
         special_tokens: text of bos_token, eos_token and so on.
         config: contents of tokenizer_config.json.
+        tool_format: how the model writes function calls.
+        reasons: the model may think aloud.
 
     Raises:
         ConfigError: the template is not valid jinja, or prompts shall begin or end with a token
@@ -62,7 +85,7 @@ def text_processor(
         eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
         tokenizer.post_processor = _surround(tokenizer, bos, eos)
     compiled = ChatTemplate(template, special_tokens) if template is not None else None
-    return TextProcessor(tokenizer, compiled)
+    return TextProcessor(tokenizer, compiled, tool_format=tool_format, reasons=reasons)
 
 
 def _surround(

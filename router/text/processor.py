@@ -9,6 +9,8 @@ from tokenizers import Tokenizer
 from core.errors import InvalidRequestError
 from router.text.chat_template import ChatTemplate
 from router.text.detokeniser import Detokeniser, TableDetokeniser, WindowDetokeniser
+from router.text.reasoning import BEGIN, END
+from router.text.tools.formats import ToolFormat
 from router.text.vocabulary import Vocabulary
 
 INLINE_CHARS = 4096
@@ -18,13 +20,47 @@ INLINE_CHARS = 4096
 class TextProcessor:
     """Encodes prompts, renders chats and decodes outputs as transformers would."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> None:
-        """Take over `tokenizer`: truncation and padding are switched off."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        *,
+        tool_format: ToolFormat | None = None,
+        reasons: bool = False,
+    ) -> None:
+        """Take over `tokenizer`: truncation and padding are switched off.
+
+        Args:
+            tokenizer: of the model.
+            chat_template: None for a model without.
+            tool_format: how the model writes function calls; None if that is not known.
+            reasons: the model may think aloud before it answers.
+        """
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._template = chat_template
         self._vocabulary = Vocabulary(tokenizer)
+        self.tool_format = tool_format
+        self.reasons = reasons
+        self._added = {
+            token.content: token_id
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        }
+        markers = {BEGIN, END}.union(tool_format.shown_tokens if tool_format else ())
+        self._markers = frozenset(
+            token_id
+            for token_id in self._vocabulary.special_ids
+            if tokenizer.id_to_token(token_id) in markers
+        )
+
+    def added_token_id(self, token: str) -> int | None:
+        """Id of a token that is matched whole before text is split; None for other text."""
+        return self._added.get(token)
+
+    def template_reads(self, variable: str) -> bool:
+        """Whether the chat template looks at a variable at all."""
+        return self._template is not None and self._template.reads(variable)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in it become their ids."""
@@ -39,6 +75,7 @@ class TextProcessor:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Render a conversation; encode the result without adding special tokens.
 
@@ -54,6 +91,7 @@ class TextProcessor:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=variables,
+            tools=tools,
         )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -61,23 +99,30 @@ class TextProcessor:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def detokeniser(
-        self, *, skip_special_tokens: bool = True, context: Sequence[int] = ()
+        self,
+        *,
+        skip_special_tokens: bool = True,
+        show_markers: bool = False,
+        context: Sequence[int] = (),
     ) -> Detokeniser:
         """Start decoding a sequence.
 
         Args:
             skip_special_tokens: special tokens have no text.
+            show_markers: those that mark reasoning or function calls have text all the same.
             context: tokens that the output goes on from; empty when it starts a text of its own,
                 where sentencepiece drops the leading space.
         """
+        shown = self._markers if show_markers and skip_special_tokens else frozenset[int]()
         if self._vocabulary.exact:
+            skipped = self._vocabulary.special_ids - shown
             return TableDetokeniser(
                 self._vocabulary,
-                skip_special_tokens=skip_special_tokens,
+                skipped=skipped if skip_special_tokens else frozenset(),
                 continues=bool(context),
             )
         return WindowDetokeniser(
-            self._tokenizer, skip_special_tokens=skip_special_tokens, context=context
+            self._tokenizer, skip_special_tokens=skip_special_tokens, shown=shown, context=context
         )
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -7,6 +7,8 @@ that could still become a stop string is held back.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from router.text.markers import unfinished_start
+
 
 @dataclass(frozen=True, slots=True)
 class Passed:
@@ -42,7 +44,7 @@ class StopStrings:
             end, start, stop = first
             self._held = ""
             return Passed(text[: end if self._include_match else start], stop)
-        cut = min(_unfinished_start(text, stop) for stop in self._stops)
+        cut = min(unfinished_start(text, stop) for stop in self._stops)
         self._held = text[cut:]
         return Passed(text[:cut])
 
@@ -50,13 +52,3 @@ class StopStrings:
         """Text that was held back, once no more will come."""
         text, self._held = self._held, ""
         return text
-
-
-def _unfinished_start(text: str, stop: str) -> int:
-    """Where the longest suffix of `text` that begins `stop` starts; its length if none does."""
-    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
-    while start >= 0:
-        if stop.startswith(text[start:]):
-            return start
-        start = text.find(stop[0], start + 1)
-    return len(text)

@@ -197,7 +197,7 @@ def test_stream_of_several_choices_carries_all_of_them(client: openai.OpenAI, mo
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"top_q": 1}, "top_q"),
         ({"stop": ["x"] * 99}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),

@@ -1,4 +1,7 @@
 import asyncio
+import socket
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -12,6 +15,11 @@ from core.errors import (
     UnavailableError,
 )
 from core.finish import FinishReason
+from router.fleet.fleet import Fleet
+from router.fleet.link import LinkSettings
+from router.fleet.worker import Role
+from rpc.auth import Credentials
+from rpc.channel import open_channel
 from tests.support.fake_worker import EOS, expected, fake_workers, until
 from tests.support.router_fleet import collect, make_request, ready_workers, router_on, run
 
@@ -35,6 +43,54 @@ async def test_a_pair_serves_a_request_in_two_legs() -> None:
         assert export.sampling.seed == 5
         assert 0 < export.deadline_ms <= 20_000
         assert not p.aborts and not d.aborts
+
+
+async def test_abort_ends_a_request_with_what_it_has_on_both_workers() -> None:
+    async with fake_workers(prefill=1, decode=1) as (p, d), router_on((p, d)) as router:
+        request = make_request(list(range(10, 30)), 500)
+        async with router.generate(request) as generation:
+            first = await anext(aiter(generation))
+            assert router.abort(request.request_id)
+            assert not router.abort(request.request_id), "it has ended already"
+            rest = await collect(generation)
+            assert generation.end.finish_reason is FinishReason.ABORTED
+        tokens = [token.token_id for token in first] + rest
+        assert tokens == expected(list(request.prompt_ids), len(tokens))
+        assert router.abort_all() == 0
+        await until(lambda: d.aborts and not p.busy and not d.busy, "both workers to be free")
+
+
+async def test_sequences_of_one_prompt_are_computed_by_one_worker() -> None:
+    async with fake_workers(prefill=2, decode=1) as (p, q, d), router_on((p, q, d)) as router:
+        prompt = list(range(10, 80))
+        first = make_request(prompt, 6)
+        others = [
+            replace(make_request(prompt, 6), shares_prompt_with=first.request_id) for _ in range(5)
+        ]
+        outputs = await asyncio.gather(*(run(router, each) for each in (first, *others)))
+        assert outputs == [expected(prompt, 6)] * 6
+        assert sorted((len(p.submits), len(q.submits))) == [0, 6]
+        assert len(d.submits) == 6
+
+
+async def test_flush_names_the_worker_that_does_not_answer() -> None:
+    settings = LinkSettings(
+        router_id="r",
+        version="0",
+        connect_timeout_s=1,
+        silence_s=1,
+        reconnect_max_s=1,
+        queue_size=16,
+        admin_timeout_s=5,
+    )
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+    credentials = Credentials.from_settings(token=None, ca=None, cert=None, key=None)
+    fleet = Fleet({address: Role.DECODE}, partial(open_channel, credentials=credentials), settings)
+    (answer,) = await fleet.flush_caches()
+    assert answer["address"] == address and "UNAVAILABLE" in str(answer["error"])
+    (about,) = fleet.describe()
+    assert about == {"address": address, "role": "decode", "state": "lost"}
 
 
 async def test_first_token_only_from_prefill_leaves_no_gap() -> None:

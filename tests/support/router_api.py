@@ -120,12 +120,23 @@ class ScriptedGenerator:
     running: int = 0
     left: int = 0
     timelines: dict[str, dict[str, object]] = field(default_factory=dict)
+    aborted: dict[str, asyncio.Event] = field(default_factory=dict)
 
     @property
     def model(self) -> ServedModel:
         if self.served is None:
             raise UnavailableError("No worker has attached yet.")
         return self.served
+
+    def abort(self, request_id: str) -> bool:
+        event = self.aborted.get(request_id)
+        if event is None or event.is_set():
+            return False
+        event.set()
+        return True
+
+    def abort_all(self) -> int:
+        return sum([self.abort(request_id) for request_id in self.aborted])
 
     def timeline(self, request_id: str) -> dict[str, object] | None:
         return self.timelines.get(request_id)
@@ -137,18 +148,31 @@ class ScriptedGenerator:
         if script.refuse is not None:
             raise script.refuse
         self.running += 1
+        aborted = self.aborted[request.request_id] = asyncio.Event()
         try:
-            yield ScriptedGeneration(script, request)
+            yield ScriptedGeneration(script, request, aborted)
         finally:
+            del self.aborted[request.request_id]
             self.running -= 1
             self.left += 1
+
+
+class NoFleet:
+    """A FleetControl of one worker that has nothing cached."""
+
+    async def flush_caches(self) -> list[dict[str, object]]:
+        return [{"address": "nowhere:1", "freed_blocks": 0}]
+
+    def describe(self) -> list[dict[str, object]]:
+        return [{"address": "nowhere:1", "state": "ready"}]
 
 
 class ScriptedGeneration:
     """Plays one script."""
 
-    def __init__(self, script: Script, request: GenerationRequest) -> None:
+    def __init__(self, script: Script, request: GenerationRequest, aborted: asyncio.Event) -> None:
         self._script = script
+        self._aborted = aborted
         self._logprobs = request.sampling.logprobs
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Token]]:
@@ -156,7 +180,10 @@ class ScriptedGeneration:
         for turn in self._script.turns:
             await asyncio.sleep(0)
             if isinstance(turn, Gate):
-                await turn.wait()
+                await self._gate(turn)
+            if self._aborted.is_set():
+                return
+            if isinstance(turn, Gate):
                 continue
             if isinstance(turn, Exception):
                 raise turn
@@ -169,11 +196,19 @@ class ScriptedGeneration:
     @property
     def end(self) -> GenerationEnd:
         return GenerationEnd(
-            finish_reason=self._script.reason,
+            finish_reason=FinishReason.ABORTED if self._aborted.is_set() else self._script.reason,
             matched_stop=self._script.matched_stop,
             cached_tokens=self._script.cached_tokens,
             mode="disaggregated",
         )
+
+    async def _gate(self, gate: Gate) -> None:
+        waits = [asyncio.ensure_future(gate.wait()), asyncio.ensure_future(self._aborted.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     def _entry(self, token_id: int) -> TokenLogprobs | None:
         if self._logprobs is None:
@@ -213,6 +248,8 @@ async def serve(
     registry = CollectorRegistry()
     app = create_app(
         generator=generator,
+        fleet=NoFleet(),
+        facts={"model": "tiny"},
         text=text or byte_text(),
         settings=settings or ApiSettings(),
         registry=registry,

@@ -67,6 +67,7 @@ class World:
         if self.stops and not self.stopped:
             yield ("leave",)
             yield ("deadline",)
+            yield ("abort",)
 
     def apply(self, event: Event) -> None:
         was_ended = self.ledger.state is RequestState.ENDED
@@ -95,6 +96,9 @@ class World:
             case ("leave",):
                 self.stopped = True
                 effects = self.ledger.stop()
+            case ("abort",):
+                self.stopped = True
+                effects = self.ledger.abort()
             case _:
                 self.stopped = True
                 effects = self.ledger.stop(DeadlineError("test"))
@@ -163,7 +167,8 @@ class World:
             assert ledger.end is None and ledger.error is None
         if ledger.end is not None:
             assert ledger.error is None
-            assert self.given == self.max_tokens, "no token is lost"
+            aborted = ledger.end.finish_reason is FinishReason.ABORTED
+            assert self.stopped if aborted else self.given == self.max_tokens, "no token is lost"
 
     def check_rest(self) -> None:
         """Nothing can happen any more."""

@@ -23,6 +23,7 @@ from router.api.settings import ApiSettings
 from router.app import create_app
 from tests.support.router_api import (
     Gate,
+    NoFleet,
     Script,
     ScriptedGenerator,
     Served,
@@ -294,6 +295,8 @@ def test_no_json_makes_a_500(chat: bool, fields: dict[str, Any]) -> None:
     async def post() -> httpx.Response:
         app = create_app(
             generator=ScriptedGenerator(lambda _: says("ok")),
+            fleet=NoFleet(),
+            facts={},
             text=text,
             settings=ApiSettings(),
             registry=CollectorRegistry(),

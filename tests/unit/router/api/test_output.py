@@ -29,17 +29,17 @@ def _tokens(text: str) -> list[Token]:
 def _run(output: Output, tokens: Sequence[Token], end: GenerationEnd = END) -> Piece:
     whole = Piece()
     for token in tokens:
-        whole.extend(output.take([token]))
+        whole.append(output.take([token]))
         if output.stopped:
             return whole
-    whole.extend(output.close(end))
+    whole.append(output.close(end))
     return whole
 
 
 def test_end_of_sequence_counts_but_has_no_text() -> None:
     output = _output()
     piece = _run(output, [*_tokens("ok"), Token(2, EOS)])
-    assert (piece.text, output.num_tokens) == ("ok", 3)
+    assert (piece.content, output.num_tokens) == ("ok", 3)
     assert (output.finish_reason, output.stop_reason) == ("stop", None)
 
 
@@ -53,38 +53,40 @@ def test_stop_id_is_hidden_and_named_unless_it_is_to_be_included() -> None:
     x = byte_tokenizer().token_to_id("x")
     ended = GenerationEnd(finish_reason=FinishReason.STOP, matched_stop=x)
     output = _output(stop_ids={EOS, x})
-    assert _run(output, _tokens("abx"), ended).text == "ab"
+    assert _run(output, _tokens("abx"), ended).content == "ab"
     assert output.stop_reason == x
-    assert _run(_output(stop_ids={EOS, x}, include_stop=True), _tokens("abx"), ended).text == "abx"
+    assert (
+        _run(_output(stop_ids={EOS, x}, include_stop=True), _tokens("abx"), ended).content == "abx"
+    )
 
 
 def test_stop_string_across_tokens_ends_it_and_counts_up_to_there() -> None:
     output = _output(stops=("b c",))
     piece = _run(output, _tokens("a b c d"))
-    assert (piece.text, output.num_tokens) == ("a ", 5)
+    assert (piece.content, output.num_tokens) == ("a ", 5)
     assert (output.finish_reason, output.stop_reason) == ("stop", "b c")
     assert output.end is None
 
 
 def test_tokens_after_a_stop_string_in_one_turn_are_ignored() -> None:
     output = _output(stops=("b",))
-    assert output.take(_tokens("abc")).text == "a"
+    assert output.take(_tokens("abc")).content == "a"
     assert output.num_tokens == 2
 
 
 def test_held_text_is_released_at_the_end() -> None:
     output = _output(stops=("STOP",))
-    assert _run(output, _tokens("go ST")).text == "go ST"
+    assert _run(output, _tokens("go ST")).content == "go ST"
     assert output.stop_reason is None
 
 
 def test_stop_strings_wait_for_min_tokens() -> None:
     output = _output(stops=("b",), min_tokens=3)
-    assert _run(output, _tokens("abcab")).text == "abca"
+    assert _run(output, _tokens("abcab")).content == "abca"
 
 
 def test_unfinished_character_at_the_end_becomes_one_replacement() -> None:
-    assert _run(_output(), _tokens("é")[:1], LENGTH).text == "\ufffd"
+    assert _run(_output(), _tokens("é")[:1], LENGTH).content == "\ufffd"
 
 
 def test_logprobs_have_one_entry_per_token_with_exact_bytes() -> None:

@@ -1,3 +1,4 @@
+import re
 from typing import Any
 
 import pytest
@@ -5,8 +6,11 @@ import pytest
 from core.errors import InvalidRequestError
 from router.api.parsing import parse_json
 from router.api.requests import MAX_STOP_CHARS, ChatRequest, CompletionRequest, read
+from router.api.unserved import UNSERVED
 
 USER = {"role": "user", "content": "hi"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 def _refused(model: type[Any], **fields: Any) -> InvalidRequestError:
@@ -28,7 +32,10 @@ def _refused(model: type[Any], **fields: Any) -> InvalidRequestError:
         ({"messages": [USER, {"role": "user"}]}, "messages[1].content", "is required"),
         ({"messages": [USER | {"content": 5}]}, "messages[0].content", "got 5"),
         ({"messages": [USER | {"role": "robot"}]}, "messages[0].role", "robot"),
-        ({"messages": [USER | {"tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
+        ({"messages": [USER | {"tool_calls": [{}]}]}, "messages[0].tool_calls[0].id", "required"),
+        ({"messages": [USER | {"tool_calls": [CALL]}]}, "messages[0].tool_calls", "assistant"),
+        ({"messages": [USER | {"tool_call_id": "a"}]}, "messages[0].tool_call_id", "of a tool"),
+        ({"messages": [USER | {"role": "tool"}]}, "messages[0].tool_call_id", "is required"),
         ({"messages": [USER | {"contnet": 1}]}, "messages[0].contnet", "did you mean content"),
         ({"temperature": "hot"}, "temperature", '"hot"'),
         ({"temperature": True}, "temperature", "number"),
@@ -49,7 +56,19 @@ def _refused(model: type[Any], **fields: Any) -> InvalidRequestError:
         ({"stream_options": {"usagee": 1}}, "stream_options.usagee", "Unknown field"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "boolean"),
         ({"stream_options": 1}, "stream_options", "object"),
-        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"tools": {}}, "tools", "list"),
+        ({"tools": [TOOL] * 129}, "tools", "at most 128"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name", "twice"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "is required"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
+        ({"tools": [TOOL | {"x": 1}]}, "tools[0].x", "Unknown field"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "tools[0].function.name",
+            "letters",
+        ),
+        ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice", "required"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice", "name"),
         ({"functions": [{}]}, "functions", "not supported"),
         ({"guided_decoding_backend": "x"}, "guided_decoding_backend", "not supported"),
         ({"audio": {}}, "audio", "not supported"),
@@ -132,3 +151,27 @@ def test_integer_is_taken_where_a_number_is_wanted() -> None:
 def test_body_that_is_no_object_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequestError, match="body"):
         parse_json(body)
+
+
+LISTED = re.findall(
+    r"\w+",
+    """
+    messages model temperature top_p n stream stream_options stop max_tokens max_completion_tokens
+    presence_penalty frequency_penalty logit_bias logprobs top_logprobs seed user tools tool_choice
+    parallel_tool_calls response_format reasoning_effort top_k min_p min_tokens repetition_penalty
+    regex ebnf stop_token_ids stop_regex no_stop_trim ignore_eos skip_special_tokens lora_path
+    continue_final_message chat_template_kwargs separate_reasoning stream_reasoning session_params
+    rid cache_salt extra_key priority return_hidden_states return_token_ids custom_logit_processor
+    input_ids bootstrap_host bootstrap_port bootstrap_room kv_transfer_params prompt echo suffix
+    best_of json_schema
+    """,
+)
+
+
+@pytest.mark.parametrize("field", LISTED)
+def test_a_field_that_other_servers_take_is_served_or_refused_by_name(field: str) -> None:
+    served = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+    assert (field in served) != (field in UNSERVED)
+    if field in UNSERVED:
+        message = _refused(ChatRequest, **{field: {"ask": "for something"}}).message
+        assert message.startswith(f"{field} is not supported by this server; ")

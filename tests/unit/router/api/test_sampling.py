@@ -99,7 +99,7 @@ def test_logprobs_differ_between_dialects() -> None:
 )
 def test_value_out_of_range_is_named(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        sampling_params(_chat(**fields), max_tokens=10, seed=0, model=MODEL)
+        sampling_params(_chat(**fields), max_tokens=10, seed=0, model=MODEL, structured=None)
     assert caught.value.param == param
 
 
@@ -117,7 +117,7 @@ def test_every_field_arrives() -> None:
         "ignore_eos": True,
         "min_tokens": 2,
     }
-    params = sampling_params(_chat(**fields), max_tokens=10, seed=9, model=MODEL)
+    params = sampling_params(_chat(**fields), max_tokens=10, seed=9, model=MODEL, structured=None)
     changed = {"logit_bias": {3: -5.0}, "stop_token_ids": (4,)}
     for name, value in (fields | changed).items():
         assert getattr(params, name) == value, name
@@ -126,6 +126,8 @@ def test_every_field_arrives() -> None:
 
 def test_top_k_fits_the_wire_whatever_was_asked() -> None:
     def top_k(value: int) -> int:
-        return sampling_params(_chat(top_k=value), max_tokens=1, seed=0, model=MODEL).top_k
+        return sampling_params(
+            _chat(top_k=value), max_tokens=1, seed=0, model=MODEL, structured=None
+        ).top_k
 
     assert (top_k(2**62), top_k(-1), top_k(0)) == (50, 0, 0)

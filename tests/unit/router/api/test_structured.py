@@ -18,7 +18,9 @@ def _asked(**fields: Any) -> StructuredOutput | None:
     chat = read(ChatRequest, {"messages": [{"role": "user", "content": "x"}]} | fields)
     completion = read(CompletionRequest, {"prompt": "x"} | fields)
     assert chat.structured == completion.structured
-    return sampling_params(chat, max_tokens=5, seed=0, model=MODEL).structured
+    return sampling_params(
+        chat, max_tokens=5, seed=0, model=MODEL, structured=chat.structured
+    ).structured
 
 
 @pytest.mark.parametrize(
