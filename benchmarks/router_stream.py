@@ -62,6 +62,14 @@ class ReadyGenerator:
         """None is kept."""
         return None
 
+    def fleet(self) -> dict[str, object]:
+        """There is none."""
+        return {}
+
+    def requests(self, count: int) -> list[dict[str, object]]:
+        """None is kept."""
+        return []
+
 
 class ReadyGeneration:
     """One sequence."""
@@ -82,10 +90,12 @@ def router_app() -> Any:
     tokenizer = Tokenizer(models.WordLevel({WORD: 0, "<unk>": 1}, unk_token="<unk>"))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<unk>")])
+    generator = ReadyGenerator()
     return create_app(
-        generator=ReadyGenerator(),
+        generator=generator,
         text=text_processor(tokenizer, None, {}, {}),
         settings=ApiSettings(),
+        observed=generator,
         registry=CollectorRegistry(),
     )
 

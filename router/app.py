@@ -22,10 +22,12 @@ from router.api.errors import ClientDisconnectedError, HttpError, error_answer
 from router.api.exchange import Endpoint, Exchange
 from router.api.generate import TextEndpoint
 from router.api.metrics import ApiMetrics
+from router.api.observation import Observation, Observed
 from router.api.operations import Operations
 from router.api.parts import ApiParts, Gate, RecentRequests
 from router.api.settings import ApiSettings
 from router.api.token_endpoints import TokenEndpoints
+from router.console.page import ConsolePage
 from router.generation import Generator
 from router.text.processor import TextProcessor
 
@@ -39,6 +41,7 @@ def create_app(
     generator: Generator,
     text: TextProcessor,
     settings: ApiSettings,
+    observed: Observed,
     registry: CollectorRegistry,
     clock: Clock = monotonic,
 ) -> "HttpApp":
@@ -48,6 +51,7 @@ def create_app(
         generator: runs sequences on the fleet.
         text: tokenizer and chat template of the served model.
         settings: what the operator decided.
+        observed: what /v1/fleet and /v1/requests show.
         registry: gets the metrics of the API; GET /metrics shows all of it.
         clock: the router's monotonic clock, the one that deadlines are on.
 
@@ -64,6 +68,7 @@ def create_app(
         clock=clock,
     )
     operations = Operations(parts, registry=registry, started_at=lambda: int(time.time()))
+    observation = Observation(observed)
     tokens = TokenEndpoints(parts)
     routes = [
         _post("/v1/chat/completions", TextEndpoint(parts, ChatDialect())),
@@ -75,10 +80,15 @@ def create_app(
         _get("/v1/models", operations.models),
         _get("/v1/models/{name:path}", operations.model),
         _get("/v1/requests/{id:path}/timeline", operations.timeline),
+        _get("/v1/requests", observation.requests),
+        _get("/v1/fleet", observation.fleet),
         _get("/health", operations.health),
         _get("/ready", operations.ready),
         _get("/metrics", operations.metrics),
     ]
+    if settings.console:
+        page = ConsolePage()
+        routes += [_get("/console", page.index), _get("/console/{file}", page.part)]
     return HttpApp(routes, clock)
 
 
@@ -124,6 +134,7 @@ class _EndpointApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["exchange"]
         exchange.path_params = scope["path_params"]
+        exchange.query = scope["query_string"]
         await self._endpoint(exchange)
 
 

@@ -123,6 +123,10 @@ class Dispatcher:
         timeline = self._timelines.get(request_id)
         return None if timeline is None else timeline.as_dict()
 
+    def recent(self, count: int) -> list[RequestTimeline]:
+        """Timelines of the latest requests, newest first."""
+        return self._timelines.latest(count)
+
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing more and wait for what runs; end with an error what is left."""
         self._draining = True

@@ -36,6 +36,7 @@ from router.fleet.discovery import static_members
 from router.fleet.fleet import Fleet
 from router.fleet.link import LinkSettings
 from router.metrics import FleetMetrics
+from router.observer import Observer
 from router.placement.cost import CostSettings
 from router.placement.placer import Placer
 from router.settings import RouterSettings
@@ -80,7 +81,7 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
-    async with dispatcher_on_fleet(settings, registry, token) as dispatcher:
+    async with dispatcher_on_fleet(settings, registry, token) as (dispatcher, fleet):
         # Nothing in here raises ConfigError: the task group inside would wrap it.
         app = create_app(
             generator=dispatcher,
@@ -90,7 +91,9 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
                 default_timeout_s=settings.request_timeout_s,
                 max_in_flight=settings.max_in_flight,
                 recent_requests=settings.timelines,
+                console=settings.console,
             ),
+            observed=Observer(fleet, dispatcher),
             registry=registry,
         )
         server = _Server(
@@ -118,8 +121,8 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
 @asynccontextmanager
 async def dispatcher_on_fleet(
     settings: RouterSettings, registry: CollectorRegistry, token: str | None
-) -> AsyncIterator[Dispatcher]:
-    """The Generator of a router, with its links open for as long as the context lasts.
+) -> AsyncIterator[tuple[Dispatcher, Fleet]]:
+    """The Generator of a router and its workers, linked for as long as the context lasts.
 
     Raises:
         ConfigError: no worker is named, or TLS files are missing.
@@ -152,7 +155,7 @@ async def dispatcher_on_fleet(
     async with asyncio.TaskGroup() as group:
         links = group.create_task(fleet.run(dispatcher), name="fleet")
         try:
-            yield dispatcher
+            yield dispatcher, fleet
         finally:
             links.cancel()
 

@@ -26,5 +26,7 @@ class ApiSettings:
     """Most sequences of one request: prompts times n."""
     max_in_flight: int = 4096
     """Most generation requests inside the API at once; more get 429."""
+    console: bool = True
+    """Serve the page at /console."""
     recent_requests: int = 4096
     """Requests whose timeline can be asked for by x-request-id or answer id."""

@@ -120,6 +120,7 @@ class ScriptedGenerator:
     running: int = 0
     left: int = 0
     timelines: dict[str, dict[str, object]] = field(default_factory=dict)
+    summaries: list[dict[str, object]] = field(default_factory=list)
 
     @property
     def model(self) -> ServedModel:
@@ -129,6 +130,12 @@ class ScriptedGenerator:
 
     def timeline(self, request_id: str) -> dict[str, object] | None:
         return self.timelines.get(request_id)
+
+    def fleet(self) -> dict[str, object]:
+        return {"object": "fleet", "workers": [], "links": []}
+
+    def requests(self, count: int) -> list[dict[str, object]]:
+        return self.summaries[:count]
 
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator["ScriptedGeneration"]:
@@ -215,6 +222,7 @@ async def serve(
         generator=generator,
         text=text or byte_text(),
         settings=settings or ApiSettings(),
+        observed=generator,
         registry=registry,
     )
     with closing_socket() as listener:

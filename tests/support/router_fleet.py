@@ -63,7 +63,7 @@ async def router_on(
     }
     resolved = RouterSettings.model_validate({"reconnect_max_s": 0.2, **addresses, **settings})
     registry = registry or CollectorRegistry()
-    async with dispatcher_on_fleet(resolved, registry, None) as dispatcher:
+    async with dispatcher_on_fleet(resolved, registry, None) as (dispatcher, _):
         if attach:
             await until(lambda: ready_workers(registry) == len(workers), "all workers attached")
         yield dispatcher

@@ -292,10 +292,12 @@ def test_no_json_makes_a_500(chat: bool, fields: dict[str, Any]) -> None:
     text = byte_text()
 
     async def post() -> httpx.Response:
+        generator = ScriptedGenerator(lambda _: says("ok"))
         app = create_app(
-            generator=ScriptedGenerator(lambda _: says("ok")),
+            generator=generator,
             text=text,
             settings=ApiSettings(),
+            observed=generator,
             registry=CollectorRegistry(),
         )
         async with httpx.AsyncClient(
