@@ -202,10 +202,8 @@ class RequestTimeline:
             "attempts": [attempt.as_dict(zero) for attempt in self.attempts],
         }
 
-
     def cached_by_worker(self) -> list[tuple[str, int]]:
-        """For each attempt whose prompt was computed: the worker's id, and tokens that its prefix
-        cache spared."""
+        """Who computed the prompt, by worker id, and how many tokens its cache spared: by attempt."""
         return [
             (attempt.worker_ids.get("prefill", attempt.worker_ids["decode"]), attempt.cached_tokens)
             for attempt in self.attempts

@@ -120,7 +120,6 @@ class ScriptedGenerator:
     running: int = 0
     left: int = 0
     timelines: dict[str, dict[str, object]] = field(default_factory=dict)
-    summaries: list[dict[str, object]] = field(default_factory=list)
 
     @property
     def model(self) -> ServedModel:
@@ -130,12 +129,6 @@ class ScriptedGenerator:
 
     def timeline(self, request_id: str) -> dict[str, object] | None:
         return self.timelines.get(request_id)
-
-    def fleet(self) -> dict[str, object]:
-        return {"object": "fleet", "workers": [], "links": []}
-
-    def requests(self, count: int) -> list[dict[str, object]]:
-        return self.summaries[:count]
 
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator["ScriptedGeneration"]:
@@ -149,6 +142,19 @@ class ScriptedGenerator:
         finally:
             self.running -= 1
             self.left += 1
+
+
+@dataclass
+class ScriptedView:
+    """What /v1/fleet and /v1/requests show."""
+
+    listed: list[dict[str, object]] = field(default_factory=list)
+
+    def fleet(self) -> dict[str, object]:
+        return {"object": "fleet", "workers": [], "links": []}
+
+    def requests(self, count: int) -> list[dict[str, object]]:
+        return self.listed[:count]
 
 
 class ScriptedGeneration:
@@ -215,6 +221,7 @@ async def serve(
     *,
     settings: ApiSettings | None = None,
     text: TextProcessor | None = None,
+    observed: ScriptedView | None = None,
 ) -> AsyncIterator[Served]:
     """Run the router's app under uvicorn on loopback."""
     registry = CollectorRegistry()
@@ -222,7 +229,7 @@ async def serve(
         generator=generator,
         text=text or byte_text(),
         settings=settings or ApiSettings(),
-        observed=generator,
+        observed=observed or ScriptedView(),
         registry=registry,
     )
     with closing_socket() as listener:

@@ -25,6 +25,7 @@ from tests.support.router_api import (
     Gate,
     Script,
     ScriptedGenerator,
+    ScriptedView,
     Served,
     byte_text,
     client,
@@ -292,12 +293,11 @@ def test_no_json_makes_a_500(chat: bool, fields: dict[str, Any]) -> None:
     text = byte_text()
 
     async def post() -> httpx.Response:
-        generator = ScriptedGenerator(lambda _: says("ok"))
         app = create_app(
-            generator=generator,
+            generator=ScriptedGenerator(lambda _: says("ok")),
             text=text,
             settings=ApiSettings(),
-            observed=generator,
+            observed=ScriptedView(),
             registry=CollectorRegistry(),
         )
         async with httpx.AsyncClient(
