@@ -1,7 +1,7 @@
 """Serves the console: its files are read once, when the router starts.
 
-Made by router/app.py, unless the operator left the console out. Invariant: the page can load
-nothing, and talk to nothing, but the origin that it came from, and runs no script but its own files.
+Made by router/app.py, unless the operator left the console out. Invariant: the page can load from
+and talk to nothing but the origin that it came from, and runs no script but its own files.
 """
 
 from collections.abc import Mapping
