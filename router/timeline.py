@@ -203,7 +203,7 @@ class RequestTimeline:
         }
 
     def cached_by_worker(self) -> list[tuple[str, int]]:
-        """By attempt: who computed the prompt, as worker id, and the tokens that its cache spared."""
+        """By attempt: worker that computed the prompt, and tokens that its cache spared."""
         return [
             (attempt.worker_ids.get("prefill", attempt.worker_ids["decode"]), attempt.cached_tokens)
             for attempt in self.attempts

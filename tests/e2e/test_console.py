@@ -76,11 +76,11 @@ async def test_an_answer_can_be_stopped_and_an_error_is_shown(system: Cluster) -
         await page.route("**/v1/chat/completions", past_the_end)
         await page.goto(f"{system.url}/console")
         await page.locator("#model:not([disabled])").wait_for()
-        await page.fill("#max-tokens", "4000")
+        await page.fill("#max-tokens", "8000")
         await page.fill("#prompt", "Go on for ever")
         await page.get_by_role("button", name="Send").click()
         await page.locator(".facts .ttft").wait_for()
-        await page.get_by_role("button", name="Stop").click()
+        await page.get_by_role("button", name="Stop").click(force=True)
         await page.get_by_text("stopped").wait_for()
         assert wrong == []
 
@@ -95,3 +95,24 @@ async def test_an_answer_can_be_stopped_and_an_error_is_shown(system: Cluster) -
             await page.goto(f"{system.url}/console#/{view}")
             await page.locator(f".{view}").wait_for()
             assert not await page.evaluate(overflow), f"{view} is wider than a phone"
+
+
+async def test_a_wanted_key_is_asked_for_and_sent(system: Cluster) -> None:
+    sent: list[str | None] = []
+
+    async def guard(route: Any) -> None:
+        sent.append(route.request.headers.get("authorization"))
+        if sent[-1] == "Bearer s3cret":
+            await route.continue_()
+        else:
+            error = {"message": "A key is needed.", "code": "unauthorized"}
+            await route.fulfill(status=401, json={"error": error})
+
+    async with browser_page() as (page, _):
+        await page.route("**/v1/models", guard)
+        await page.goto(f"{system.url}/console")
+        await page.locator("#key-input").fill("s3cret")
+        await page.keyboard.press("Enter")
+        await page.locator("#model:not([disabled])").wait_for()
+        assert sent[0] is None and sent[-1] == "Bearer s3cret"
+        assert await page.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0

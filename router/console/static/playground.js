@@ -123,18 +123,24 @@ export class Playground {
     answer.root.scrollIntoView({ block: "end" });
 
     const running = (this.#running = new AbortController());
+    let frame = 0; // of the next drawing: tokens may come faster than a screen shows them
     this.button.textContent = "Stop";
     this.button.classList.add("stop");
     try {
       for await (const event of chat(this.#body(), running.signal)) {
-        const follow = this.#atEnd();
         answer.take(event);
-        if (follow) answer.root.scrollIntoView({ block: "end" });
+        frame ||= requestAnimationFrame(() => {
+          frame = 0;
+          const follow = this.#atEnd();
+          answer.draw();
+          if (follow) answer.root.scrollIntoView({ block: "end" });
+        });
       }
       answer.end();
     } catch (error) {
       answer.end(running.signal.aborted ? null : error);
     }
+    cancelAnimationFrame(frame);
     // Only turns that the model answered are part of the conversation.
     if (this.#messages.at(-1) === asked) {
       if (answer.content) this.#messages.push({ role: "assistant", content: answer.content });
@@ -167,6 +173,7 @@ export class Playground {
 class Answer {
   content = "";
   #reasoning = "";
+  #drawn = 0;
   #id = null;
   #usage = null;
   #finish = null;
@@ -194,19 +201,20 @@ class Answer {
         this.facts.replaceChildren(h("span", { class: "pulse" }, "decode"), this.#ttft());
       }
     }
-    if (reasoning) {
-      this.#reasoning += reasoning;
-      this.thought.textContent = this.#reasoning;
-      this.thought.hidden = false;
-    }
-    if (content) {
-      this.content += content;
-      this.text.append(content);
-    }
+    this.#reasoning += reasoning ?? "";
+    this.content += content ?? "";
     this.#finish = choice.finish_reason ?? this.#finish;
   }
 
+  draw() {
+    this.thought.textContent = this.#reasoning;
+    this.thought.hidden = !this.#reasoning;
+    this.text.append(this.content.slice(this.#drawn));
+    this.#drawn = this.content.length;
+  }
+
   end(error = undefined) {
+    this.draw();
     this.text.setAttribute("aria-busy", "false");
     const tokens = this.#usage?.completion_tokens;
     const cached = this.#usage?.prompt_tokens_details?.cached_tokens;
