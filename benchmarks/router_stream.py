@@ -78,6 +78,14 @@ class ReadyGenerator:
         """There is no worker."""
         return []
 
+    def fleet(self) -> dict[str, object]:
+        """There is none."""
+        return {}
+
+    def requests(self, count: int) -> list[dict[str, object]]:
+        """None is kept."""
+        return []
+
 
 class ReadyGeneration:
     """One sequence."""
@@ -105,6 +113,7 @@ def router_app() -> Any:
         facts={},
         text=text_processor(tokenizer, None, {}, {}),
         settings=ApiSettings(),
+        observed=generator,
         registry=CollectorRegistry(),
     )
 

@@ -158,8 +158,9 @@ class Importer:
         self._metrics.observe(self._machine.num_handovers, self._machine.counters)
 
     def report(self, load: worker_pb2.LoadReport) -> None:
-        """How fast the links are."""
+        """How fast the links are, and what they are made of."""
         load.links.extend(self._rates.report())
+        load.transport = self._metrics.transport
 
     def close(self) -> None:
         """Drop all peers."""

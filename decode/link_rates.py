@@ -134,7 +134,11 @@ class LinkRates:
     def report(self) -> list[worker_pb2.LinkRate]:
         """What routers are told."""
         return [
-            worker_pb2.LinkRate(prefill_worker_id=worker_id, bytes_per_s=pair.bytes_per_s)
+            worker_pb2.LinkRate(
+                prefill_worker_id=worker_id,
+                bytes_per_s=pair.bytes_per_s,
+                latency_s=pair.latency_s,
+            )
             for worker_id, pair in self._pairs.items()
             if pair.bytes_per_s
         ]

@@ -28,6 +28,7 @@ from router.api.metrics import ApiMetrics
 from router.api.native.dialect import NativeDialect
 from router.api.native.endpoints import AbortBody, NativeEndpoints
 from router.api.native.request import NativeBody
+from router.api.observation import Observation, Observed
 from router.api.openapi import ApiRoute, OpenApi
 from router.api.operations import Operations
 from router.api.parts import ApiParts, Gate, RecentRequests
@@ -43,6 +44,7 @@ from router.api.responses.request import ResponsesBody
 from router.api.responses.store import ResponseStore
 from router.api.settings import ApiSettings
 from router.api.token_endpoints import TokenEndpoints
+from router.console.page import ConsolePage
 from router.generation import FleetControl, Generator
 from router.text.processor import TextProcessor
 
@@ -56,6 +58,7 @@ def create_app(
     facts: Mapping[str, object],
     text: TextProcessor,
     settings: ApiSettings,
+    observed: Observed,
     registry: CollectorRegistry,
     clock: Clock = monotonic,
 ) -> "HttpApp":
@@ -67,6 +70,7 @@ def create_app(
         facts: settings and version of this router, for /get_server_info; free of secrets.
         text: tokenizer and chat template of the served model.
         settings: what the operator decided.
+        observed: what /v1/fleet and /v1/requests show.
         registry: gets the metrics of the API; GET /metrics shows all of it.
         clock: the router's monotonic clock, the one that deadlines are on.
 
@@ -83,6 +87,7 @@ def create_app(
         clock=clock,
     )
     operations = Operations(parts, registry=registry, started_at=lambda: int(time.time()))
+    observation = Observation(observed)
     tokens = TokenEndpoints(parts)
     stored = ResponseStore(
         capacity=settings.stored_responses, capacity_bytes=settings.stored_responses_bytes
@@ -135,6 +140,8 @@ def create_app(
         ),
         _get("/v1/models", operations.models, "Every served model."),
         _get("/v1/models/{name:path}", operations.model, "One served model."),
+        _get("/v1/requests", observation.requests, "The latest requests."),
+        _get("/v1/fleet", observation.fleet, "Workers, what they do, and their links."),
         _get("/v1/requests/{id:path}/timeline", operations.timeline, "Where the time went."),
         _get("/health", operations.health, "The process lives."),
         _get("/ready", operations.ready, "A request would be admitted."),
@@ -143,6 +150,12 @@ def create_app(
     version = str(facts.get("version", "unknown"))
     document = OpenApi(routes, version=version)
     routes.append(_get("/openapi.json", document, "This document."))
+    if settings.console:
+        page = ConsolePage()
+        routes += [
+            _get("/console", page.index, "A page to look at."),
+            _get("/console/{file}", page.part, "Parts of that page."),
+        ]
     return HttpApp(routes, clock)
 
 
@@ -186,6 +199,7 @@ class _EndpointApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["exchange"]
         exchange.path_params = scope["path_params"]
+        exchange.query = scope["query_string"]
         await self._endpoint(exchange)
 
 

@@ -135,6 +135,10 @@ class Dispatcher:
         """End every sequence with what it has; see Generator."""
         return sum([self.abort(request_id) for request_id in list(self._runs)])
 
+    def recent(self, count: int) -> list[RequestTimeline]:
+        """Timelines of the latest requests, newest first."""
+        return self._timelines.latest(count)
+
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing more and wait for what runs; end with an error what is left."""
         self._draining = True

@@ -36,6 +36,7 @@ from router.fleet.discovery import static_members
 from router.fleet.fleet import Fleet
 from router.fleet.link import LinkSettings
 from router.metrics import FleetMetrics
+from router.observer import Observer
 from router.placement.cost import CostSettings
 from router.placement.placer import Placer
 from router.settings import RouterSettings
@@ -99,7 +100,9 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
                 default_timeout_s=settings.request_timeout_s,
                 max_in_flight=settings.max_in_flight,
                 recent_requests=settings.timelines,
+                console=settings.console,
             ),
+            observed=Observer(fleet, dispatcher),
             registry=registry,
         )
         server = _Server(

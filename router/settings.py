@@ -117,6 +117,9 @@ class RouterSettings(BaseModel):
         "worker says so itself.",
     )
 
+    console: bool = Field(
+        True, description="Serve the page at /console: a chat, the fleet, where time went."
+    )
     timelines: int = Field(
         4096, ge=0, description="Recent requests whose timeline can be asked for."
     )

@@ -18,6 +18,7 @@ interval is called first_token or handover and counts as unattributed.
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from core.clock import Clock
 from core.errors import DiptychError
@@ -202,6 +203,31 @@ class RequestTimeline:
             "attempts": [attempt.as_dict(zero) for attempt in self.attempts],
         }
 
+    def cached_by_worker(self) -> list[tuple[str, int]]:
+        """By attempt: worker that computed the prompt, and tokens that its cache spared."""
+        return [
+            (attempt.worker_ids.get("prefill", attempt.worker_ids["decode"]), attempt.cached_tokens)
+            for attempt in self.attempts
+            if attempt.cached_tokens is not None
+        ]
+
+    def summary(self) -> dict[str, object]:
+        """The same request in one line of a list, without what costs work to account for."""
+        until = self.closed_at if self.closed_at is not None else self.clock()
+        zero = self.request.received_at
+        return {
+            "request_id": self.request.request_id,
+            "outcome": self.outcome,
+            "mode": self.attempts[-1].placement.mode.value if self.attempts else None,
+            "attempts": len(self.attempts),
+            "prompt_tokens": len(self.request.prompt_ids),
+            "output_tokens": self.num_tokens,
+            "cached_tokens": self.cached_tokens,
+            "ttft_s": None if self.first_token_at is None else _round(self.first_token_at - zero),
+            "end_to_end_s": _round(until - zero),
+            "age_s": _round(self.clock() - zero),
+        }
+
 
 class TimelineStore:
     """The latest timelines, oldest forgotten first."""
@@ -219,6 +245,10 @@ class TimelineStore:
     def get(self, request_id: str) -> RequestTimeline | None:
         """None if it is unknown or forgotten."""
         return self._timelines.get(request_id)
+
+    def latest(self, count: int) -> list[RequestTimeline]:
+        """At most `count`, newest first."""
+        return list(islice(reversed(self._timelines.values()), count))
 
 
 def _round(seconds: float) -> float:

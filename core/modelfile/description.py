@@ -21,6 +21,8 @@ class TokenizerFiles:
 
     tokenizer: Any
     """A `tokenizers.Tokenizer`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Of tokenizer_config.json; empty where there is none."""
     chat_template: str | None
     """Jinja source; None if the model has none."""
     special_tokens: dict[str, str] = field(default_factory=dict)
@@ -91,6 +93,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
     config = _read_json(config_file) if config_file.is_file() else {}
     return TokenizerFiles(
         tokenizer=tokenizer,
+        config=config,
         chat_template=_chat_template(path, config),
         special_tokens=_special_tokens(config),
     )

@@ -66,6 +66,8 @@ class Screen:
         )
         for child in plan.children:
             self.line(f"  {child.name:<10} metrics {child.metrics_url}")
+        if plan.console:
+            self.line(f"  {'console':<10} {plan.base_url}/console")
         self.line(f"  logs in {log_folder}")
         self.line("")
         self.line(f"Ready after {took:.1f} s: {plan.model_name} at {plan.base_url}/v1")

@@ -42,6 +42,8 @@ class ClusterPlan:
     children: tuple[ChildSpec, ...]
     model_name: str
     base_url: str
+    console: bool
+    """The router serves its page."""
 
 
 def plan_cluster(
@@ -111,12 +113,18 @@ def plan_cluster(
             "router",
             f"--host={settings.host}",
             f"--port={settings.port}",
+            "--console" if settings.console else "--no-console",
             *(f"--{role}={','.join(found)}" for role, found in addresses.items() if found),
         ),
         env=environment("router"),
         metrics_url=f"{base_url}/metrics",
     )
-    return ClusterPlan(children=(*workers, router), model_name=model_name, base_url=base_url)
+    return ClusterPlan(
+        children=(*workers, router),
+        model_name=model_name,
+        base_url=base_url,
+        console=settings.console,
+    )
 
 
 def threads_per_worker(cores: int, num_workers: int) -> int:

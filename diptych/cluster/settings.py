@@ -29,6 +29,7 @@ class ServeSettings(BaseModel):
         "127.0.0.1", description="Address of the HTTP endpoint; workers stay on loopback."
     )
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
+    console: bool = Field(True, description="Serve the page at /console.")
     ready_timeout_s: Seconds = Field(
         600.0, gt=0, description="Time that the workers have to load the model."
     )

@@ -31,6 +31,8 @@ class Exchange:
     path_params: dict[str, Any]
     receive: Receive
     send: Send
+    query: bytes = b""
+    """What follows the question mark of the URL."""
     started: bool = False
     """True once the answer's status line is out."""
     phase: str = field(default="body")

@@ -30,5 +30,7 @@ class ApiSettings:
     """Most responses of /v1/responses that are remembered."""
     stored_responses_bytes: int = 64 << 20
     """Bytes that they may take together."""
+    console: bool = True
+    """Serve the page at /console."""
     recent_requests: int = 4096
     """Requests whose timeline can be asked for by x-request-id or answer id."""

@@ -12,7 +12,7 @@ from typing import cast
 import grpc
 
 from router.fleet.link import LinkListener, LinkSettings, WorkerLink
-from router.fleet.worker import Role, WorkerInfo, WorkerState
+from router.fleet.worker import Role, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 from rpc.v1 import worker_pb2, worker_pb2_grpc
 
 
@@ -97,19 +97,30 @@ class Fleet:
     @property
     def census(self) -> list[tuple[Role, WorkerState]]:
         """Role and state of every worker; of one that is not attached, the role it is listed as."""
-        census = []
-        for address, listed in self._members.items():
-            link = self._links.get(address)
-            role = link.info.role if link is not None and link.info is not None else listed
-            census.append((role, link.state if link is not None else WorkerState.LOST))
-        return census
+        return [(status.role, status.state) for status in self.statuses]
+
+    @property
+    def statuses(self) -> list[WorkerStatus]:
+        """Every worker as it is now, in the order in which they are listed."""
+        return [self._status(address, listed) for address, listed in self._members.items()]
 
     @property
     def absent(self) -> dict[str, str]:
         """Workers that are not attached, and why."""
-        absent = {}
-        for address in self._members:
-            link = self._links.get(address)
-            if link is None or link.info is None:
-                absent[address] = link.cause if link is not None else "not reached yet"
-        return absent
+        return {each.address: each.cause for each in self.statuses if each.info is None}
+
+    def _status(self, address: str, listed: Role) -> WorkerStatus:
+        link = self._links.get(address)
+        info = link.info if link is not None else None
+        if link is None or info is None:
+            return WorkerStatus(
+                address=address,
+                role=listed,
+                state=WorkerState.LOST,
+                cause=link.cause if link is not None else "not reached yet",
+                info=None,
+                load=WorkerLoad(state=WorkerState.LOST),
+            )
+        return WorkerStatus(
+            address=address, role=info.role, state=link.state, cause="", info=info, load=link.load
+        )

@@ -97,6 +97,8 @@ class WorkerLink:
         self.info: WorkerInfo | None = None
         """Of the current session; None while there is none."""
         self.state = WorkerState.LOST
+        self.load = WorkerLoad()
+        """The latest report, perhaps of a session that is over."""
         self.cause = "not reached yet"
         """Why it is lost."""
         self._open_channel = open_channel
@@ -263,6 +265,7 @@ class WorkerLink:
         if load.state is WorkerState.STALLED:
             raise _SessionEnded(f"its engine stands still since {load.heartbeat_age_s:.1f} s")
         self.state = load.state
+        self.load = load
         return load
 
     def _resync(self) -> None:

@@ -86,6 +86,8 @@ def load_from_proto(message: worker_pb2.LoadReport) -> WorkerLoad:
         running=message.running,
         backlog_tokens=message.backlog_tokens,
         held_blocks=message.held_blocks,
+        cached_blocks=message.cached_blocks,
+        leases=message.leases,
         prefill_tokens_per_s=message.prefill_tokens_per_s,
         decode_step_s=message.decode_step_s,
         link_bytes_per_s={
@@ -93,6 +95,12 @@ def load_from_proto(message: worker_pb2.LoadReport) -> WorkerLoad:
             for link in message.links[:MAX_LINKS]
             if 0 < link.bytes_per_s < math.inf
         },
+        link_latency_s={
+            link.prefill_worker_id: link.latency_s
+            for link in message.links[:MAX_LINKS]
+            if 0 < link.latency_s < math.inf
+        },
+        transport=message.transport,
     )
 
 

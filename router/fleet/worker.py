@@ -78,10 +78,32 @@ class WorkerLoad:
     running: int = 0
     backlog_tokens: int = 0
     held_blocks: int = 0
+    cached_blocks: int = 0
+    """Held by nothing but the prefix cache, so free to be taken."""
+    leases: int = 0
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0
     link_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     """Prefill worker id to how fast this decode worker reads its KV, as far as measured."""
+    link_latency_s: Mapping[str, float] = field(default_factory=dict)
+    """Prefill worker id to the least time that a READ of one KV block took, as far as measured."""
+    transport: str = ""
+    """What KV comes by; empty of a worker that reads none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """One worker as the router sees it now."""
+
+    address: str
+    role: Role
+    """As it says itself; while it is lost, as it is listed."""
+    state: WorkerState
+    cause: str
+    """Why it is lost; empty if it is not."""
+    info: WorkerInfo | None
+    """None while it is lost."""
+    load: WorkerLoad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,14 +3,14 @@
 Called once at start, by router/main.py.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 
 from core.errors import ConfigError
+from core.modelfile.added_tokens import apply_added_tokens
 from core.modelfile.description import read_tokenizer
 from router.text import reasoning
 from router.text.chat_template import ChatTemplate
@@ -43,13 +43,11 @@ def load_text(
             source = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"Chat template {chat_template} can't be read: {error}.") from error
-    config_file = model / "tokenizer_config.json"
-    config = json.loads(config_file.read_bytes()) if config_file.is_file() else {}
     return text_processor(
         files.tokenizer,
         source,
         files.special_tokens,
-        config,
+        files.config,
         tool_format=choose_format(tool_parser, source),
         reasons=reasoning_parser == "think"
         or (reasoning_parser == "auto" and reasoning.END in (source or "")),
@@ -79,26 +77,6 @@ def text_processor(
         ConfigError: the template is not valid jinja, or prompts shall begin or end with a token
             that there is not.
     """
-    if "add_bos_token" in config or "add_eos_token" in config:
-        # As in transformers, these two decide alone once either is given.
-        bos = special_tokens.get("bos_token") if config.get("add_bos_token") else None
-        eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
-        tokenizer.post_processor = _surround(tokenizer, bos, eos)
+    apply_added_tokens(tokenizer, special_tokens, config)
     compiled = ChatTemplate(template, special_tokens) if template is not None else None
     return TextProcessor(tokenizer, compiled, tool_format=tool_format, reasons=reasons)
-
-
-def _surround(
-    tokenizer: Tokenizer, bos: str | None, eos: str | None
-) -> processors.TemplateProcessing:
-    ids = {token: tokenizer.token_to_id(token) for token in (bos, eos) if token is not None}
-    for token, token_id in ids.items():
-        if token_id is None:
-            raise ConfigError(
-                f"tokenizer_config.json adds {token!r} to prompts, but tokenizer.json has no such "
-                "token."
-            )
-    single = [part for part in (bos, "$A", eos) if part is not None]
-    return processors.TemplateProcessing(
-        single=single, pair=[*single, "$B"], special_tokens=list(ids.items())
-    )

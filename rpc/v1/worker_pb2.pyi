@@ -352,7 +352,7 @@ class Finished(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., matched_stop: _Optional[int] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("state", "heartbeat_age_ms", "waiting", "running", "backlog_tokens", "free_blocks", "cached_blocks", "held_blocks", "leases", "prefill_tokens_per_s", "decode_step_s", "links")
+    __slots__ = ("state", "heartbeat_age_ms", "waiting", "running", "backlog_tokens", "free_blocks", "cached_blocks", "held_blocks", "leases", "prefill_tokens_per_s", "decode_step_s", "links", "transport")
     STATE_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -365,6 +365,7 @@ class LoadReport(_message.Message):
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_STEP_S_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     heartbeat_age_ms: int
     waiting: int
@@ -377,15 +378,18 @@ class LoadReport(_message.Message):
     prefill_tokens_per_s: float
     decode_step_s: float
     links: _containers.RepeatedCompositeFieldContainer[LinkRate]
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., heartbeat_age_ms: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., backlog_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., links: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ...) -> None: ...
+    transport: str
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., heartbeat_age_ms: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., backlog_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., links: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class LinkRate(_message.Message):
-    __slots__ = ("prefill_worker_id", "bytes_per_s")
+    __slots__ = ("prefill_worker_id", "bytes_per_s", "latency_s")
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_S_FIELD_NUMBER: _ClassVar[int]
     prefill_worker_id: str
     bytes_per_s: float
-    def __init__(self, prefill_worker_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+    latency_s: float
+    def __init__(self, prefill_worker_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ...) -> None: ...
 
 class CacheEvents(_message.Message):
     __slots__ = ("epoch", "seq", "reset", "stored", "removed", "lower")

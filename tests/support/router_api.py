@@ -167,6 +167,19 @@ class NoFleet:
         return [{"address": "nowhere:1", "state": "ready"}]
 
 
+@dataclass
+class ScriptedView:
+    """What /v1/fleet and /v1/requests show."""
+
+    listed: list[dict[str, object]] = field(default_factory=list)
+
+    def fleet(self) -> dict[str, object]:
+        return {"object": "fleet", "workers": [], "links": []}
+
+    def requests(self, count: int) -> list[dict[str, object]]:
+        return self.listed[:count]
+
+
 class ScriptedGeneration:
     """Plays one script."""
 
@@ -243,6 +256,7 @@ async def serve(
     *,
     settings: ApiSettings | None = None,
     text: TextProcessor | None = None,
+    observed: ScriptedView | None = None,
 ) -> AsyncIterator[Served]:
     """Run the router's app under uvicorn on loopback."""
     registry = CollectorRegistry()
@@ -252,6 +266,7 @@ async def serve(
         facts={"model": "tiny"},
         text=text or byte_text(),
         settings=settings or ApiSettings(),
+        observed=observed or ScriptedView(),
         registry=registry,
     )
     with closing_socket() as listener:

@@ -73,6 +73,7 @@ def test_cluster_serves_survives_a_killed_worker_and_ends_whole(
         names = {f"{name}.log" for name in ("router", "prefill-0", "decode-0")}
         assert {path.name for path in tmp_path.iterdir()} >= names
         assert "curl" in launcher.log
+        assert f"{url}/console" in launcher.log
 
         first = child(launcher, "decode")
         os.kill(first, signal.SIGKILL)

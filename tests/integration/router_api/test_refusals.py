@@ -26,6 +26,7 @@ from tests.support.router_api import (
     NoFleet,
     Script,
     ScriptedGenerator,
+    ScriptedView,
     Served,
     byte_text,
     client,
@@ -299,6 +300,7 @@ def test_no_json_makes_a_500(chat: bool, fields: dict[str, Any]) -> None:
             facts={},
             text=text,
             settings=ApiSettings(),
+            observed=ScriptedView(),
             registry=CollectorRegistry(),
         )
         async with httpx.AsyncClient(

@@ -58,7 +58,7 @@ def test_every_part_understands_the_options_that_it_is_given() -> None:
     decode = load(DecodeSettings, options(made, "decode-0"), prog="d", env_prefix="D_")
     assert router.prefill == ("127.0.0.1:1000", "127.0.0.1:1002")
     assert router.decode == ("127.0.0.1:1004",)
-    assert (router.host, router.port) == ("127.0.0.1", 8000)
+    assert (router.host, router.port, router.console) == ("127.0.0.1", 8000, True)
     assert (prefill.port, prefill.metrics_port) == (1002, 1003)
     assert prefill.worker_id == "prefill-1"
     for worker in (prefill, decode):

@@ -1,12 +1,14 @@
+from pathlib import Path
 from typing import Literal, Protocol
 
 import pytest
 
-from core.errors import DiptychError, InvalidRequestError
+from core.errors import ConfigError, DiptychError, InvalidRequestError
 from core.finish import FinishReason
 from core.sampling import SamplingParams
 from engine.llm import LLM
 from tests.support.engine import FakeExecutor, make_config, undisturbed
+from tests.support.models import make_checkpoint
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
 
@@ -88,3 +90,60 @@ def test_close_closes_the_executor(make_llm: MakeLLM) -> None:
     llm, executor = make_llm()
     llm.close()
     assert executor.closed
+
+
+def test_it_is_closed_at_the_end_of_its_context_and_only_once(make_llm: MakeLLM) -> None:
+    llm, executor = make_llm()
+    with llm as same:
+        assert same is llm
+    assert executor.closed
+    executor.closed = False
+    llm.close()
+    assert not executor.closed
+    with pytest.raises(DiptychError, match="closed"):
+        llm.generate([[1]], GREEDY)
+
+
+def test_prompts_that_are_neither_text_nor_ids_are_refused(make_llm: MakeLLM) -> None:
+    llm, executor = make_llm()
+    with pytest.raises(InvalidRequestError, match="Prompt 0 must be text or a list of token ids"):
+        llm.generate([1, 2, 3], GREEDY)  # type: ignore[list-item]
+    assert executor.plans == []
+
+
+def test_text_without_a_tokenizer_is_refused(make_llm: MakeLLM) -> None:
+    llm, _ = make_llm(model="nowhere")
+    with pytest.raises(ConfigError, match="nowhere"):
+        llm.generate("text", GREEDY)
+
+
+def test_wrong_settings_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"no setting max_num_seq\. Did you mean max_num_seqs"):
+        LLM("demo", max_num_seq=3)
+    with pytest.raises(ConfigError, match="block_size came beside an EngineConfig"):
+        LLM(make_config(), block_size=16)
+
+
+def test_text_in_is_text_out_and_ids_are_ids(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path)
+    sampling = SamplingParams(max_tokens=8, temperature=0)
+    with LLM(str(checkpoint), device="cpu", kv_cache_bytes=1 << 22) as llm:
+        ids = llm.tokenizer.encode("The dog sleeps").ids
+        by_text, by_ids = llm.generate(["The dog sleeps", ids], sampling)
+        assert by_text.token_ids == by_ids.token_ids
+        assert by_text.text == llm.tokenizer.decode(list(by_ids.token_ids))
+        assert by_ids.text is None
+        (alone,) = llm.generate("The dog sleeps", sampling)
+        assert alone.text == by_text.text
+
+
+def test_bar_shows_prompts_and_speed_only_where_asked(
+    make_llm: MakeLLM, capfd: pytest.CaptureFixture[str]
+) -> None:
+    llm, _ = make_llm()
+    llm.generate([[1], [2]], GREEDY)
+    assert capfd.readouterr() == ("", "")
+    llm.generate([[1], [2]], GREEDY, progress=True)
+    out, shown = capfd.readouterr()
+    assert out == ""
+    assert "2/2" in shown and "tokens/s" in shown
