@@ -148,7 +148,7 @@ def create_app(
         _get("/metrics", operations.metrics, "Prometheus metrics.", produces=_METRICS),
     ]
     version = str(facts.get("version", "unknown"))
-    document = OpenApi(routes, version=version)
+    document = OpenApi(tuple(routes), version=version)
     routes.append(_get("/openapi.json", document, "This document."))
     if settings.console:
         page = ConsolePage()

@@ -19,13 +19,14 @@ from schemathesis.specs.openapi.checks import (
 
 from router.api.settings import ApiSettings
 from router.app import create_app
-from tests.support.router_api import NoFleet, ScriptedGenerator, byte_text, says
+from tests.support.router_api import NoFleet, ScriptedGenerator, ScriptedView, byte_text, says
 
 APP = create_app(
     generator=ScriptedGenerator(lambda _: says("ok")),
     fleet=NoFleet(),
     facts={},
     text=byte_text(),
+    observed=ScriptedView(),
     settings=ApiSettings(),
     registry=CollectorRegistry(),
 )
