@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from router.fleet.worker import CacheChange
-from router.placement.prefix_index import Applied, PrefixIndex
+from router.placement.prefix_index import TIERS, Applied, PrefixIndex
 
 WORKERS = ("a", "b", "c")
 BLOCKS = [bytes([value]) * 16 for value in range(6)]
@@ -22,7 +22,8 @@ class IndexAgainstModel(RuleBasedStateMachine):
         self.index = PrefixIndex(prediction_ttl_s=TTL_S)
         self.now = 0.0
         self.known: dict[str, set[bytes]] = {}
-        self.predicted: dict[str, dict[bytes, float]] = {}
+        self.predicted: dict[str, dict[bytes, int]] = {}
+        """Block to the half of a life in which it was predicted last."""
         self.sequence: dict[str, tuple[int, int] | None] = {}
 
     def present(self, worker: str) -> bool:
@@ -82,14 +83,15 @@ class IndexAgainstModel(RuleBasedStateMachine):
         if self.present(worker):
             for block in hashes:
                 if block not in self.known[worker]:
-                    self.predicted[worker][block] = self.now + TTL_S
+                    self.predicted[worker][block] = int(self.now // (TTL_S / 2))
 
     @rule(passed=st.floats(0, 7))
     def wait(self, passed: float) -> None:
         self.now += passed
         self.index.expire(self.now)
+        turn = int(self.now // (TTL_S / 2))
         for predicted in self.predicted.values():
-            for block in [block for block, until in predicted.items() if until <= self.now]:
+            for block in [block for block, made in predicted.items() if made < turn - 1]:
                 del predicted[block]
 
     @precondition(lambda self: self.known)

@@ -57,7 +57,7 @@ def test_same_prefix_follows_the_first_request_before_any_cache_event() -> None:
 def test_prediction_that_nobody_confirms_expires() -> None:
     placer = make_placer(d="decode")
     placer.place(PROMPT, hashes_for, 1.0)
-    assert placer.place(PROMPT, hashes_for, 5.9).cached_tokens == 39
+    assert placer.place(PROMPT, hashes_for, 3.4).cached_tokens == 39
     placer = make_placer(d="decode")
     placer.place(PROMPT, hashes_for, 1.0)
     assert placer.place(PROMPT, hashes_for, 6.1).cached_tokens == 0
