@@ -98,7 +98,10 @@ class BlockTable:
         """
         if self._old is not None:
             self._bring(keys, self._old)
-        return np.unique(self._now.insert(keys))
+        slots = np.sort(self._now.insert(keys))
+        distinct = np.ones(len(slots), np.bool_)
+        distinct[1:] = slots[1:] != slots[:-1]
+        return slots[distinct]
 
     def read(self, slots: Slots) -> Values:
         """Values in slots."""

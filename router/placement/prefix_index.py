@@ -64,6 +64,8 @@ class PrefixIndex:
         self._sets = HolderSets()
         self._members: dict[str, _Member] = {}
         self._rows: list[str | None] = []
+        self._seen: tuple[Sequence[bytes], Keys] = ((), np.empty(0, np.uint64))
+        """The prompt looked at last: what is matched is predicted next, on two workers."""
 
     def __len__(self) -> int:
         """Distinct blocks that some worker has or is about to have."""
@@ -151,7 +153,7 @@ class PrefixIndex:
         have dropped one from the middle of a prompt, and what follows it there is of no use.
         """
         num_rows = len(self._rows)
-        keys = _keys(hashes)
+        keys = self._keys(hashes)
         lengths = np.zeros(num_rows, np.int64)
         alive = np.ones(num_rows, np.bool_)
         start, look = 0, FIRST_LOOK
@@ -180,7 +182,7 @@ class PrefixIndex:
         """Change the holders of blocks, but of those that a holder in `unless` has."""
         if not hashes:
             return
-        slots = self._table.slots(_keys(hashes))
+        slots = self._table.slots(self._keys(hashes))
         ids = self._table.read(slots)
         edited = self._sets.change(ids, lambda mask: mask if mask & unless else (mask & keep) | add)
         self._table.write(slots, edited)
@@ -188,10 +190,12 @@ class PrefixIndex:
         if len(gone):
             self._sets.release(gone)
 
-
-def _keys(hashes: Sequence[bytes]) -> Keys:
-    """The first 64 bits of each hash; never 0, which marks a free slot."""
-    words = np.frombuffer(b"".join(hashes), np.uint64)
-    keys: Keys = words[:: HASH_BYTES // words.itemsize].copy()
-    keys[keys == 0] = 1
-    return keys
+    def _keys(self, hashes: Sequence[bytes]) -> Keys:
+        """The first 64 bits of each hash; never 0, which marks a free slot."""
+        seen, keys = self._seen
+        if seen is not hashes or len(keys) != len(hashes):
+            words = np.frombuffer(b"".join(hashes), np.uint64)
+            keys = words[:: HASH_BYTES // words.itemsize].copy()
+            keys[keys == 0] = 1
+            self._seen = hashes, keys
+        return keys

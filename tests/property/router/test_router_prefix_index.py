@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from router.fleet.worker import CacheChange
-from router.placement.prefix_index import TIERS, Applied, PrefixIndex
+from router.placement.prefix_index import Applied, PrefixIndex
 
 WORKERS = ("a", "b", "c")
 BLOCKS = [bytes([value]) * 16 for value in range(6)]

@@ -2,17 +2,18 @@ import pytest
 
 from core.errors import UnavailableError
 from router.fleet.worker import WorkerState
-from router.placement.choose import Demand, choose
-from router.placement.cost import Prompt, WorkerView
+from router.placement.choose import Demand, Outlook, choose
+from router.placement.columns import WorkerView
+from router.placement.cost import Prompt
 from router.placement.decision import Mode, Placement, Refusal
-from tests.support.router_placement import COST, make_layout, make_view
+from tests.support.router_placement import make_columns, make_layout, make_view
 
 PROMPT = Prompt(num_tokens=100, max_new_tokens=20)
 
 
 def place(*views: WorkerView, local: int = 0, **demand: object) -> Placement:
     given = Demand(**{"prompt": PROMPT, **demand})  # type: ignore[arg-type]
-    return choose(views, given, COST, local_prefill_max_tokens=local)
+    return choose(make_columns(views), given, Outlook(local_prefill_max_tokens=local))
 
 
 def test_least_backlog_wins() -> None:
@@ -22,12 +23,6 @@ def test_least_backlog_wins() -> None:
         make_view("d0", "decode"),
     )
     assert (chosen.mode, chosen.prefill, chosen.worker) == (Mode.DISAGGREGATED, "p1", "d0")
-
-
-def test_tokens_sent_since_the_report_count_as_backlog() -> None:
-    busy = make_view("p0", "prefill", sent_tokens=200)
-    chosen = place(busy, make_view("p1", "prefill", backlog_tokens=100), make_view("d0", "decode"))
-    assert chosen.prefill == "p1"
 
 
 def test_measured_rate_decides() -> None:
@@ -144,7 +139,7 @@ def test_every_refusal_is_named() -> None:
         make_view("c", "decode", model_digest=b"other"),
     ]
     with pytest.raises(UnavailableError) as caught:
-        choose(views, demand, COST, absent=[Refusal(("e",), "connection refused")])
+        choose(make_columns(views), demand, absent=[Refusal(("e",), "connection refused")])
     message = caught.value.message
     assert "a: is draining" in message
     assert "b: prompt and max_tokens make 120 tokens, its context holds 119" in message
