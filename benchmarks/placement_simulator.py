@@ -3,8 +3,9 @@
     python -m benchmarks.placement_simulator --trace mooncake_conversation_trace.jsonl --save
 
 Workers are modelled (benchmarks/placement_world.py), placement is not: the router's policy is the
-placer with its index and prices as they run in production. A fleet of N workers is 3 prefill workers
-for each decode worker. Larger fleets get several windows of the trace at once, which share no blocks.
+placer with its index and prices as they run in production, behind its admission queue. A fleet has
+3 prefill workers for each decode worker. Larger fleets get several windows of the trace at once,
+which share no blocks.
 
 Hit rates are parts of the bound: what one infinite cache would spare, which holds every prompt when
 the next one arrives.
@@ -182,7 +183,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--speed", type=float, default=5.0, help="seconds of trace in one second")
-    parser.add_argument("--cache-blocks", type=int, default=10_000, help="of 512 tokens, per worker")
+    parser.add_argument(
+        "--cache-blocks", type=int, default=10_000, help="of 512 tokens, per worker"
+    )
     parser.add_argument("--fleets", type=int, nargs="*", default=[8, 64, 512])
     parser.add_argument("--policies", nargs="*", default=POLICIES)
     parser.add_argument("--save", action="store_true")

@@ -107,9 +107,7 @@ class _Worker:
         tell = self.tell
         if tell is not None and (stored or removed):
             self.seq += 1
-            change = CacheChange(
-                epoch=1, seq=self.seq, reset=False, stored=stored, removed=removed
-            )
+            change = CacheChange(epoch=1, seq=self.seq, reset=False, stored=stored, removed=removed)
             self.events.at(self.events.now + DELAY_S, lambda: tell(self.name, change))
 
 

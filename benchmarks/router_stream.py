@@ -62,6 +62,10 @@ class ReadyGenerator:
         """None is kept."""
         return None
 
+    def explain(self, request_id: str) -> dict[str, object] | None:
+        """None is kept."""
+        return None
+
 
 class ReadyGeneration:
     """One sequence."""

@@ -75,6 +75,7 @@ def create_app(
         _get("/v1/models", operations.models),
         _get("/v1/models/{name:path}", operations.model),
         _get("/v1/requests/{id:path}/timeline", operations.timeline),
+        _get("/v1/requests/{id:path}/explain", operations.explain),
         _get("/health", operations.health),
         _get("/ready", operations.ready),
         _get("/metrics", operations.metrics),

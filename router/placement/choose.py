@@ -96,6 +96,15 @@ def choose(
     raise UnavailableError(f"No worker can take the request: {reasons or 'none is configured'}.")
 
 
+def least_backlog_s(columns: WorkerColumns, now: float) -> float:
+    """Backlog of the least busy ready worker that prompts go to first; 0 if none is ready."""
+    ready, prefills = columns.flags("ready"), columns.flags("prefills")
+    pool = ready & prefills if (ready & prefills).any() else ready
+    if not pool.any():
+        return 0.0
+    return float(cost.backlog_s(columns["idle_at"][pool], now).min())
+
+
 class _Prices:
     """Terms of every worker in every part, worked out once per choice."""
 

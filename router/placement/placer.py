@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from router.fleet.worker import CacheChange, Role, WorkerInfo, WorkerLoad
-from router.placement.choose import Demand, Outlook, choose
+from router.placement.choose import Demand, Outlook, choose, least_backlog_s
 from router.placement.columns import WorkerColumns, WorkerView
 from router.placement.cost import EXPECTED_OUTPUT_TOKENS, CostSettings, Prompt
 from router.placement.decision import Placement, Refusal
@@ -135,6 +135,10 @@ class Placer:
     def generated(self, num_tokens: int) -> None:
         """A request ended well after so many tokens: what others may be expected to need."""
         self._output_tokens += OUTPUT_WEIGHT * (num_tokens - self._output_tokens)
+
+    def least_backlog_s(self, now: float) -> float:
+        """Seconds of prompts that the least busy of the ready workers has to compute."""
+        return least_backlog_s(self._columns, now)
 
     def place(
         self,

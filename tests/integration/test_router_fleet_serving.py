@@ -144,7 +144,7 @@ async def test_too_long_a_request_says_both_lengths() -> None:
 async def test_one_request_above_the_limit_is_refused() -> None:
     async with (
         fake_workers(decode=1) as workers,
-        router_on(workers, max_in_flight=1) as router,
+        router_on(workers, max_in_flight=1, max_queued=0) as router,
         router.generate(make_request([4], 4000)),
     ):
         assert not router.ready
@@ -276,3 +276,34 @@ async def test_only_the_latest_timelines_are_kept() -> None:
             await run(router, request)
         kept = [router.timeline(request.request_id) is not None for request in requests]
         assert kept == [False, True, True]
+
+
+async def test_request_above_the_limit_waits_for_its_turn_and_says_so() -> None:
+    async with fake_workers(decode=1) as workers, router_on(workers, max_in_flight=1) as router:
+        request = make_request([5], 4)
+        async with asyncio.TaskGroup() as group, router.generate(make_request([4], 4000)):
+            waiting = group.create_task(run(router, request))
+            await until(lambda: router.explain(request.request_id), "the second is known")
+            assert len(workers[0].submits) == 1
+        assert waiting.result() == expected([5], 4)
+        timeline = router.timeline(request.request_id)
+        assert timeline is not None
+        stages = timeline["stages"]
+        assert isinstance(stages, list)
+        assert "queue" in [stage["name"] for stage in stages]
+
+
+async def test_explanation_names_every_candidate_and_the_winner() -> None:
+    async with fake_workers(prefill=2, decode=2) as workers, router_on(workers) as router:
+        request = make_request([4, 5, 6], 2)
+        await run(router, request)
+        explained = router.explain(request.request_id)
+        assert explained is not None
+        decisions = explained["decisions"]
+        assert isinstance(decisions, list)
+        candidates = decisions[0]["candidates"]
+        assert {each["worker"] for each in candidates} == {each.address for each in workers}
+        for part, chosen in (("prefill", "prefill"), ("decode", "decode")):
+            costs = {e["worker"]: e["cost_s"] for e in candidates if e["part"] == part}
+            assert costs[decisions[0][chosen]] == min(costs.values())
+        assert router.explain("unknown") is None
