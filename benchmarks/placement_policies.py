@@ -4,22 +4,33 @@ All of them learn when a first token and when an end reach the router; only the 
 load reports and cache events.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import Protocol
 
 from benchmarks.placement_trace import BLOCK_SIZE
 from benchmarks.placement_world import DELAY_S, Hardware, Job
+from router.admission import Admission, AdmissionLimits, Priority, Ticket
 from router.fleet.worker import CacheChange, KvLayout, Role, WorkerInfo, WorkerLoad
 from router.placement.cost import CostSettings, Prompt
 from router.placement.placer import Placer
+
+MAX_BACKLOG_S, TIMEOUT_S = 10.0, 600.0
+"""The router's defaults."""
+MAX_TOKENS = 4096
+"""Limit of every output: the router does not know how long it will be."""
 
 
 class Policy(Protocol):
     """Chooses a prefill and a decode worker for each request."""
 
-    listens: bool
-    """Does it hear load reports and cache events?"""
+    def arrived(self, job: Job, now: float) -> None:
+        """A request is there."""
+        ...
+
+    def next(self, now: float) -> Job | None:
+        """A request that is to be placed now."""
+        ...
 
     def place(self, job: Job, now: float) -> tuple[str, str]:
         """Names of the two workers."""
@@ -34,12 +45,26 @@ class Policy(Protocol):
         ...
 
 
-class RoundRobin:
+class Unqueued:
+    """Places every request as it comes."""
+
+    def __init__(self) -> None:
+        self._arrived: deque[Job] = deque()
+
+    def arrived(self, job: Job, now: float) -> None:
+        """See Policy."""
+        self._arrived.append(job)
+
+    def next(self, now: float) -> Job | None:
+        """See Policy."""
+        return self._arrived.popleft() if self._arrived else None
+
+
+class RoundRobin(Unqueued):
     """Each worker in turn."""
 
-    listens = False
-
     def __init__(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
+        super().__init__()
         self._prefill, self._decode = prefill, decode
         self._turn = -1
 
@@ -58,12 +83,11 @@ class RoundRobin:
         """See Policy."""
 
 
-class LeastLoaded:
+class LeastLoaded(Unqueued):
     """The prefill worker with the fewest prompt tokens to compute, the emptiest decode worker."""
 
-    listens = False
-
     def __init__(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
+        super().__init__()
         self._tokens = dict.fromkeys(prefill, 0)
         self._requests = dict.fromkeys(prefill, 0)
         self._sequences = dict.fromkeys(decode, 0)
@@ -134,9 +158,7 @@ class ApproximatePrefix(LeastLoaded):
 
 
 class Ours:
-    """The router's placer, with its index, its prices and its own view of the workers."""
-
-    listens = True
+    """The router's placer, with its index, its prices and its own view, behind its queue."""
 
     def __init__(self, prefill: Sequence[str], decode: Sequence[str], hardware: Hardware) -> None:
         self.placer = Placer(
@@ -146,18 +168,40 @@ class Ours:
                 transfer_bytes_per_s=hardware.link_bytes_per_s,
             )
         )
+        size = len(prefill) + len(decode)
+        self._admission = Admission(
+            AdmissionLimits(max_running=128 * size, max_queued=1 << 20, max_backlog_s=MAX_BACKLOG_S)
+        )
+        self._jobs: dict[str, Job] = {}
         for role, names in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
             for name in names:
                 self.placer.add(name, _info(name, role, hardware))
                 snapshot = CacheChange(epoch=1, seq=0, reset=True, stored=(), removed=())
                 self.placer.apply(name, snapshot)
 
+    def arrived(self, job: Job, now: float) -> None:
+        """See Policy."""
+        request = job.request
+        ticket = Ticket(
+            request_id=str(id(job)),
+            key="",
+            priority=Priority.NORMAL,
+            tokens=request.prompt_tokens + MAX_TOKENS,
+            deadline=now + TIMEOUT_S,
+        )
+        self._jobs[ticket.request_id] = job
+        self._admission.offer(ticket, now, self.placer.least_backlog_s(now))
+
+    def next(self, now: float) -> Job | None:
+        """See Policy."""
+        ticket = self._admission.next(self.placer.least_backlog_s(now))
+        return None if ticket is None else self._jobs.pop(ticket.request_id)
+
     def place(self, job: Job, now: float) -> tuple[str, str]:
         """See Policy."""
         request = job.request
         placement = self.placer.place(
-            # The router does not know how long an output will be, only its limit.
-            Prompt(num_tokens=request.prompt_tokens, max_new_tokens=4096),
+            Prompt(num_tokens=request.prompt_tokens, max_new_tokens=MAX_TOKENS),
             lambda _: request.hashes,
             now,
         )
@@ -170,6 +214,7 @@ class Ours:
     def ended(self, job: Job, now: float) -> None:
         """See Policy."""
         self.placer.generated(job.request.output_tokens)
+        self._admission.leave(str(id(job)), now - job.request.arrives_at)
 
     def report(self, worker: str, load: WorkerLoad, now: float) -> None:
         """A load report arrived."""

@@ -136,14 +136,20 @@ def simulate(
         nonlocal open_jobs
         open_jobs -= 1
         policy.ended(job, events.now)
+        start_next()
 
     def computed(job: Job) -> None:
         policy.first_token(job, events.now)
         decode[job.decode].submit(job, ended)
 
     def arrive(job: Job) -> None:
-        job.prefill, job.decode = policy.place(job, events.now)
-        prefill[job.prefill].submit(job, computed)
+        policy.arrived(job, events.now)
+        start_next()
+
+    def start_next() -> None:
+        while (job := policy.next(events.now)) is not None:
+            job.prefill, job.decode = policy.place(job, events.now)
+            prefill[job.prefill].submit(job, computed)
 
     for job in jobs:
         events.at(job.request.arrives_at, partial(arrive, job))
@@ -151,6 +157,7 @@ def simulate(
     def report(name: str, worker: PrefillWorker | DecodeWorker) -> None:
         assert listener is not None
         listener.report(name, worker.load(), events.now)
+        start_next()
         if open_jobs:
             events.at(events.now + REPORT_S, partial(report, name, worker))
 

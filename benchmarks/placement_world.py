@@ -60,7 +60,6 @@ class Job:
     first_token_at: float = 0.0
     ended_at: float = 0.0
     ends_at_step: float = 0.0
-    shed: bool = False
 
     @property
     def ttft_s(self) -> float:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from core.errors import InvalidRequestError
+from router.admission import Priority
 from router.api.answers import Answer, Usage
+from router.api.caller import caller_key, priority_of
 from router.api.exchange import Exchange
 from router.api.output import Output, OutputRules
 from router.api.parts import ApiParts
@@ -147,6 +149,8 @@ async def make_job(
         received_at=exchange.received_at,
         tokenized_at=parts.clock(),
         deadline=deadline,
+        key=caller_key(exchange.headers, request.user),
+        priority=priority_of(exchange.headers),
     )
     choices = [
         planner.choice(prompt, index, copy)
@@ -169,6 +173,8 @@ class _Planner:
     received_at: float
     tokenized_at: float
     deadline: float
+    key: str
+    priority: Priority
 
     def choice(self, prompt: Prompt, index: int, copy: int) -> Choice:
         request, field = self.request, self.dialect.prompt_field
@@ -201,6 +207,8 @@ class _Planner:
                 received_at=self.received_at,
                 tokenized_at=self.tokenized_at,
                 cache_salt=request.cache_salt,
+                key=self.key,
+                priority=self.priority,
             ),
             output=Output(detokeniser, self._rules(), offset=len(prompt.echo)),
         )

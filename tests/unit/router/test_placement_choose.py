@@ -4,7 +4,7 @@ from core.errors import UnavailableError
 from router.fleet.worker import WorkerState
 from router.placement.choose import Demand, Outlook, choose
 from router.placement.columns import WorkerView
-from router.placement.cost import Prompt
+from router.placement.cost import SHARED_COST, Prompt
 from router.placement.decision import Mode, Placement, Refusal
 from tests.support.router_placement import make_columns, make_layout, make_view
 
@@ -31,8 +31,10 @@ def test_measured_rate_decides() -> None:
     assert place(slow, fast, make_view("d0", "decode")).prefill == "p1"
 
 
-@pytest.mark.parametrize(("backlog", "chosen"), [(50, "cached"), (90, "idle")])
-def test_cached_prefix_is_worth_exactly_its_tokens(backlog: int, chosen: str) -> None:
+@pytest.mark.parametrize(("backlog", "chosen"), [(790, "cached"), (810, "idle")])
+def test_cached_prefix_is_worth_waiting_for_up_to_a_multiple(backlog: int, chosen: str) -> None:
+    """80 of 100 tokens are cached there: 80 not to compute, at ten times their own time."""
+    assert SHARED_COST + 1 == 10
     placement = place(
         make_view("cached", "prefill", backlog_tokens=backlog),
         make_view("idle", "prefill"),
