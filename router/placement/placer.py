@@ -101,6 +101,11 @@ class Placer:
         self._output_tokens = EXPECTED_OUTPUT_TOKENS
 
     @property
+    def index(self) -> PrefixIndex:
+        """What is cached where."""
+        return self._index
+
+    @property
     def indexed_blocks(self) -> int:
         """Distinct blocks that some worker has or is about to have."""
         return len(self._index)
@@ -176,7 +181,8 @@ class Placer:
         placement = choose(self._columns, demand, self._outlook(now), absent=absent)
         self._arrivals.count(now)
         computes = placement.prefill or placement.worker
-        for worker in {computes, placement.worker}:
+        chosen = {computes, placement.worker}
+        for worker in chosen:
             member = self._members[worker]
             tokens = prompt.num_tokens - placement.cached_tokens if worker == computes else 0
             blocks = -(-prompt.num_tokens // member.info.layout.block_size)
@@ -185,7 +191,8 @@ class Placer:
                 sent, member.load.prefill_tokens_per_s or self._settings.prefill_tokens_per_s
             )
             self._refresh(worker)
-            self._index.predict(worker, hashes_for(member.info), now)
+        # Two workers that are a pair count blocks alike.
+        self._index.predict(chosen, hashes_for(self._members[computes].info), now)
         return placement
 
     def _outlook(self, now: float) -> Outlook:

@@ -11,7 +11,7 @@ have a chance of one in 400,000 to exist; all that comes of it is a wrong guess 
 Called by placer.py. Pure: time comes in as an argument.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -117,23 +117,31 @@ class PrefixIndex:
             return Applied.NEEDS_RESYNC
         member.seq = change.seq
         bit, predicted = member.bits(1 << tier), member.bits(_PREDICTED)
-        self._edit(change.removed, ~(bit | predicted), 0)
-        self._edit(change.stored, ~predicted, bit)
+        self._edit(change.removed, lambda mask: mask & ~(bit | predicted))
+        self._edit(change.stored, lambda mask: (mask & ~predicted) | bit)
         return Applied.APPLIED
 
-    def predict(self, worker: str, hashes: Sequence[bytes], now: float) -> None:
-        """Count the blocks of a prompt that was just sent to `worker` as cached there.
+    def predict(self, workers: Collection[str], hashes: Sequence[bytes], now: float) -> None:
+        """Count the blocks of a prompt that was just sent to `workers` as cached there.
 
         They count for at least half of the time that predictions live, and at most for all of it.
         """
-        member = self._members.get(worker)
-        if member is None:
-            return
         self.expire(now)
         latest = 1 << TIERS + self._turn % 2
-        self._edit(
-            hashes, ~member.bits(_PREDICTED), member.bits(latest), unless=member.bits(_KNOWN)
-        )
+        members = [self._members[worker] for worker in workers if worker in self._members]
+        places = [
+            (member.bits(_KNOWN), ~member.bits(_PREDICTED), member.bits(latest))
+            for member in members
+        ]
+
+        def edit(mask: int) -> int:
+            for known, keep, add in places:
+                if not mask & known:
+                    mask = (mask & keep) | add
+            return mask
+
+        if places:
+            self._edit(hashes, edit)
 
     def expire(self, now: float) -> None:
         """End the predictions whose time has come."""
@@ -178,14 +186,12 @@ class PrefixIndex:
                 matched[name] = int(lengths[row])
         return matched
 
-    def _edit(self, hashes: Sequence[bytes], keep: int, add: int, *, unless: int = 0) -> None:
-        """Change the holders of blocks, but of those that a holder in `unless` has."""
+    def _edit(self, hashes: Sequence[bytes], edit: Callable[[int], int]) -> None:
+        """Change the holders of blocks."""
         if not hashes:
             return
         slots = self._table.slots(self._keys(hashes))
-        ids = self._table.read(slots)
-        edited = self._sets.change(ids, lambda mask: mask if mask & unless else (mask & keep) | add)
-        self._table.write(slots, edited)
+        self._table.write(slots, self._sets.change(self._table.read(slots), edit))
         gone = self._table.tidy(self._sets.live, self._sets.alive, len(slots))
         if len(gone):
             self._sets.release(gone)

@@ -79,7 +79,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
 
     @rule(worker=workers, hashes=blocks)
     def predict(self, worker: str, hashes: list[bytes]) -> None:
-        self.index.predict(worker, hashes, self.now)
+        self.index.predict([worker], hashes, self.now)
         if self.present(worker):
             for block in hashes:
                 if block not in self.known[worker]:
