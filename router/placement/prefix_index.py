@@ -14,6 +14,7 @@ Called by placer.py. Pure: time comes in as an argument.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 
 import numpy as np
 
@@ -92,16 +93,11 @@ class PrefixIndex:
             self._sets.strip(member.bits(_ALL))
             self._rows[member.row] = None
 
-    def apply(self, worker: str, change: CacheChange, *, tier: int = 0) -> Applied:
+    def apply(self, worker: str, change: CacheChange) -> Applied:
         """Apply one cache event of `worker`, in the order of arrival.
 
         A gap or another epoch empties what is known of the worker: an entry that may be stale would
         attract requests for nothing.
-
-        Args:
-            worker: who sent it.
-            change: what it said.
-            tier: where the worker keeps the blocks, below TIERS. A reset empties all tiers.
         """
         member = self._members.get(worker)
         if member is None:
@@ -116,9 +112,11 @@ class PrefixIndex:
             member.synced = False
             return Applied.NEEDS_RESYNC
         member.seq = change.seq
-        bit, predicted = member.bits(1 << tier), member.bits(_PREDICTED)
-        self._edit(change.removed, lambda mask: mask & ~(bit | predicted))
-        self._edit(change.stored, lambda mask: (mask & ~predicted) | bit)
+        predicted = member.bits(_PREDICTED)
+        for tier, (stored, removed) in enumerate(_by_tier(change)):
+            bit = member.bits(1 << tier)
+            self._edit(removed, partial(_swapped, out=bit | predicted, into=0))
+            self._edit(stored, partial(_swapped, out=predicted, into=bit))
         return Applied.APPLIED
 
     def predict(self, workers: Collection[str], hashes: Sequence[bytes], now: float) -> None:
@@ -205,3 +203,12 @@ class PrefixIndex:
             keys[keys == 0] = 1
             self._seen = hashes, keys
         return keys
+
+
+def _swapped(mask: int, *, out: int, into: int) -> int:
+    return (mask & ~out) | into
+
+
+def _by_tier(change: CacheChange) -> Sequence[tuple[Sequence[bytes], Sequence[bytes]]]:
+    """What a worker has stored and removed in each tier, the device first."""
+    return [(change.stored, change.removed)]

@@ -1,7 +1,7 @@
 import pytest
 
 from core.errors import UnavailableError
-from router.fleet.worker import WorkerState
+from router.fleet.worker import Place, WorkerState
 from router.placement.choose import Demand, Outlook, choose
 from router.placement.columns import WorkerView
 from router.placement.cost import SHARED_COST, Prompt
@@ -179,3 +179,56 @@ def test_unmeasured_link_goes_at_the_assumed_rate() -> None:
     placement = place(make_view("p", "prefill"), decode)
     assert placement.as_dict()["transfer_rate"] == {"bytes_per_s": 1_000_000, "measured": False}
     assert place(decode).as_dict()["transfer_rate"] is None
+
+
+def test_unmeasured_link_is_guessed_from_how_far_it_reaches() -> None:
+    """25 KB take 25 ms within a host, 0.25 s between zones, and what was measured wins."""
+    here, far = Place(zone="a", host="h"), Place(zone="b")
+    views = [
+        make_view("near", "prefill", place=here, backlog_tokens=20),
+        make_view("far", "prefill", place=far),
+    ]
+    assert place(*views, make_view("d", "decode", place=here)).prefill == "near"
+    assert place(*views, make_view("d", "decode")).prefill == "far"
+    measured = make_view("d", "decode", place=here, link_bytes_per_s={"far": 1e7})
+    assert place(*views, measured).prefill == "far"
+
+
+def test_link_measured_before_its_prefill_worker_came_counts_once_it_comes() -> None:
+    columns = make_columns([make_view("d", "decode", link_bytes_per_s={"p": 5.0})])
+    columns.put(make_view("p", "prefill"))
+    placement = choose(columns, Demand(prompt=PROMPT))
+    assert placement.transfer is not None
+    assert (placement.transfer.bytes_per_s, placement.transfer.measured) == (5.0, True)
+
+
+def test_prompt_is_computed_on_decode_only_where_that_is_cheaper() -> None:
+    """Within the limit; there it holds up whoever decodes."""
+    prefill = make_view("p", "prefill")
+    short = Prompt(num_tokens=20, max_new_tokens=20)
+    idle = place(prefill, make_view("d", "decode"), local=50, prompt=short)
+    assert idle.mode is Mode.LOCAL
+    assert set(idle.alternatives) == {"disaggregated"}
+    busy = place(prefill, make_view("d", "decode", running=7), local=50, prompt=short)
+    assert busy.mode is Mode.DISAGGREGATED
+    assert busy.alternatives["local"] > busy.cost_s
+
+
+def test_every_candidate_is_ranked_with_the_winner_first() -> None:
+    views = [make_view(f"p{i}", "prefill", backlog_tokens=100 - i) for i in range(40)]
+    placement = place(*views, make_view("d", "decode"))
+    ranking = placement.rankings[0]
+    assert ranking.considered == len(ranking.candidates()) == 40
+    assert ranking.candidates()[0].worker == placement.prefill == "p39"
+    shown = placement.as_dict()["candidates"]
+    assert isinstance(shown, list) and len(shown) < 40
+
+
+def test_worker_that_left_leaves_its_row_to_the_next() -> None:
+    columns = make_columns([make_view("a", "decode"), make_view("b", "decode")])
+    columns.drop("a")
+    columns.put(make_view("c", "decode", running=7))
+    assert {choose(columns, Demand(prompt=PROMPT)).worker} == {"b"}
+    columns.drop("b")
+    placement = choose(columns, Demand(prompt=PROMPT))
+    assert [each.worker for each in placement.candidates] == ["c"]
