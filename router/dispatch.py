@@ -122,6 +122,11 @@ class Dispatcher:
         """True if a request would be admitted now."""
         return bool(self._ready) and not self._draining and self._admission.open
 
+    @property
+    def backlog_s(self) -> float:
+        """Seconds of prompts that the least busy worker has to compute."""
+        return self._placer.least_backlog_s(self._clock())
+
     def timeline(self, request_id: str) -> dict[str, object] | None:
         """Stages and decisions of a recent request."""
         timeline = self._timelines.get(request_id)
@@ -162,6 +167,8 @@ class Dispatcher:
         self._metrics.count_workers(self._workers.census)
         for run in list(self._runs.values()):
             self._carry_out(run, run.ledger.lost(worker, cause))
+        # With nobody left to wait for, the queue's requests wait for a worker, but not for long.
+        self._start_queued()
 
     def tokens(self, worker: str, runs: list[TokenRun]) -> None:
         """One engine step's tokens."""
@@ -243,7 +250,7 @@ class Dispatcher:
             deadline=request.deadline,
         )
         try:
-            victim = self._admission.offer(ticket, now, self._placer.least_backlog_s(now))
+            victim = self._admission.offer(ticket, now, self.backlog_s)
         except OverloadedError:
             self._metrics.shed.labels("refused").inc()
             raise
@@ -255,7 +262,7 @@ class Dispatcher:
     def _start_queued(self) -> None:
         """Place requests from the queue for as long as admission lets any out."""
         now = self._clock()
-        while (ticket := self._admission.next(self._placer.least_backlog_s(now))) is not None:
+        while (ticket := self._admission.next(self.backlog_s)) is not None:
             run = self._runs[ticket.request_id]
             run.timeline.admitted()
             self._metrics.queue_wait.observe(now - run.request.tokenized_at)

@@ -111,10 +111,10 @@ class RouterSettings(BaseModel):
         "their own.",
     )
     prediction_ttl_s: Seconds = Field(
-        30.0,
+        60.0,
         gt=0,
-        description="How long a prompt that was sent to a worker counts as cached there before the "
-        "worker says so itself.",
+        description="How long at most a prompt that was sent to a worker counts as cached there "
+        "before the worker says so itself.",
     )
 
     timelines: int = Field(

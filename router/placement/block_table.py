@@ -92,16 +92,13 @@ class BlockTable:
         return values
 
     def slots(self, keys: Keys) -> Slots:
-        """Distinct slots of the keys, which are put in if they are missing, for `read` and `write`.
+        """Slots of the keys, which are put in if they are missing, for `read` and `write`.
 
         Valid until the next call.
         """
         if self._old is not None:
             self._bring(keys, self._old)
-        slots = np.sort(self._now.insert(keys))
-        distinct = np.ones(len(slots), np.bool_)
-        distinct[1:] = slots[1:] != slots[:-1]
-        return slots[distinct]
+        return self._now.insert(keys)
 
     def read(self, slots: Slots) -> Values:
         """Values in slots."""

@@ -5,56 +5,26 @@ them; a decode worker that computes the prompt too, where what it lacks is short
 and, only if neither is possible, any worker alone.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from core.errors import UnavailableError
 from router.placement import cost
 from router.placement.columns import Flags, Rows, WorkerColumns
-from router.placement.cost import EXPECTED_OUTPUT_TOKENS, Column, Prompt
 from router.placement.decision import (
     MAX_CANDIDATES,
     Mode,
     Placement,
-    Ranking,
     Refusal,
     TransferRate,
 )
-from router.placement.pairing import Side, cheapest, cheapest_pair
+from router.placement.pairing import cheapest, cheapest_pair
+from router.placement.prices import Demand, Outlook, Prices, fits
 
 MAX_REASONS = 16
 """Refusals that an error names."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """What is to be placed, and under which conditions."""
-
-    prompt: Prompt
-    matched_blocks: Mapping[str, int] = field(default_factory=dict)
-    """Leading blocks of the prompt in each worker's cache."""
-    avoid: Collection[str] = ()
-    """Workers that failed this request."""
-    allow_avoided: bool = False
-    """Take one of them if there is no other."""
-    model_digest: bytes | None = None
-    """Only workers with this digest: another model would not continue the output alike."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outlook:
-    """What is expected of the fleet as a whole."""
-
-    now: float = 0.0
-    """Monotonic seconds, the clock of the workers' `idle_at`."""
-    output_tokens: float = EXPECTED_OUTPUT_TOKENS
-    """Length of an output, where the request allows it."""
-    arrivals_per_s: float = 0.0
-    """Prompts that one worker is sent to compute per second."""
-    local_prefill_max_tokens: int = 0
-    """Uncached tokens up to which decode may compute the prompt itself."""
 
 
 def choose(
@@ -75,7 +45,7 @@ def choose(
     Raises:
         UnavailableError: every worker was refused; the message says why each was.
     """
-    prices = _Prices(columns, demand, outlook)
+    prices = Prices(columns, demand, outlook)
     refused = [*absent, *_refusals(columns, demand)]
     usable = prices.usable
     avoided = np.zeros_like(usable)
@@ -105,80 +75,8 @@ def least_backlog_s(columns: WorkerColumns, now: float) -> float:
     return float(cost.backlog_s(columns["idle_at"][pool], now).min())
 
 
-class _Prices:
-    """Terms of every worker in every part, worked out once per choice."""
-
-    def __init__(self, columns: WorkerColumns, demand: Demand, outlook: Outlook) -> None:
-        self.columns = columns
-        self.outlook = outlook
-        prompt = demand.prompt
-        matched = np.zeros_like(columns["placed"])
-        for key, blocks in demand.matched_blocks.items():
-            row = columns.row(key)
-            if row is not None:
-                matched[row] = blocks
-        self.usable = _fits(columns, demand)
-        # Rows without a worker have a block size of 0; what comes out for them is never looked at.
-        block_size = np.maximum(columns["block_size"], 1)
-        self.cached = cost.cached_tokens(prompt, matched, block_size)
-        self.uncached = prompt.num_tokens - self.cached
-        self.kv_bytes = cost.transfer_bytes(self.uncached, block_size, columns["block_bytes"])
-        self._price_prefill()
-        self._price_decode(prompt, block_size)
-
-    def _price_prefill(self) -> None:
-        columns, outlook = self.columns, self.outlook
-        rate = np.maximum(columns["prefill_rate"], 1e-9)
-        backlog_s = cost.backlog_s(columns["idle_at"], outlook.now)
-        prefill_s = cost.prefill_s(self.uncached, rate)
-        self.prefill = {
-            "backlog_s": backlog_s,
-            "prefill_s": prefill_s,
-            "crowding_s": cost.crowding_s(prefill_s, backlog_s, outlook.arrivals_per_s),
-        }
-
-    def _price_decode(self, prompt: Prompt, block_size: Column) -> None:
-        columns = self.columns
-        tokens = min(prompt.max_new_tokens, self.outlook.output_tokens)
-        batch, places = columns["batch"], np.maximum(columns["places"], 1)
-        decode_s = cost.decode_s(tokens, columns["step_s"], batch, places)
-        growth = cost.growth_blocks(batch, self.outlook.output_tokens, block_size)
-        needed = np.ceil((prompt.num_tokens + tokens - self.cached) / block_size)
-        self.decode = {
-            "decode_s": decode_s,
-            "batch_wait_s": cost.batch_wait_s(decode_s, batch, places),
-            "kv_wait_s": cost.kv_wait_s(decode_s, needed, columns["free_blocks"] - growth),
-        }
-        stall_s = cost.stall_s(self.prefill["prefill_s"], batch)
-        self.alone = self.prefill | {"stall_s": stall_s} | self.decode
-
-    def side(self, rows: Rows, terms: Mapping[str, Column]) -> Side:
-        """The workers in some rows with the sum of some terms."""
-        return Side(rows=rows, cost_s=np.add.reduce([term[rows] for term in terms.values()]))
-
-    def ranking(self, part: str, rows: Rows, terms: Mapping[str, Column]) -> Ranking:
-        """The best of the workers in some rows; `terms` are those of all rows."""
-        order = np.lexsort((self.columns["placed"][rows], self.side(rows, terms).cost_s))
-        best = rows[order[:MAX_CANDIDATES]]
-        return Ranking(
-            part=part,
-            names=self.columns.names,
-            rows=best,
-            cached_tokens=self.cached[best],
-            terms={name: term[best] for name, term in terms.items()},
-            considered=len(rows),
-        )
-
-
-def _fits(columns: WorkerColumns, demand: Demand) -> Flags:
-    usable = columns.flags("ready") & (columns["max_model_len"] >= demand.prompt.total_tokens)
-    if demand.model_digest is not None:
-        usable &= columns.has_digest(demand.model_digest)
-    return usable
-
-
 def _refusals(columns: WorkerColumns, demand: Demand) -> list[Refusal]:
-    unfit = np.flatnonzero(columns.flags("present") & ~_fits(columns, demand))
+    unfit = np.flatnonzero(columns.flags("present") & ~fits(columns, demand))
     refusals = []
     for row in unfit[:MAX_CANDIDATES].tolist():
         view = columns.view(row)
@@ -206,7 +104,7 @@ class _Plan:
     """The workers that were compared, where one serves alone."""
 
 
-def _choose_among(prices: _Prices, usable: Flags, refused: Sequence[Refusal]) -> Placement | None:
+def _choose_among(prices: Prices, usable: Flags, refused: Sequence[Refusal]) -> Placement | None:
     columns = prices.columns
     prefill = np.flatnonzero(usable & columns.flags("prefills"))
     decode = np.flatnonzero(usable & ~columns.flags("prefills"))
@@ -227,7 +125,7 @@ def _choose_among(prices: _Prices, usable: Flags, refused: Sequence[Refusal]) ->
     return _placement(prices, best, plans, (prefill, decode), refused)
 
 
-def _pairs(prices: _Prices, prefill: Rows, decode: Rows) -> list[_Plan]:
+def _pairs(prices: Prices, prefill: Rows, decode: Rows) -> list[_Plan]:
     """The cheapest pair among the workers that can exchange KV, if there is any."""
     columns = prices.columns
     exporters = prefill[columns.flags("exports")[prefill]]
@@ -251,13 +149,13 @@ def _pairs(prices: _Prices, prefill: Rows, decode: Rows) -> list[_Plan]:
     return [_Plan(Mode.DISAGGREGATED, best.importer, best.exporter, best.cost_s, why)]
 
 
-def _alone(prices: _Prices, rows: Rows, mode: Mode, why: str) -> _Plan:
+def _alone(prices: Prices, rows: Rows, mode: Mode, why: str) -> _Plan:
     side = prices.side(rows, prices.alone)
     worker = cheapest(side, prices.columns["placed"])
     return _Plan(mode, worker, None, float(side.cost_s.min()), why, rows)
 
 
-def _any_alone(prices: _Prices, everyone: Rows, prefill: Rows, decode: Rows) -> _Plan:
+def _any_alone(prices: Prices, everyone: Rows, prefill: Rows, decode: Rows) -> _Plan:
     plan = _alone(prices, everyone, Mode.DECODE_ONLY, "")
     if prices.columns.flags("prefills")[plan.worker]:
         missing, mode = ("decode" if not len(decode) else "matching decode"), Mode.PREFILL_ONLY
@@ -283,7 +181,7 @@ def _unpaired(columns: WorkerColumns, prefill: Rows, decode: Rows) -> list[Refus
 
 
 def _placement(
-    prices: _Prices,
+    prices: Prices,
     best: _Plan,
     plans: Sequence[_Plan],
     pools: tuple[Rows, Rows],

@@ -8,6 +8,7 @@ Used by prefix_index.py alone. Invariant: set 0 is empty; a set that no block ha
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,15 +44,15 @@ class HolderSets:
             ids: one per block, at least one.
             edit: mask before -> mask after.
         """
-        first = int(ids[0])
-        if (ids == first).all():
-            return np.full(len(ids), self._move(first, len(ids), edit), np.uint32)
-        distinct, where, counts = np.unique(ids, return_inverse=True, return_counts=True)
-        moved = [
-            self._move(set_id, count, edit)
-            for set_id, count in zip(distinct.tolist(), counts.tolist(), strict=True)
-        ]
-        return np.array(moved, np.uint32)[where]
+        # Blocks of one prompt are mostly held by the same workers: there are few runs of equal ids.
+        begins = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1).tolist()]
+        lengths = [end - begin for begin, end in pairwise([*begins, len(ids)])]
+        runs = [int(ids[begin]) for begin in begins]
+        counts: dict[int, int] = {}
+        for set_id, length in zip(runs, lengths, strict=True):
+            counts[set_id] = counts.get(set_id, 0) + length
+        moved = {set_id: self._move(set_id, count, edit) for set_id, count in counts.items()}
+        return np.repeat(np.array([moved[each] for each in runs], np.uint32), lengths)
 
     def release(self, ids: Ids) -> None:
         """Blocks in these sets are forgotten; ids of empty sets only."""

@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from router.fleet.worker import CacheChange, Role, WorkerInfo, WorkerLoad
-from router.placement.choose import Demand, Outlook, choose, least_backlog_s
+from router.placement.choose import choose, least_backlog_s
 from router.placement.columns import WorkerColumns, WorkerView
 from router.placement.cost import EXPECTED_OUTPUT_TOKENS, CostSettings, Prompt
 from router.placement.decision import Placement, Refusal
 from router.placement.prefix_index import Applied, PrefixIndex
+from router.placement.prices import Demand, Outlook
 from router.placement.rate import MeanRate
 
 TRANSIT_S = 0.02

@@ -30,7 +30,7 @@ _ALL = (1 << _ROW_BITS) - 1
 _KNOWN = (1 << TIERS) - 1
 _PREDICTED = _ALL & ~_KNOWN
 """Two bits that take turns every half of a prediction's life."""
-FIRST_LOOK = 128
+FIRST_LOOK = 512
 """Blocks looked up at first; four times as many each time, as long as somebody has them all."""
 
 
@@ -115,8 +115,8 @@ class PrefixIndex:
         predicted = member.bits(_PREDICTED)
         for tier, (stored, removed) in enumerate(_by_tier(change)):
             bit = member.bits(1 << tier)
-            self._edit(removed, partial(_swapped, out=bit | predicted, into=0))
-            self._edit(stored, partial(_swapped, out=predicted, into=bit))
+            self._edit(_distinct(removed), partial(_swapped, out=bit | predicted, into=0))
+            self._edit(_distinct(stored), partial(_swapped, out=predicted, into=bit))
         return Applied.APPLIED
 
     def predict(self, workers: Collection[str], hashes: Sequence[bytes], now: float) -> None:
@@ -185,7 +185,7 @@ class PrefixIndex:
         return matched
 
     def _edit(self, hashes: Sequence[bytes], edit: Callable[[int], int]) -> None:
-        """Change the holders of blocks."""
+        """Change the holders of blocks, no two of them alike."""
         if not hashes:
             return
         slots = self._table.slots(self._keys(hashes))
@@ -203,6 +203,10 @@ class PrefixIndex:
             keys[keys == 0] = 1
             self._seen = hashes, keys
         return keys
+
+
+def _distinct(hashes: Sequence[bytes]) -> Sequence[bytes]:
+    return list(dict.fromkeys(hashes))
 
 
 def _swapped(mask: int, *, out: int, into: int) -> int:

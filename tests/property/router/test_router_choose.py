@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from core.errors import UnavailableError
 from router.fleet.worker import WorkerState
-from router.placement.choose import Demand, Outlook, choose
+from router.placement.choose import choose
 from router.placement.columns import WorkerView
 from router.placement.cost import Prompt
 from router.placement.decision import Mode
+from router.placement.prices import Demand, Outlook
 from tests.support.router_placement import make_columns, make_layout, make_view
 
 PROMPT = Prompt(num_tokens=100, max_new_tokens=20)

@@ -2,10 +2,11 @@ import pytest
 
 from core.errors import UnavailableError
 from router.fleet.worker import Place, WorkerState
-from router.placement.choose import Demand, Outlook, choose
+from router.placement.choose import choose
 from router.placement.columns import WorkerView
 from router.placement.cost import SHARED_COST, Prompt
 from router.placement.decision import Mode, Placement, Refusal
+from router.placement.prices import Demand, Outlook
 from tests.support.router_placement import make_columns, make_layout, make_view
 
 PROMPT = Prompt(num_tokens=100, max_new_tokens=20)
