@@ -30,7 +30,7 @@ MAX_REASONS = 16
 def choose(
     columns: WorkerColumns,
     demand: Demand,
-    outlook: Outlook = Outlook(),
+    outlook: Outlook,
     *,
     absent: Sequence[Refusal] = (),
 ) -> Placement:

@@ -136,7 +136,11 @@ def test_no_burden_makes_a_worker_cheaper(
 def test_more_cached_blocks_never_cost_more(matched: int, more: int) -> None:
     columns = make_columns([make_view("p", "prefill"), make_view("d", "decode")])
     costs = [
-        choose(columns, Demand(prompt=PROMPT, matched_blocks=dict.fromkeys("pd", blocks))).cost_s
+        choose(
+            columns,
+            Demand(prompt=PROMPT, matched_blocks=dict.fromkeys("pd", blocks)),
+            Outlook(arrivals_per_s=2.0),
+        ).cost_s
         for blocks in (matched, min(25, matched + more))
     ]
     assert np.diff(costs)[0] <= 0

@@ -142,7 +142,9 @@ def test_every_refusal_is_named() -> None:
         make_view("c", "decode", model_digest=b"other"),
     ]
     with pytest.raises(UnavailableError) as caught:
-        choose(make_columns(views), demand, absent=[Refusal(("e",), "connection refused")])
+        choose(
+            make_columns(views), demand, Outlook(), absent=[Refusal(("e",), "connection refused")]
+        )
     message = caught.value.message
     assert "a: is draining" in message
     assert "b: prompt and max_tokens make 120 tokens, its context holds 119" in message
@@ -198,7 +200,7 @@ def test_unmeasured_link_is_guessed_from_how_far_it_reaches() -> None:
 def test_link_measured_before_its_prefill_worker_came_counts_once_it_comes() -> None:
     columns = make_columns([make_view("d", "decode", link_bytes_per_s={"p": 5.0})])
     columns.put(make_view("p", "prefill"))
-    placement = choose(columns, Demand(prompt=PROMPT))
+    placement = choose(columns, Demand(prompt=PROMPT), Outlook())
     assert placement.transfer is not None
     assert (placement.transfer.bytes_per_s, placement.transfer.measured) == (5.0, True)
 
@@ -229,7 +231,7 @@ def test_worker_that_left_leaves_its_row_to_the_next() -> None:
     columns = make_columns([make_view("a", "decode"), make_view("b", "decode")])
     columns.drop("a")
     columns.put(make_view("c", "decode", running=7))
-    assert {choose(columns, Demand(prompt=PROMPT)).worker} == {"b"}
+    assert {choose(columns, Demand(prompt=PROMPT), Outlook()).worker} == {"b"}
     columns.drop("b")
-    placement = choose(columns, Demand(prompt=PROMPT))
+    placement = choose(columns, Demand(prompt=PROMPT), Outlook())
     assert [each.worker for each in placement.candidates] == ["c"]
