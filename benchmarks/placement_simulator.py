@@ -189,7 +189,7 @@ def main() -> None:
     """Simulate every policy on every fleet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path, required=True)
-    parser.add_argument("--speed", type=float, default=5.0, help="seconds of trace in one second")
+    parser.add_argument("--speed", type=float, default=4.0, help="seconds of trace in one second")
     parser.add_argument(
         "--cache-blocks", type=int, default=10_000, help="of 512 tokens, per worker"
     )
