@@ -22,10 +22,10 @@ Source: own judgement; only the ratio of decode to prefill terms depends on it.
 """
 
 
-SHARED_COST = 9.0
+SHARED_COST = 10.0
 """Seconds of somebody's waiting that a second of computing is worth avoiding, over its own second.
 
-Source: benchmarks/placement_simulator.py, conversation trace. From 0 to 9 hits rise from 0.78 to
+Source: benchmarks/placement_simulator.py, conversation trace. From 0 to 10 hits rise from 0.78 to
 0.95 of what one infinite cache has, and TTFT falls; above, prompts wait too long for their cache.
 """
 
@@ -85,20 +85,25 @@ def prefill_s(uncached_tokens: Column, tokens_per_s: Column) -> Column:
     return uncached_tokens / tokens_per_s
 
 
-def crowding_s(own_prefill_s: Column, queued_s: Column, arrivals_per_s: float) -> Column:
+def crowding_s(
+    own_prefill_s: Column, queued_s: Column, arrivals_per_s: float, popularity: float
+) -> Column:
     """What computing this prompt costs the prompts that come after it.
 
     Prompts that arrive while the worker is busy all wait longer by what this one takes. And a
     prefix that is computed where it was not cached takes room from others, and draws its next
     request away from where the rest of it is. Without this term every prompt is served soonest,
-    and the fleet computes the same prefixes everywhere.
+    and the fleet computes the same prefixes everywhere. A prefix that many ask for, such as a
+    system prompt, is worth having in several places, so that these share what it costs.
 
     Args:
         own_prefill_s: what this prompt takes.
         queued_s: what is to be computed before it.
         arrivals_per_s: prompts that one prefill worker is sent per second.
+        popularity: recent requests for the longest prefix that is cached anywhere.
     """
-    return own_prefill_s * (SHARED_COST + arrivals_per_s * (queued_s + own_prefill_s))
+    shared = SHARED_COST / (1 + popularity)
+    return own_prefill_s * (shared + arrivals_per_s * (queued_s + own_prefill_s))
 
 
 def transfer_bytes(uncached_tokens: Column, block_size: Column, block_bytes: Column) -> Column:

@@ -15,7 +15,7 @@ from router.placement.cost import EXPECTED_OUTPUT_TOKENS, CostSettings, Prompt
 from router.placement.decision import Placement, Refusal
 from router.placement.prefix_index import Applied, PrefixIndex
 from router.placement.prices import Demand, Outlook
-from router.placement.rate import MeanRate
+from router.placement.rate import RecentCount, RecentCounts
 
 TRANSIT_S = 0.02
 """Time that a message between router and worker may be on its way, in seconds.
@@ -24,8 +24,10 @@ A request counts as in a load report if it was sent this long before the report 
 """
 
 
-RATE_WINDOW_S = 10.0
-"""Time over which arrivals are averaged, in seconds."""
+RECENT_S = 10.0
+"""Time over which arrivals and requests for a prefix are counted, in seconds."""
+MAX_PREFIXES = 4096
+"""Prefixes whose requests are counted."""
 OUTPUT_WEIGHT = 0.02
 """Weight of the latest output in the mean length of outputs."""
 
@@ -98,7 +100,8 @@ class Placer:
         self._kinds: dict[tuple[bytes, int], WorkerInfo] = {}
         self._num_computing = 1
         """Workers that prompts are spread over."""
-        self._arrivals = MeanRate(RATE_WINDOW_S)
+        self._arrivals = RecentCount(RECENT_S)
+        self._popularity = RecentCounts(RECENT_S, MAX_PREFIXES)
         self._output_tokens = EXPECTED_OUTPUT_TOKENS
 
     @property
@@ -172,15 +175,17 @@ class Placer:
             UnavailableError: no worker can take it; the message says why each was refused.
         """
         self._index.expire(now)
+        matched, longest = self._match(hashes_for)
         demand = Demand(
             prompt=prompt,
-            matched_blocks=self._match(hashes_for),
+            matched_blocks=matched,
+            popularity=self._popularity.add(longest, now) if longest else 0.0,
             avoid=avoid,
             allow_avoided=allow_avoided,
             model_digest=model_digest,
         )
         placement = choose(self._columns, demand, self._outlook(now), absent=absent)
-        self._arrivals.count(now)
+        self._arrivals.add(now)
         computes = placement.prefill or placement.worker
         chosen = {computes, placement.worker}
         for worker in chosen:
@@ -215,9 +220,17 @@ class Placer:
             for member in self._members.values()
         }
 
-    def _match(self, hashes_for: Callable[[WorkerInfo], Sequence[bytes]]) -> dict[str, int]:
+    def _match(
+        self, hashes_for: Callable[[WorkerInfo], Sequence[bytes]]
+    ) -> tuple[dict[str, int], bytes]:
+        """Leading blocks that each worker has, and the last block that any of them has."""
         matched: dict[str, int] = {}
+        last = b""
         for info in self._kinds.values():
             # Chains of different digests or block sizes share no hash.
-            matched |= self._index.match(hashes_for(info))
-        return matched
+            hashes = hashes_for(info)
+            found = self._index.match(hashes)
+            if found:
+                matched |= found
+                last = hashes[max(found.values()) - 1]
+        return matched, last

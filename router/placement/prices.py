@@ -23,6 +23,8 @@ class Demand:
     prompt: Prompt
     matched_blocks: Mapping[str, int] = field(default_factory=dict)
     """Leading blocks of the prompt in each worker's cache."""
+    popularity: float = 0.0
+    """Recent requests for the longest prefix of the prompt that any worker has."""
     avoid: Collection[str] = ()
     """Workers that failed this request."""
     allow_avoided: bool = False
@@ -63,10 +65,10 @@ class Prices:
         self.cached = cost.cached_tokens(prompt, matched, block_size)
         self.uncached = prompt.num_tokens - self.cached
         self.kv_bytes = cost.transfer_bytes(self.uncached, block_size, columns["block_bytes"])
-        self._price_prefill()
+        self._price_prefill(demand.popularity)
         self._price_decode(prompt, block_size)
 
-    def _price_prefill(self) -> None:
+    def _price_prefill(self, popularity: float) -> None:
         columns, outlook = self.columns, self.outlook
         rate = np.maximum(columns["prefill_rate"], 1e-9)
         backlog_s = cost.backlog_s(columns["idle_at"], outlook.now)
@@ -74,7 +76,7 @@ class Prices:
         self.prefill = {
             "backlog_s": backlog_s,
             "prefill_s": prefill_s,
-            "crowding_s": cost.crowding_s(prefill_s, backlog_s, outlook.arrivals_per_s),
+            "crowding_s": cost.crowding_s(prefill_s, backlog_s, outlook.arrivals_per_s, popularity),
         }
 
     def _price_decode(self, prompt: Prompt, block_size: Column) -> None:

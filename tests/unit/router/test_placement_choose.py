@@ -32,15 +32,21 @@ def test_measured_rate_decides() -> None:
     assert place(slow, fast, make_view("d0", "decode")).prefill == "p1"
 
 
-@pytest.mark.parametrize(("backlog", "chosen"), [(790, "cached"), (810, "idle")])
-def test_cached_prefix_is_worth_waiting_for_up_to_a_multiple(backlog: int, chosen: str) -> None:
-    """80 of 100 tokens are cached there: 80 not to compute, at ten times their own time."""
-    assert SHARED_COST + 1 == 10
+@pytest.mark.parametrize(
+    ("popularity", "backlog", "chosen"),
+    [(0, 870, "cached"), (0, 890, "idle"), (9, 150, "cached"), (9, 170, "idle")],
+)
+def test_cached_prefix_is_worth_waiting_for_up_to_a_multiple(
+    popularity: float, backlog: int, chosen: str
+) -> None:
+    """80 of 100 tokens are cached there. Where many ask for them, a second copy pays soon."""
+    assert SHARED_COST == 10
     placement = place(
         make_view("cached", "prefill", backlog_tokens=backlog),
         make_view("idle", "prefill"),
         make_view("d0", "decode"),
         matched_blocks={"cached": 20},
+        popularity=popularity,
     )
     assert placement.prefill == chosen
 
