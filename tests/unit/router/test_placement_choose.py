@@ -91,6 +91,7 @@ def test_equal_workers_take_turns() -> None:
 
 
 def test_pairs_only_within_one_digest_and_layout() -> None:
+    """What others find out at transfer time, or not at all: llm-d#2433, vllm#55776."""
     placement = place(
         make_view("p0", "prefill", model_digest=b"other"),
         make_view("p1", "prefill", layout=make_layout(2000)),
@@ -119,6 +120,7 @@ def test_prefill_worker_that_exports_nothing_is_not_paired() -> None:
     ("role", "mode"), [("prefill", Mode.PREFILL_ONLY), ("decode", Mode.DECODE_ONLY)]
 )
 def test_one_pool_serves_alone(role: str, mode: Mode) -> None:
+    """Losing the only decode worker took the model down elsewhere: llm-d-router#2636."""
     placement = place(make_view("w0", role, running=3), make_view("w1", role))
     assert (placement.mode, placement.worker) == (mode, "w1")
 
