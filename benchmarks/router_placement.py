@@ -182,10 +182,11 @@ def main() -> None:
     add("choice, 8192 tokens, half cached, 16 workers and 100 k blocks", few)
     ratio = float(np.median(many) / np.median(few))
     report.add("time at full size / with 16 workers and 100 k blocks", ratio, "x")
+    # What was placed has filled the table by now, so that each event moves a part of it.
     events = [
         filled.tell(rng.choice(filled.workers), filled.fresh(EVENT_BLOCKS)) for _ in range(2000)
     ]
-    add(f"event of {EVENT_BLOCKS} blocks", events)
+    add(f"event of {EVENT_BLOCKS} blocks, table growing", events)
     match_s = [timed(partial(index.match, each)) for each in filled.prompts]
     add("looking up 512 cached blocks", match_s)
     dict_s, entry_bytes = dict_lookups(arguments.blocks, rng)

@@ -24,7 +24,7 @@ FULLEST = 0.65
 Source: Knuth, The Art of Computer Programming, volume 3, section 6.4: an unsuccessful search with
 linear probing visits (1 + 1 / (1 - load)^2) / 2 slots, 4.6 at this load.
 """
-SLICE = 4096
+SLICE = 1024
 """Slots of the old table that one update moves at least."""
 
 

@@ -1,7 +1,7 @@
 """The index against the obvious model: hashes and predictions of each worker by themselves.
 
-Indexes elsewhere kept blocks of a restarted engine (llm-d-router#2853), or brought removed ones back
-with a late replay (Mooncake#4159).
+Indexes elsewhere kept blocks of a restarted engine (llm-d-router#2853), or brought removed ones
+back with a late replay (Mooncake#4159).
 """
 
 from hypothesis import settings
