@@ -24,6 +24,8 @@ FULLEST = 0.65
 Source: Knuth, The Art of Computer Programming, volume 3, section 6.4: an unsuccessful search with
 linear probing visits (1 + 1 / (1 - load)^2) / 2 slots, 4.6 at this load.
 """
+MOST_CHANGED = 1024
+"""Keys that one update may put in: the smallest table has room for these when it is to grow."""
 SLICE = 1024
 """Slots of the old table that one update moves at least."""
 
@@ -92,10 +94,11 @@ class BlockTable:
         return values
 
     def slots(self, keys: Keys) -> Slots:
-        """Slots of the keys, which are put in if they are missing, for `read` and `write`.
+        """Slots of at most MOST_CHANGED keys, which are put in if missing, for `read` and `write`.
 
-        Valid until the next call.
+        Valid until the next call. Call `tidy` before it.
         """
+        assert len(keys) <= MOST_CHANGED
         if self._old is not None:
             self._bring(keys, self._old)
         return self._now.insert(keys)
@@ -123,7 +126,8 @@ class BlockTable:
             if self._now.used <= FULLEST * len(self._now):
                 return np.empty(0, np.uint32)
             capacity = len(self._now)
-            # With less than a quarter more than half in use, moving ends before this one is full.
+            # Four slots are moved for each key that is put in, so at most a quarter of the capacity
+            # comes on top until all are moved: no more than FULLEST.
             while live > 0.4 * capacity:
                 capacity *= 2
             self._old, self._now, self._cursor = self._now, _Slots(capacity), 0

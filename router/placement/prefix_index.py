@@ -20,7 +20,7 @@ import numpy as np
 
 from core.block_hash import HASH_BYTES
 from router.fleet.worker import CacheChange
-from router.placement.block_table import BlockTable, Keys
+from router.placement.block_table import MOST_CHANGED, BlockTable, Keys
 from router.placement.holders import HolderSets
 
 TIERS = 6
@@ -186,13 +186,13 @@ class PrefixIndex:
 
     def _edit(self, hashes: Sequence[bytes], edit: Callable[[int], int]) -> None:
         """Change the holders of blocks, no two of them alike."""
-        if not hashes:
-            return
-        slots = self._table.slots(self._keys(hashes))
-        self._table.write(slots, self._sets.change(self._table.read(slots), edit))
-        gone = self._table.tidy(self._sets.live, self._sets.alive, len(slots))
-        if len(gone):
-            self._sets.release(gone)
+        keys = self._keys(hashes)
+        for start in range(0, len(keys), MOST_CHANGED):
+            slots = self._table.slots(keys[start : start + MOST_CHANGED])
+            self._table.write(slots, self._sets.change(self._table.read(slots), edit))
+            gone = self._table.tidy(self._sets.live, self._sets.alive, len(slots))
+            if len(gone):
+                self._sets.release(gone)
 
     def _keys(self, hashes: Sequence[bytes]) -> Keys:
         """The first 64 bits of each hash; never 0, which marks a free slot."""

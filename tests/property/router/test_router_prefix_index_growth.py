@@ -77,3 +77,13 @@ def test_growing_loses_nothing_and_leaves_behind_what_nobody_has() -> None:
         assert len(index) == 1500
     assert index.match(kept) == {"w": 1000}
     assert index.num_bytes <= 8 * 12 * FIRST_CAPACITY, "150,000 blocks came and went"
+
+
+def test_large_snapshot_fits_at_once() -> None:
+    rng = random.Random(3)
+    index = PrefixIndex(prediction_ttl_s=10.0)
+    index.add("w", 1)
+    stored = hashes_of(rng, 50 * FIRST_CAPACITY)
+    index.apply("w", CacheChange(epoch=1, seq=0, reset=True, stored=stored, removed=[]))
+    assert index.match(stored) == {"w": len(stored)}
+    assert len(index) == len(stored)
