@@ -4,8 +4,8 @@ Used by prefix_index.py alone. Whole prompts are looked up and whole events appl
 is what makes arrays cheaper than a dict here: ten million blocks in a dict take 800 MB, and growing
 it once stops the event loop for most of a second. A table that is full grows a slice at a time.
 
-Open addressing with linear probing. A key stays in its slot when its value goes back to 0, so that
-chains of probes never break; growing leaves such keys behind.
+Open addressing. A key stays in its slot when its value goes back to 0, so that chains of probes never
+break; growing leaves such keys behind.
 
 Invariant: a key that is in both tables counts with what the newer one says.
 """
@@ -19,11 +19,7 @@ Slots = NDArray[np.int64]
 
 FIRST_CAPACITY = 1 << 12
 FULLEST = 0.65
-"""Part of the slots in use at which the table grows; probing gets slow soon after.
-
-Source: Knuth, The Art of Computer Programming, volume 3, section 6.4: an unsuccessful search with
-linear probing visits (1 + 1 / (1 - load)^2) / 2 slots, 4.6 at this load.
-"""
+"""Part of the slots in use at which the table grows: three looks find a free one on average."""
 MOST_CHANGED = 1024
 """Keys that one update may put in: the smallest table has room for these when it is to grow."""
 SLICE = 1024
@@ -43,12 +39,19 @@ class _Slots:
         return len(self.keys)
 
     def probe(self, keys: Keys) -> Slots:
-        """Where each key is, or the free slot where it would go."""
+        """Where each key is, or the free slot where it would go.
+
+        Steps get longer by one, which visits every slot of a table whose size is a power of two, and
+        keeps the longest of many searches short. Source: Knuth, The Art of Computer Programming,
+        volume 3, section 6.4.
+        """
         slots = (keys & self._wrap).astype(np.int64)
         there = self.keys[slots]
         todo = np.flatnonzero((there != keys) & (there != 0))
+        step = 0
         while len(todo):
-            moved = (slots[todo] + 1) & int(self._wrap)
+            step += 1
+            moved = (slots[todo] + step) & int(self._wrap)
             slots[todo] = moved
             there = self.keys[moved]
             todo = todo[(there != keys[todo]) & (there != 0)]
