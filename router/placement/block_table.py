@@ -4,8 +4,8 @@ Used by prefix_index.py alone. Whole prompts are looked up and whole events appl
 is what makes arrays cheaper than a dict here: ten million blocks in a dict take 800 MB, and growing
 it once stops the event loop for most of a second. A table that is full grows a slice at a time.
 
-Open addressing. A key stays in its slot when its value goes back to 0, so that chains of probes never
-break; growing leaves such keys behind.
+Open addressing. A key stays in its slot when its value goes back to 0, so that chains of probes
+never break; growing leaves such keys behind.
 
 Invariant: a key that is in both tables counts with what the newer one says.
 """
@@ -41,9 +41,9 @@ class _Slots:
     def probe(self, keys: Keys) -> Slots:
         """Where each key is, or the free slot where it would go.
 
-        Steps get longer by one, which visits every slot of a table whose size is a power of two, and
-        keeps the longest of many searches short. Source: Knuth, The Art of Computer Programming,
-        volume 3, section 6.4.
+        Steps get longer by one, which visits every slot of a table whose size is a power of two,
+        and keeps the longest of many searches short. Source: Knuth, The Art of Computer
+        Programming, volume 3, section 6.4.
         """
         slots = (keys & self._wrap).astype(np.int64)
         there = self.keys[slots]
