@@ -86,6 +86,10 @@ class ReadyGenerator:
         """None is kept."""
         return []
 
+    def explain(self, request_id: str) -> dict[str, object] | None:
+        """None is kept."""
+        return None
+
 
 class ReadyGeneration:
     """One sequence."""

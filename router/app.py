@@ -143,6 +143,7 @@ def create_app(
         _get("/v1/requests", observation.requests, "The latest requests."),
         _get("/v1/fleet", observation.fleet, "Workers, what they do, and their links."),
         _get("/v1/requests/{id:path}/timeline", operations.timeline, "Where the time went."),
+        _get("/v1/requests/{id:path}/explain", operations.explain, "Why it went where it went."),
         _get("/health", operations.health, "The process lives."),
         _get("/ready", operations.ready, "A request would be admitted."),
         _get("/metrics", operations.metrics, "Prometheus metrics.", produces=_METRICS),

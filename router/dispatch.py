@@ -20,7 +20,7 @@ from core.errors import (
     OverloadedError,
     UnavailableError,
 )
-from router.admission import check_fits
+from router.admission import Admission, AdmissionLimits, Priority, Ticket, check_fits, pushed_out
 from router.fleet.worker import (
     CacheChange,
     LegEnd,
@@ -42,9 +42,6 @@ from router.timeline import RequestTimeline, TimelineStore
 from rpc.v1 import worker_pb2
 
 log = logging.getLogger(__name__)
-
-DURATION_WEIGHT = 0.1
-"""Weight of the latest request in the mean duration that Retry-After is taken from."""
 
 
 class Workers(Protocol):
@@ -88,7 +85,13 @@ class Dispatcher:
         """Workers that take requests."""
         self._model: ServedModel | None = None
         self._timelines = TimelineStore(settings.timelines)
-        self._mean_duration_s = 1.0
+        self._admission = Admission(
+            AdmissionLimits(
+                max_running=settings.max_in_flight,
+                max_queued=settings.max_queued,
+                max_backlog_s=settings.max_backlog_s,
+            )
+        )
         self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -98,9 +101,10 @@ class Dispatcher:
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Generation]:
         """Place and run one sequence; see Generator."""
-        run = self._admit(request)
+        run = self._begin(request)
         try:
-            self._settle(run)
+            self._start_queued()
+            run.timeline.queued = run.timeline.admitted_at is None
             await run.started()
             yield run
         finally:
@@ -116,12 +120,22 @@ class Dispatcher:
     @property
     def ready(self) -> bool:
         """True if a request would be admitted now."""
-        return bool(self._ready) and not self._draining and self._has_room
+        return bool(self._ready) and not self._draining and self._admission.open
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds of prompts that the least busy worker has to compute."""
+        return self._placer.least_backlog_s(self._clock())
 
     def timeline(self, request_id: str) -> dict[str, object] | None:
         """Stages and decisions of a recent request."""
         timeline = self._timelines.get(request_id)
         return None if timeline is None else timeline.as_dict()
+
+    def explain(self, request_id: str) -> dict[str, object] | None:
+        """Every candidate of each decision about a recent request."""
+        timeline = self._timelines.get(request_id)
+        return None if timeline is None else timeline.explanation()
 
     def abort(self, request_id: str) -> bool:
         """End a sequence with what it has; see Generator."""
@@ -169,6 +183,8 @@ class Dispatcher:
         self._metrics.count_workers(self._workers.census)
         for run in list(self._runs.values()):
             self._carry_out(run, run.ledger.lost(worker, cause))
+        # With nobody left to wait for, the queue's requests wait for a worker, but not for long.
+        self._start_queued()
 
     def tokens(self, worker: str, runs: list[TokenRun]) -> None:
         """One engine step's tokens."""
@@ -194,6 +210,8 @@ class Dispatcher:
     def load(self, worker: str, load: WorkerLoad) -> None:
         """A load report."""
         self._placer.report(worker, load, self._clock())
+        if self._admission.queued:
+            self._start_queued()
         takes = load.state is WorkerState.READY
         if takes != (worker in self._ready):
             (self._ready.add if takes else self._ready.discard)(worker)
@@ -213,25 +231,16 @@ class Dispatcher:
 
     # One run.
 
-    @property
-    def _has_room(self) -> bool:
-        return len(self._runs) < self._settings.max_in_flight
-
-    def _admit(self, request: GenerationRequest) -> Run:
+    def _begin(self, request: GenerationRequest) -> Run:
         if self._draining:
             raise _shutting_down()
-        if not self._has_room:
-            limit = self._settings.max_in_flight
-            raise OverloadedError(
-                f"The router has {limit} requests in flight, which is its limit. Try again later.",
-                retry_after_s=min(60.0, max(1.0, self._mean_duration_s)),
-            )
         now = self._clock()
         model = self.model
         check_fits(request, model)
         if request.deadline <= now:
             raise DeadlineError("The request's deadline had passed when it came to be placed.")
         assert request.request_id not in self._runs
+        self._queue(request, now)
         ledger = RequestLedger(
             prompt_len=len(request.prompt_ids),
             sampling=request.sampling,
@@ -246,6 +255,35 @@ class Dispatcher:
         self._metrics.in_flight.set(len(self._runs))
         run.set_timer("deadline", request.deadline - now, self._deadline_passed)
         return run
+
+    def _queue(self, request: GenerationRequest, now: float) -> None:
+        """Let admission judge a new request; who has to leave the full queue for it, ends."""
+        ticket = Ticket(
+            request_id=request.request_id,
+            key=request.key,
+            priority=Priority(request.priority),
+            tokens=len(request.prompt_ids) + request.sampling.max_tokens,
+            deadline=request.deadline,
+        )
+        try:
+            victim = self._admission.offer(ticket, now, self.backlog_s)
+        except OverloadedError:
+            self._metrics.shed.labels("refused").inc()
+            raise
+        if victim is not None:
+            self._metrics.shed.labels("pushed_out").inc()
+            run = self._runs[victim.request_id]
+            self._carry_out(run, run.ledger.stop(pushed_out()))
+
+    def _start_queued(self) -> None:
+        """Place requests from the queue for as long as admission lets any out."""
+        now = self._clock()
+        while (ticket := self._admission.next(self.backlog_s)) is not None:
+            run = self._runs[ticket.request_id]
+            run.timeline.admitted()
+            self._metrics.queue_wait.observe(now - run.request.tokenized_at)
+            self._settle(run)
+        self._metrics.queued.set(self._admission.queued)
 
     def _settle(self, run: Run) -> None:
         """Place a waiting run, again if its workers vanish at once, or let it wait."""
@@ -374,6 +412,8 @@ class Dispatcher:
         self._leave_waiting(run)
         run.cancel_timer("deadline")
         run.timeline.ended(run.ledger.end, run.ledger.error)
+        if run.ledger.end is not None:
+            self._placer.generated(len(run.ledger.emitted))
         self._metrics.generations.labels(run.timeline.outcome).inc()
         self._metrics.attempts.observe(run.ledger.attempt)
         run.wake()
@@ -387,7 +427,8 @@ class Dispatcher:
         ledger = run.timeline.ledger
         for stage in ledger.stages:
             self._metrics.stages.labels(stage.name).observe(stage.seconds)
-        self._mean_duration_s += DURATION_WEIGHT * (ledger.total_s - self._mean_duration_s)
+        self._admission.leave(run.request.request_id, run.timeline.running_s)
+        self._start_queued()
         if not self._runs:
             self._empty.set()
 

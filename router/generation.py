@@ -28,6 +28,10 @@ class GenerationRequest:
     """When the router read the client's request, same clock: where the time ledger starts."""
     tokenized_at: float
     cache_salt: str = ""
+    key: str = ""
+    """Whose request it is: the queue serves keys in turn."""
+    priority: int = 1
+    """Its class, 0 is served first; see router.admission.Priority."""
     shares_prompt_with: str | None = None
     """Id of the sequence of the same prompt that was asked for first, if this is another."""
     trace_id: str | None = None
@@ -107,6 +111,10 @@ class Generator(Protocol):
 
     def timeline(self, request_id: str) -> dict[str, object] | None:
         """The stage ledger and routing decision of a recent request, None if unknown."""
+        ...
+
+    def explain(self, request_id: str) -> dict[str, object] | None:
+        """Every candidate of each of a recent request's decisions, None if unknown."""
         ...
 
     def abort(self, request_id: str) -> bool:

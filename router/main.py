@@ -98,7 +98,7 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
             settings=ApiSettings(
                 served_model_name=settings.served_model_name,
                 default_timeout_s=settings.request_timeout_s,
-                max_in_flight=settings.max_in_flight,
+                max_in_flight=settings.max_in_flight + settings.max_queued,
                 recent_requests=settings.timelines,
                 console=settings.console,
             ),

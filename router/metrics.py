@@ -69,6 +69,23 @@ class FleetMetrics:
         self.in_flight = Gauge(
             "diptych_router_generations_in_flight", "Generations admitted.", registry=registry
         )
+        self.queued = Gauge(
+            "diptych_router_generations_queued",
+            "Generations in the router's queue.",
+            registry=registry,
+        )
+        self.queue_wait = Histogram(
+            "diptych_router_queue_wait_seconds",
+            "Time in the router's queue.",
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.shed = Counter(
+            "diptych_router_shed_total",
+            "Generations refused with 429: at their arrival, or pushed out of the full queue.",
+            ["reason"],
+            registry=registry,
+        )
         self.waiting = Gauge(
             "diptych_router_generations_waiting",
             "Generations that no worker can take at the moment.",

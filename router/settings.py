@@ -62,7 +62,16 @@ class RouterSettings(BaseModel):
     )
 
     max_in_flight: int = Field(
-        1024, ge=1, description="Most requests at once; one more is answered 429."
+        1024, ge=1, description="Most requests on workers at once; one more waits in the queue."
+    )
+    max_queued: int = Field(
+        1024, ge=0, description="Most requests in the queue; one more is answered 429."
+    )
+    max_backlog_s: Seconds = Field(
+        10.0,
+        gt=0,
+        description="Prompts wait in the router's queue, by priority and in turn, while every "
+        "worker has this many seconds of prompts to compute.",
     )
     request_timeout_s: Seconds = Field(
         600.0, gt=0, description="Time that a request has from its arrival to its last token."
@@ -111,10 +120,10 @@ class RouterSettings(BaseModel):
         "their own.",
     )
     prediction_ttl_s: Seconds = Field(
-        30.0,
+        60.0,
         gt=0,
-        description="How long a prompt that was sent to a worker counts as cached there before the "
-        "worker says so itself.",
+        description="How long at most a prompt that was sent to a worker counts as cached there "
+        "before the worker says so itself.",
     )
 
     console: bool = Field(

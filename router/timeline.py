@@ -5,7 +5,8 @@ somebody asks. Between two moments the workers' own durations are laid out first
 the way between the processes:
 
     received .. tokenized       tokenize
-    tokenized .. placed         route, or reroute after a failed attempt; includes waiting
+    tokenized .. admitted       queue, if its turn did not come at once
+    admitted .. placed          route, or reroute after a failed attempt; includes waiting
     placed .. first token       prefill_queue, prefill, prefill_rpc
     first .. second token       transfer, decode_queue, first_decode, handover_rpc (of two workers)
     .. last word of the worker  decode
@@ -25,7 +26,7 @@ from core.errors import DiptychError
 from router.fleet.worker import LegEnd, StageTimes
 from router.generation import GenerationEnd, GenerationRequest
 from router.ledger import Failure
-from router.placement.decision import Mode, Placement
+from router.placement.decision import MAX_CANDIDATES, Mode, Placement
 from telemetry.ledger import StageLedger
 
 
@@ -97,6 +98,9 @@ class RequestTimeline:
     request: GenerationRequest
     clock: Clock
     attempts: list[_Attempt] = field(default_factory=list)
+    admitted_at: float | None = None
+    queued: bool = False
+    """Its turn did not come at once."""
     first_token_at: float | None = None
     ended_at: float | None = None
     closed_at: float | None = None
@@ -104,6 +108,10 @@ class RequestTimeline:
     error: DiptychError | None = None
     num_tokens: int = 0
     cached_tokens: int = 0
+
+    def admitted(self) -> None:
+        """Its turn in the queue came."""
+        self.admitted_at = self.clock()
 
     def placed(self, number: int, placement: Placement, worker_ids: Mapping[str, str]) -> None:
         """An attempt was sent to its workers."""
@@ -162,12 +170,19 @@ class RequestTimeline:
         self.closed_at = self.clock()
 
     @property
+    def running_s(self) -> float:
+        """Seconds since it was let out of the queue."""
+        return 0.0 if self.admitted_at is None else self.clock() - self.admitted_at
+
+    @property
     def ledger(self) -> StageLedger:
         """Stages from receipt until the end, or until now."""
         now = self.clock() if self.closed_at is None else self.closed_at
         until = now if self.ended_at is None else self.ended_at
         ledger = StageLedger(self.request.received_at)
         ledger.advance(self.request.tokenized_at, "tokenize")
+        if self.queued:
+            ledger.advance(until if self.admitted_at is None else self.admitted_at, "queue")
         route = "route"
         for attempt in self.attempts:
             ledger.advance(attempt.placed_at, route, attempt=attempt.number)
@@ -226,6 +241,26 @@ class RequestTimeline:
             "ttft_s": None if self.first_token_at is None else _round(self.first_token_at - zero),
             "end_to_end_s": _round(until - zero),
             "age_s": _round(self.clock() - zero),
+        }
+
+    def explanation(self) -> dict[str, object]:
+        """For JSON: each decision with all of its candidates that were kept."""
+        admitted_at = self.admitted_at
+        return {
+            "request_id": self.request.request_id,
+            "prompt_tokens": len(self.request.prompt_ids),
+            "max_tokens": self.request.sampling.max_tokens,
+            "priority": self.request.priority,
+            "queued_s": _round((admitted_at or self.clock()) - self.request.tokenized_at),
+            "decisions": [
+                {
+                    "attempt": attempt.number,
+                    "at_s": _round(attempt.placed_at - self.request.received_at),
+                    **attempt.placement.as_dict(MAX_CANDIDATES),
+                    "actual_cached_tokens": attempt.cached_tokens,
+                }
+                for attempt in self.attempts
+            ],
         }
 
 

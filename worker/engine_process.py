@@ -140,6 +140,7 @@ def describe(
         eos_token_ids=model.eos_token_ids,
         version=_version(),
         kv_address=address,
+        place=worker_pb2.Place(zone=settings.zone, rack=settings.rack, host=settings.node),
     )
 
 

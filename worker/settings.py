@@ -138,6 +138,10 @@ class WorkerSettings(BaseModel):
         description="Most bytes of KV that nixl moves with one descriptor; default: no limit.",
     )
 
+    zone: str = Field("", description="Zone that this worker runs in, as routers compare it.")
+    rack: str = Field("", description="Rack within the zone, or whatever shares a fast network.")
+    node: str = Field("", description="Host within the rack.")
+
     heartbeat_interval_s: Seconds = Field(
         0.1, gt=0, description="Seconds between two signs of life of the engine loop."
     )

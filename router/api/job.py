@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 from core.errors import InvalidRequestError
 from core.sampling import StructuredOutput
+from router.admission import Priority
 from router.api.answer import Answer, AnswerFacts, Usage
+from router.api.caller import caller_key, priority_of
 from router.api.choice import Choice, Prompt
 from router.api.exchange import Exchange
 from router.api.output import Output, OutputRules
@@ -159,6 +161,8 @@ async def make_job(
         trace_id=exchange.identity.trace_id,
         tokenized_at=parts.clock(),
         deadline=deadline,
+        key=caller_key(exchange.headers, request.user),
+        priority=priority_of(exchange.headers),
     )
     choices = [
         planner.choice(prompt, index, copy)
@@ -182,6 +186,8 @@ class _Planner:
     trace_id: str | None
     tokenized_at: float
     deadline: float
+    key: str
+    priority: Priority
 
     def choice(self, prompt: Prompt, index: int, copy: int) -> Choice:
         request, field = prompt.request or self.request, self.dialect.prompt_field
@@ -220,6 +226,8 @@ class _Planner:
                 received_at=self.received_at,
                 tokenized_at=self.tokenized_at,
                 cache_salt=_salt(request),
+                key=self.key,
+                priority=self.priority,
                 trace_id=self.trace_id,
                 shares_prompt_with=f"{self.answer_id}-{index - copy}" if copy else None,
             ),

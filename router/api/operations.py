@@ -64,20 +64,29 @@ class Operations:
 
         The id is that of the answer, its x-request-id, or that of one sequence.
         """
+        await self._answer_about(exchange, "request.timeline", self._parts.generator.timeline)
+
+    async def explain(self, exchange: Exchange) -> None:
+        """Why a request went where it went: every candidate with its cost, per sequence."""
+        await self._answer_about(exchange, "request.explanation", self._parts.generator.explain)
+
+    async def _answer_about(
+        self,
+        exchange: Exchange,
+        kind: str,
+        look_up: Callable[[str], dict[str, object] | None],
+    ) -> None:
         name = exchange.path_params["id"]
-        parts = [self._parts.generator.timeline(part) for part in self._parts.recent.parts(name)]
+        parts = [look_up(part) for part in self._parts.recent.parts(name)]
         found = [part for part in parts if part is not None]
         if not found:
             raise HttpError(
                 404,
                 ErrorCode.NOT_FOUND,
-                f"No request {name[:128]!r} is remembered here; timelines of recent requests only.",
+                f"No request {name[:128]!r} is remembered here; only recent requests are.",
             )
-        await exchange.answer(
-            orjson.dumps(
-                {"id": name, "object": "request.timeline", "sequences": found}, default=str
-            )
-        )
+        answer = {"id": name, "object": kind, "sequences": found}
+        await exchange.answer(orjson.dumps(answer, default=str))
 
     def _model(self) -> dict[str, object]:
         model = self._parts.generator.model

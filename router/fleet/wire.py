@@ -17,6 +17,7 @@ from router.fleet.worker import (
     KvLayout,
     LegEnd,
     Phase,
+    Place,
     Role,
     StageTimes,
     TokenRun,
@@ -74,6 +75,7 @@ def info_from_proto(message: worker_pb2.WorkerDescription) -> WorkerInfo:
         vocab_size=message.vocab_size,
         eos_token_ids=tuple(message.eos_token_ids),
         kv_address=message.kv_address,
+        place=Place(zone=message.place.zone, rack=message.place.rack, host=message.place.host),
     )
 
 

@@ -36,6 +36,38 @@ class Phase(StrEnum):
     IMPORT = "import"
 
 
+class Distance(StrEnum):
+    """How far apart two workers are."""
+
+    UNKNOWN = "unknown"
+    """They share no label, or one of them has none."""
+    HOST = "host"
+    RACK = "rack"
+    ZONE = "zone"
+    APART = "apart"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a worker runs, as far as it says so; an empty label says nothing."""
+
+    zone: str = ""
+    rack: str = ""
+    host: str = ""
+
+    def distance(self, other: "Place") -> Distance:
+        """The smallest thing that both are in; APART if they are known to share nothing."""
+        shared, differ = Distance.UNKNOWN, False
+        for label in (Distance.ZONE, Distance.RACK, Distance.HOST):
+            mine, theirs = getattr(self, label.value), getattr(other, label.value)
+            if mine and theirs:
+                if mine != theirs:
+                    differ = True
+                    break  # names within two zones or racks mean nothing to each other
+                shared = label
+        return Distance.APART if differ and shared is Distance.UNKNOWN else shared
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvLayout:
     """How KV blocks, with the heads of all ranks, lie in memory; only equal ones are exchanged."""
@@ -65,6 +97,7 @@ class WorkerInfo:
     eos_token_ids: tuple[int, ...]
     kv_address: str
     """Where decode workers fetch its KV; empty when it exports none."""
+    place: Place = Place()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

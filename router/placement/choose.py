@@ -1,203 +1,219 @@
 """The choice itself: a pure function from what is known of the workers to a Placement.
 
-A pair costs what its prefill worker costs, what its decode worker costs, and the transfer between
-them, at the speed that the decode worker measured or the settings assume (see `pairing.py`).
+Up to three plans are priced, and the cheapest is taken: a pair of workers with the KV moved between
+them; a decode worker that computes the prompt too, where what it lacks is short enough for that;
+and, only if neither is possible, any worker alone.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from core.errors import UnavailableError
-from router.fleet.worker import KvLayout, Role, WorkerState
-from router.placement.cost import (
-    CostSettings,
-    Prompt,
-    WorkerView,
-    cached_tokens,
-    decode_terms,
-    prefill_terms,
-    transfer_bytes,
+from router.placement import cost
+from router.placement.columns import Flags, Rows, WorkerColumns
+from router.placement.decision import (
+    MAX_CANDIDATES,
+    Mode,
+    Placement,
+    Refusal,
+    TransferRate,
 )
-from router.placement.decision import MAX_CANDIDATES, Candidate, Mode, Placement, Refusal
-from router.placement.pairing import Scored, cheapest_pair, link_rate
+from router.placement.pairing import cheapest, cheapest_pair
+from router.placement.prices import Demand, Outlook, Prices, fits
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """What is to be placed, and under which conditions."""
-
-    prompt: Prompt
-    matched_blocks: Mapping[str, int] = field(default_factory=dict)
-    """Leading blocks of the prompt in each worker's cache."""
-    avoid: Collection[str] = ()
-    """Workers that failed this request."""
-    allow_avoided: bool = False
-    """Take one of them if there is no other."""
-    model_digest: bytes | None = None
-    """Only workers with this digest: another model would not continue the output alike."""
+MAX_REASONS = 16
+"""Refusals that an error names."""
 
 
 def choose(
-    views: Sequence[WorkerView],
+    columns: WorkerColumns,
     demand: Demand,
-    settings: CostSettings,
+    outlook: Outlook,
     *,
-    local_prefill_max_tokens: int = 0,
     absent: Sequence[Refusal] = (),
 ) -> Placement:
     """The cheapest way to serve the demand now.
 
     Args:
-        views: attached workers.
+        columns: attached workers.
         demand: what is to be placed.
-        settings: values assumed until measured.
-        local_prefill_max_tokens: uncached tokens up to which decode computes the prompt itself.
+        outlook: what is expected.
         absent: workers that are known but not attached, with the reason.
 
     Raises:
         UnavailableError: every worker was refused; the message says why each was.
     """
-    refused = list(absent)
-    usable = []
-    for view in views:
-        reason = _refusal(view, demand)
-        if reason is None:
-            usable.append(view)
-        else:
-            refused.append(Refusal((view.key,), reason))
-
-    first = [view for view in usable if view.key not in demand.avoid]
-    rounds = [first, usable] if demand.allow_avoided and len(first) < len(usable) else [first]
-    for candidates in rounds:
-        placement = _choose_among(candidates, demand, settings, local_prefill_max_tokens, refused)
-        if placement is not None:
-            return placement
+    prices = Prices(columns, demand, outlook)
+    refused = [*absent, *_refusals(columns, demand)]
+    usable = prices.usable
+    avoided = np.zeros_like(usable)
+    for key in demand.avoid:
+        row = columns.row(key)
+        if row is not None:
+            avoided[row] = True
+    placement = _choose_among(prices, usable & ~avoided, refused)
+    if placement is None and demand.allow_avoided and (usable & avoided).any():
+        placement = _choose_among(prices, usable, refused)
+    if placement is not None:
+        return placement
     refused += [
-        Refusal((view.key,), "failed this request") for view in usable if view.key in demand.avoid
+        Refusal((columns.view(row).key,), "failed this request")
+        for row in np.flatnonzero(usable & avoided).tolist()
     ]
-    reasons = "; ".join(str(refusal) for refusal in refused[:MAX_CANDIDATES])
+    reasons = "; ".join(str(refusal) for refusal in refused[:MAX_REASONS])
     raise UnavailableError(f"No worker can take the request: {reasons or 'none is configured'}.")
 
 
-def _refusal(view: WorkerView, demand: Demand) -> str | None:
-    if view.load.state is not WorkerState.READY:
-        return f"is {view.load.state.value}"
-    total, limit = demand.prompt.total_tokens, view.info.max_model_len
-    if total > limit:
-        return f"prompt and max_tokens make {total} tokens, its context holds {limit}"
-    if demand.model_digest not in (None, view.info.model_digest):
-        return "serves another model than the one that began the output"
-    return None
+def least_backlog_s(columns: WorkerColumns, now: float) -> float:
+    """Backlog of the least busy ready worker that prompts go to first; 0 if none is ready."""
+    ready, prefills = columns.flags("ready"), columns.flags("prefills")
+    pool = ready & prefills if (ready & prefills).any() else ready
+    if not pool.any():
+        return 0.0
+    return float(cost.backlog_s(columns["idle_at"][pool], now).min())
 
 
-def _choose_among(
-    views: Sequence[WorkerView],
-    demand: Demand,
-    settings: CostSettings,
-    local_prefill_max_tokens: int,
-    refused: list[Refusal],
-) -> Placement | None:
-    prompt = demand.prompt
-
-    def cached(view: WorkerView) -> int:
-        return cached_tokens(view, prompt, demand.matched_blocks.get(view.key, 0))
-
-    def score(view: WorkerView, part: str) -> Scored:
-        terms = _terms(view, part, prompt, cached(view), settings)
-        kv_bytes = transfer_bytes(view, prompt, cached(view)) if part == "decode" else 0
-        return Scored(view, Candidate(view.key, part, cached(view), terms), kv_bytes)
-
-    prefill = [view for view in views if view.info.role is Role.PREFILL]
-    decode = [view for view in views if view.info.role is Role.DECODE]
-
-    nearby = [
-        view for view in decode if prompt.num_tokens - cached(view) <= local_prefill_max_tokens
-    ]
-    if nearby:
-        scored = sorted((score(view, "local") for view in nearby), key=lambda each: each.order)
-        why = f"at most {local_prefill_max_tokens} tokens are not cached on the decode worker"
-        return _alone(scored, Mode.LOCAL, why, refused)
-
-    pair = _choose_pair(
-        [score(view, "prefill") for view in prefill],
-        [score(view, "decode") for view in decode],
-        settings.transfer_bytes_per_s,
-        refused,
-    )
-    if pair is not None or not views:
-        return pair
-    scored = sorted((score(view, "local") for view in views), key=lambda each: each.order)
-    if scored[0].view.info.role is Role.DECODE:
-        missing, mode = ("prefill" if not prefill else "matching prefill"), Mode.DECODE_ONLY
-    else:
-        missing, mode = ("decode" if not decode else "matching decode"), Mode.PREFILL_ONLY
-    return _alone(scored, mode, f"no {missing} worker can take it", refused)
+def _refusals(columns: WorkerColumns, demand: Demand) -> list[Refusal]:
+    unfit = np.flatnonzero(columns.flags("present") & ~fits(columns, demand))
+    refusals = []
+    for row in unfit[:MAX_CANDIDATES].tolist():
+        view = columns.view(row)
+        total, limit = demand.prompt.total_tokens, view.info.max_model_len
+        if not columns.flags("ready")[row]:
+            reason = f"is {view.load.state.value}"
+        elif total > limit:
+            reason = f"prompt and max_tokens make {total} tokens, its context holds {limit}"
+        else:
+            reason = "serves another model than the one that began the output"
+        refusals.append(Refusal((view.key,), reason))
+    return refusals
 
 
-def _terms(
-    view: WorkerView, part: str, prompt: Prompt, cached: int, settings: CostSettings
-) -> dict[str, float]:
-    match part:
-        case "prefill":
-            return prefill_terms(view, prompt, cached, settings)
-        case "decode":
-            return decode_terms(view, prompt, cached, settings)
-        case _:
-            return prefill_terms(view, prompt, cached, settings) | decode_terms(
-                view, prompt, cached, settings
-            )
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A way to serve the request, and what it costs."""
+
+    mode: Mode
+    worker: int
+    prefill: int | None
+    cost_s: float
+    why: str
+    alone: Rows | None = None
+    """The workers that were compared, where one serves alone."""
 
 
-def _choose_pair(
-    prefill: Sequence[Scored], decode: Sequence[Scored], assumed: float, refused: list[Refusal]
-) -> Placement | None:
-    groups: dict[tuple[bytes, KvLayout], tuple[list[Scored], list[Scored]]] = {}
-    for side, members in enumerate((prefill, decode)):
-        for scored in members:
-            info = scored.view.info
-            if side == 0 and not info.kv_address:
-                refused.append(Refusal((scored.view.key,), "exports no KV"))
-                continue
-            groups.setdefault((info.model_digest, info.layout), ([], []))[side].append(scored)
+def _choose_among(prices: Prices, usable: Flags, refused: Sequence[Refusal]) -> Placement | None:
+    columns = prices.columns
+    prefill = np.flatnonzero(usable & columns.flags("prefills"))
+    decode = np.flatnonzero(usable & ~columns.flags("prefills"))
+    refused = [*refused, *_unpaired(columns, prefill, decode)]
 
+    plans = _pairs(prices, prefill, decode)
+    limit = prices.outlook.local_prefill_max_tokens
+    near = decode[prices.uncached[decode] <= limit] if len(prefill) else decode[:0]
+    if len(near):
+        why = f"it lacks at most {limit} tokens, and no pair is cheaper"
+        plans.append(_alone(prices, near, Mode.LOCAL, why))
+    if not plans:
+        everyone = np.flatnonzero(usable)
+        if not len(everyone):
+            return None
+        plans.append(_any_alone(prices, everyone, prefill, decode))
+    best = min(plans, key=lambda plan: plan.cost_s)
+    return _placement(prices, best, plans, (prefill, decode), refused)
+
+
+def _pairs(prices: Prices, prefill: Rows, decode: Rows) -> list[_Plan]:
+    """The cheapest pair among the workers that can exchange KV, if there is any."""
+    columns = prices.columns
+    exporters = prefill[columns.flags("exports")[prefill]]
+    kinds = columns["kind"]
     pairs = []
-    for exporters, importers in groups.values():
-        pair = cheapest_pair(exporters, importers, assumed)
+    for kind in kinds[exporters[:1]] if columns.alike else np.unique(kinds[exporters]):
+        sources = exporters[kinds[exporters] == kind]
+        targets = decode[kinds[decode] == kind]
+        pair = cheapest_pair(
+            columns,
+            prices.side(sources, prices.prefill),
+            prices.side(targets, prices.decode),
+            prices.kv_bytes[targets],
+        )
         if pair is not None:
             pairs.append(pair)
-        elif prefill and decode:
-            reason = "no worker of the other pool has its model digest and KV layout"
-            refused += [Refusal((each.view.key,), reason) for each in (*exporters, *importers)]
     if not pairs:
-        return None
+        return []
     best = min(pairs, key=lambda pair: pair.cost_s)
-    exporter, importer = best.exporter, best.importer
-    priced = [each.reading_at(link_rate(exporter, each, assumed)) for each in decode]
-    ranked = [
-        each.candidate
-        for side in (prefill, priced)
-        for each in sorted(side, key=lambda each: each.order)[: MAX_CANDIDATES // 2]
-    ]
-    return Placement(
-        mode=Mode.DISAGGREGATED,
-        worker=importer.view.key,
-        prefill=exporter.view.key,
-        cached_tokens=exporter.candidate.cached_tokens,
-        why="least predicted seconds of all matching pairs",
-        candidates=ranked,
-        refused=tuple(refused[:MAX_CANDIDATES]),
-        transfer=best.rate,
-    )
+    why = "least predicted seconds of all matching pairs"
+    return [_Plan(Mode.DISAGGREGATED, best.importer, best.exporter, best.cost_s, why)]
 
 
-def _alone(scored: Sequence[Scored], mode: Mode, why: str, refused: Sequence[Refusal]) -> Placement:
-    best = scored[0]
+def _alone(prices: Prices, rows: Rows, mode: Mode, why: str) -> _Plan:
+    side = prices.side(rows, prices.alone)
+    worker = cheapest(side, prices.columns["placed"])
+    return _Plan(mode, worker, None, float(side.cost_s.min()), why, rows)
+
+
+def _any_alone(prices: Prices, everyone: Rows, prefill: Rows, decode: Rows) -> _Plan:
+    plan = _alone(prices, everyone, Mode.DECODE_ONLY, "")
+    if prices.columns.flags("prefills")[plan.worker]:
+        missing, mode = ("decode" if not len(decode) else "matching decode"), Mode.PREFILL_ONLY
+    else:
+        missing, mode = ("prefill" if not len(prefill) else "matching prefill"), Mode.DECODE_ONLY
+    return replace(plan, mode=mode, why=f"no {missing} worker can take it")
+
+
+def _unpaired(columns: WorkerColumns, prefill: Rows, decode: Rows) -> list[Refusal]:
+    """Why workers can't be part of a pair, as far as they can't."""
+    silent = prefill[~columns.flags("exports")[prefill]]
+    refusals = [Refusal((columns.view(row).key,), "exports no KV") for row in silent.tolist()]
+    exporters = prefill[columns.flags("exports")[prefill]]
+    if len(exporters) and len(decode) and not columns.alike:
+        kinds = columns["kind"]
+        lonely = [
+            *exporters[~np.isin(kinds[exporters], kinds[decode])].tolist(),
+            *decode[~np.isin(kinds[decode], kinds[exporters])].tolist(),
+        ]
+        reason = "no worker of the other pool has its model digest and KV layout"
+        refusals += [Refusal((columns.view(row).key,), reason) for row in lonely]
+    return refusals
+
+
+def _placement(
+    prices: Prices,
+    best: _Plan,
+    plans: Sequence[_Plan],
+    pools: tuple[Rows, Rows],
+    refused: Sequence[Refusal],
+) -> Placement:
+    columns = prices.columns
+    prefill, decode = pools
+    rate, rankings = None, []
+    for plan in (best, *(plan for plan in plans if plan is not best)):
+        if plan.alone is not None:
+            rankings.append(prices.ranking("local", plan.alone, prices.alone))
+            continue
+        assert plan.prefill is not None
+        links = columns.link_rates(np.array([plan.prefill]), decode)
+        transfer_s = np.zeros_like(prices.kv_bytes)
+        transfer_s[decode] = cost.transfer_s(prices.kv_bytes[decode], links[0])
+        rankings.append(prices.ranking("prefill", prefill, prices.prefill))
+        terms = {"transfer_s": transfer_s} | prices.decode
+        rankings.append(prices.ranking("decode", decode, terms))
+        if plan is best:
+            measured = columns.link_is_measured(plan.prefill, plan.worker)
+            rate = TransferRate(float(links[0, decode == plan.worker][0]), measured)
+    computes = best.worker if best.prefill is None else best.prefill
     return Placement(
-        mode=mode,
-        worker=best.view.key,
-        prefill=None,
-        cached_tokens=best.candidate.cached_tokens,
-        why=why,
-        candidates=[each.candidate for each in scored[:MAX_CANDIDATES]],
+        mode=best.mode,
+        worker=columns.view(best.worker).key,
+        prefill=None if best.prefill is None else columns.view(best.prefill).key,
+        cached_tokens=int(prices.cached[computes]),
+        why=best.why,
+        rankings=rankings,
         refused=tuple(refused[:MAX_CANDIDATES]),
+        cost_s=best.cost_s,
+        alternatives={plan.mode.value: plan.cost_s for plan in plans if plan is not best},
+        transfer=rate,
     )

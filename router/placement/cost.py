@@ -1,18 +1,44 @@
-"""What it would cost, in seconds, to send a prompt to a worker. Pure functions over frozen values.
+"""What it costs, in seconds, to send a prompt to a worker: one pure function per term.
 
-The simplest honest form of the design's rule. Prefill is predicted from measured rates. Decode is
-predicted from the measured step and from how full the worker would be. Each term is kept by name,
-so that a decision can be explained.
+Every function takes the numbers of all workers at once, float64 arrays of shape [workers] unless it
+says otherwise, and returns the term for each of them. Called by choose.py, which adds terms up by
+name, so that a decision can be explained. Invariant: no term is negative, and more load, fewer
+cached tokens or a slower rate never make one smaller.
 """
 
 from dataclasses import dataclass
 
-from router.fleet.worker import WorkerInfo, WorkerLoad
+import numpy as np
+from numpy.typing import NDArray
 
-EXPECTED_OUTPUT_TOKENS = 128
-"""Output length assumed when a request allows more: most end before max_tokens.
+from router.fleet.worker import Distance
+
+Column = NDArray[np.float64]
+
+EXPECTED_OUTPUT_TOKENS = 128.0
+"""Output length assumed until some were seen, where a request allows more: most end sooner.
 
 Source: own judgement; only the ratio of decode to prefill terms depends on it.
+"""
+
+
+SHARED_COST = 10.0
+"""Seconds of somebody's waiting that a second of computing is worth avoiding, over its own second.
+
+Source: benchmarks/placement_simulator.py, conversation trace. From 0 to 10 hits rise from 0.78 to
+0.95 of what one infinite cache has, and TTFT falls; above, prompts wait too long for their cache.
+"""
+
+DISTANCE_RATIO = {
+    Distance.UNKNOWN: 1.0,
+    Distance.HOST: 1.0,
+    Distance.RACK: 0.5,
+    Distance.ZONE: 0.25,
+    Distance.APART: 0.1,
+}
+"""Part of the assumed rate that a link over some distance is taken to have.
+
+Source: own judgement; it only counts until the link was measured.
 """
 
 
@@ -23,23 +49,11 @@ class CostSettings:
     prefill_tokens_per_s: float
     decode_step_s: float
     transfer_bytes_per_s: float
+    """Of a link within one host, or between workers that do not say where they are."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerView:
-    """One worker as placement sees it: its latest report plus what was sent since."""
-
-    key: str
-    info: WorkerInfo
-    load: WorkerLoad
-    sent_tokens: int = 0
-    """Uncached prompt tokens sent to it since the load report was taken."""
-    sent_requests: int = 0
-    """Requests sent to it since then that will occupy a place in its batch."""
-    sent_blocks: int = 0
-    """KV blocks that those will need."""
-    placed: int = 0
-    """Legs ever placed on it; evens out ties."""
+    def assumed_rate(self, distance: Distance) -> float:
+        """Bytes per second of a link that was not measured."""
+        return self.transfer_bytes_per_s * DISTANCE_RATIO[distance]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,49 +70,82 @@ class Prompt:
         return self.num_tokens + self.max_new_tokens
 
 
-def cached_tokens(view: WorkerView, prompt: Prompt, matched_blocks: int) -> int:
+def cached_tokens(prompt: Prompt, matched_blocks: Column, block_size: Column) -> Column:
     """Tokens that need not be computed; at least one always is."""
-    return min(matched_blocks * view.info.layout.block_size, prompt.num_tokens - 1)
+    return np.minimum(matched_blocks * block_size, prompt.num_tokens - 1)
 
 
-def prefill_terms(
-    view: WorkerView, prompt: Prompt, cached: int, settings: CostSettings
-) -> dict[str, float]:
-    """Seconds until the worker has computed the prompt: those before it, then its own tokens."""
-    rate = view.load.prefill_tokens_per_s or settings.prefill_tokens_per_s
-    return {
-        "backlog_s": (view.load.backlog_tokens + view.sent_tokens) / rate,
-        "prefill_s": (prompt.num_tokens - cached) / rate,
-    }
+def backlog_s(idle_at: Column, now: float) -> Column:
+    """Until the worker has computed the prompts that it has."""
+    return np.maximum(0.0, idle_at - now)
 
 
-def transfer_bytes(view: WorkerView, prompt: Prompt, cached: int) -> int:
-    """Bytes of KV that the decode worker `view` does not hold, and would have to read."""
-    layout = view.info.layout
-    return -(-(prompt.num_tokens - cached) // layout.block_size) * layout.block_bytes
+def prefill_s(uncached_tokens: Column, tokens_per_s: Column) -> Column:
+    """To compute what is not cached."""
+    return uncached_tokens / tokens_per_s
 
 
-def decode_terms(
-    view: WorkerView, prompt: Prompt, cached: int, settings: CostSettings
-) -> dict[str, float]:
-    """Seconds to generate there, and to wait for a place in its batch and in its KV pool.
+def crowding_s(
+    own_prefill_s: Column, queued_s: Column, arrivals_per_s: float, popularity: float
+) -> Column:
+    """What computing this prompt costs the prompts that come after it.
 
-    A fuller batch makes each step slower, up to twice at a full one; a request beyond the batch or
-    the pool waits for its share of one more generation.
+    Prompts that arrive while the worker is busy all wait longer by what this one takes. And a
+    prefix that is computed where it was not cached takes room from others, and draws its next
+    request away from where the rest of it is. Without this term every prompt is served soonest,
+    and the fleet computes the same prefixes everywhere. A prefix that many ask for, such as a
+    system prompt, is worth having in several places, so that these share what it costs.
+
+    Args:
+        own_prefill_s: what this prompt takes.
+        queued_s: what is to be computed before it.
+        arrivals_per_s: prompts that one prefill worker is sent per second.
+        popularity: recent requests for the longest prefix that is cached anywhere.
     """
-    info, load = view.info, view.load
-    tokens = min(prompt.max_new_tokens, EXPECTED_OUTPUT_TOKENS)
-    step_s = load.decode_step_s or settings.decode_step_s
-    batch = load.running + load.waiting + view.sent_requests
-    places = max(1, info.max_num_seqs)
-    generation_s = tokens * step_s * (1 + min(1.0, batch / places))
+    shared = SHARED_COST / (1 + popularity)
+    return own_prefill_s * (shared + arrivals_per_s * (queued_s + own_prefill_s))
 
-    needed = -(-(prompt.num_tokens + tokens - cached) // info.layout.block_size)
-    free = info.num_blocks - load.held_blocks - view.sent_blocks
-    short = max(0.0, 1 - max(0, free) / needed) if info.num_blocks else 0.0
-    over = max(0, batch + 1 - places) / places
-    return {
-        "decode_s": generation_s,
-        "batch_wait_s": over * generation_s,
-        "kv_wait_s": short * generation_s,
-    }
+
+def transfer_bytes(uncached_tokens: Column, block_size: Column, block_bytes: Column) -> Column:
+    """KV that the decode worker does not hold, and would have to read."""
+    blocks: Column = np.ceil(uncached_tokens / block_size)
+    return blocks * block_bytes
+
+
+def transfer_s(kv_bytes: Column, bytes_per_s: Column) -> Column:
+    """To move KV over a link."""
+    return kv_bytes / bytes_per_s
+
+
+def decode_s(tokens: float, step_s: Column, batch: Column, places: Column) -> Column:
+    """To generate; a fuller batch makes each step slower, up to twice at a full one."""
+    fullness: Column = np.minimum(1.0, batch / places)
+    return tokens * step_s * (1 + fullness)
+
+
+def batch_wait_s(generation_s: Column, batch: Column, places: Column) -> Column:
+    """To wait for a place in the batch: its share of one more generation."""
+    over: Column = np.maximum(0.0, batch + 1 - places)
+    return generation_s * over / places
+
+
+def kv_wait_s(generation_s: Column, needed_blocks: Column, free_blocks: Column) -> Column:
+    """To wait for KV blocks: the missing part of them, of one more generation.
+
+    Args:
+        generation_s: what one generation takes.
+        needed_blocks: by the end of the output.
+        free_blocks: left once what runs there has grown as predicted; infinite if unknown.
+    """
+    missing: Column = np.clip(1 - free_blocks / np.maximum(needed_blocks, 1), 0.0, 1.0)
+    return generation_s * missing
+
+
+def growth_blocks(batch: Column, output_tokens: float, block_size: Column) -> Column:
+    """Blocks that running sequences will yet fill, each half of its output on average."""
+    return batch * (output_tokens / 2) / block_size
+
+
+def stall_s(own_prefill_s: Column, batch: Column) -> Column:
+    """What computing a prompt costs the sequences that decode there: each waits for it."""
+    return own_prefill_s * batch

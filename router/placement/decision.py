@@ -1,11 +1,16 @@
 """What placement decided for one attempt and why: kept for the timeline."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-MAX_CANDIDATES = 16
-"""Candidates and refusals kept of one decision, best first: timelines must stay small."""
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_CANDIDATES = 64
+"""Candidates of one part and refusals kept of one decision, best first: a bound on its memory."""
+MAX_SHOWN = 16
+"""Of those, in a timeline."""
 
 
 class Mode(StrEnum):
@@ -47,6 +52,36 @@ class Candidate:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """The candidates for one part, best first, as arrays: 50 bytes each instead of a kilobyte."""
+
+    part: str
+    names: Sequence[str]
+    """Of workers by row; shared by decisions."""
+    rows: NDArray[np.int64]
+    """[candidates]"""
+    cached_tokens: NDArray[np.float64]
+    """[candidates]"""
+    terms: Mapping[str, NDArray[np.float64]]
+    """Seconds, [candidates]."""
+    considered: int
+    """How many there were, kept or not."""
+
+    def candidates(self) -> list[Candidate]:
+        """Each with its terms by name."""
+        columns = {name: values.tolist() for name, values in self.terms.items()}
+        return [
+            Candidate(
+                self.names[row],
+                self.part,
+                int(self.cached_tokens[i]),
+                {name: values[i] for name, values in columns.items()},
+            )
+            for i, row in enumerate(self.rows.tolist())
+        ]
+
+
 @dataclass(frozen=True, slots=True)
 class TransferRate:
     """Speed of a pair's link, as the decode worker measured it or as the settings assume."""
@@ -81,20 +116,37 @@ class Placement:
     cached_tokens: int
     """Of the prompt, on the worker that computes it, as predicted."""
     why: str
-    candidates: Sequence[Candidate]
+    rankings: Sequence[Ranking]
+    """Of the plan that won first; then of the best plan that lost, if there was one."""
     refused: Sequence[Refusal]
+    cost_s: float = 0.0
+    """Of the plan that won."""
+    alternatives: Mapping[str, float] = field(default_factory=dict)
+    """Cost of the best plan of each other mode that was possible, seconds."""
     transfer: TransferRate | None = None
     """How fast KV was expected to move between the two; None where none moves."""
 
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+    @property
+    def candidates(self) -> list[Candidate]:
+        """Of all rankings."""
+        return [each for ranking in self.rankings for each in ranking.candidates()]
+
+    def as_dict(self, limit: int = MAX_SHOWN) -> dict[str, object]:
+        """For JSON, with at most `limit` candidates of each part."""
         return {
             "mode": self.mode.value,
             "prefill": self.prefill,
             "decode": self.worker,
             "predicted_cached_tokens": self.cached_tokens,
             "why": self.why,
+            "cost_s": round(self.cost_s, 6),
+            "alternatives_s": {mode: round(cost, 6) for mode, cost in self.alternatives.items()},
             "transfer_rate": self.transfer and self.transfer.as_dict(),
-            "candidates": [candidate.as_dict() for candidate in self.candidates],
-            "refused": [str(refusal) for refusal in self.refused],
+            "considered": {ranking.part: ranking.considered for ranking in self.rankings},
+            "candidates": [
+                candidate.as_dict()
+                for ranking in self.rankings
+                for candidate in ranking.candidates()[:limit]
+            ],
+            "refused": [str(refusal) for refusal in self.refused[:limit]],
         }

@@ -1,77 +1,69 @@
 """Which prefill worker for which decode worker: the one cost that depends on both is the transfer.
 
-Used by `choose.py` on workers that it has scored. Invariant: no pair is cheaper than the one found,
-and among equal workers it is of those that were placed on least.
+Used by choose.py on workers that it has priced. Invariant: no pair is cheaper than the one found;
+of equally cheap ones it is the one whose workers were placed on least.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from router.placement.cost import WorkerView
-from router.placement.decision import Candidate, TransferRate
+import numpy as np
+
+from router.placement.columns import Rows, WorkerColumns
+from router.placement.cost import Column, transfer_s
+
+TIE_S = 1e-9
+"""Costs that differ by less are the same: sums of floats in another order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A worker in one part with its cost."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """The workers of one side: rows and, as long, what each costs without the transfer."""
 
-    view: WorkerView
-    candidate: Candidate
-    kv_bytes: int = 0
-    """Decode, while the transfer is not in its cost: what it would have to read."""
-
-    @property
-    def order(self) -> tuple[float, int, str]:
-        """Cheapest first, then whoever was placed on least."""
-        return (self.candidate.cost_s, self.view.placed, self.view.key)
-
-    def reading_at(self, rate: TransferRate) -> "Scored":
-        """This decode worker with the transfer in its cost."""
-        terms = {"transfer_s": self.kv_bytes / rate.bytes_per_s} | dict(self.candidate.terms)
-        return replace(self, candidate=replace(self.candidate, terms=terms), kv_bytes=0)
+    rows: Rows
+    cost_s: Column
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Prefill worker, decode worker, and what their transfer is expected to do."""
+    """Rows of a prefill and a decode worker, and what they cost with their transfer."""
 
-    exporter: Scored
-    importer: Scored
-    """Without the transfer in its cost."""
-    rate: TransferRate
+    exporter: int
+    importer: int
     cost_s: float
 
 
-def link_rate(exporter: Scored, importer: Scored, assumed: float) -> TransferRate:
-    """How fast the decode worker reads from the prefill worker, in bytes per second."""
-    measured = importer.view.load.link_bytes_per_s.get(exporter.view.info.worker_id)
-    return TransferRate(assumed, False) if measured is None else TransferRate(measured, True)
+def cheapest(side: Side, placed: Column) -> int:
+    """Row of the cheapest worker, of equals the one that was placed on least."""
+    equal = np.flatnonzero(side.cost_s <= side.cost_s.min() + TIE_S)
+    return int(side.rows[equal[np.argmin(placed[side.rows[equal]])]])
 
 
 def cheapest_pair(
-    exporters: Sequence[Scored], importers: Sequence[Scored], assumed: float
+    columns: WorkerColumns, exporters: Side, importers: Side, kv_bytes: Column
 ) -> Pair | None:
     """The best pair of workers that can exchange KV; None if one side is empty.
 
-    Both sides are looked at cheapest first, and nobody who could not win with the decode worker's
-    fastest link is priced, so that the pairs priced are few.
-
     Args:
+        columns: links and how often each worker was placed on.
         exporters: prefill workers.
-        importers: decode workers, without the transfer in their cost.
-        assumed: bytes per second of a link that was not measured.
+        importers: decode workers.
+        kv_bytes: what each importer would have to read, [importers].
     """
-    best: Pair | None = None
-    exporters = sorted(exporters, key=lambda each: each.order)
-    for importer in sorted(importers, key=lambda each: each.order):
-        fastest = max(assumed, max(importer.view.load.link_bytes_per_s.values(), default=0.0))
-        base_s = importer.candidate.cost_s
-        for exporter in exporters:
-            cost_s = exporter.candidate.cost_s
-            if best is not None and cost_s + (base_s + importer.kv_bytes / fastest) >= best.cost_s:
-                break
-            rate = link_rate(exporter, importer, assumed)
-            cost_s += base_s + importer.kv_bytes / rate.bytes_per_s
-            if best is None or cost_s < best.cost_s:
-                best = Pair(exporter, importer, rate, cost_s)
-    return best
+    if not len(exporters.rows) or not len(importers.rows):
+        return None
+    # Only exporters that could win with the best link of all need a look at each of their links.
+    first = int(np.argmin(exporters.cost_s))
+    rates = columns.link_rates(exporters.rows[first : first + 1], importers.rows)
+    reachable = exporters.cost_s[first] + (importers.cost_s + transfer_s(kv_bytes, rates[0])).min()
+    fastest = columns["fastest_link"][importers.rows]
+    floor = (importers.cost_s + transfer_s(kv_bytes, fastest)).min()
+    able = np.flatnonzero(exporters.cost_s + floor <= reachable + TIE_S)
+
+    rows = exporters.rows[able]
+    rates = columns.link_rates(rows, importers.rows)
+    cost_s = exporters.cost_s[able, None] + (importers.cost_s + transfer_s(kv_bytes, rates))
+    best_s = float(cost_s.min())
+    sources, targets = np.nonzero(cost_s <= best_s + TIE_S)
+    placed = columns["placed"]
+    turns = np.lexsort((placed[importers.rows[targets]], placed[rows[sources]]))[0]
+    return Pair(int(rows[sources[turns]]), int(importers.rows[targets[turns]]), best_s)

@@ -8,17 +8,28 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from router.fleet.worker import CacheChange, WorkerInfo, WorkerLoad
-from router.placement.choose import Demand, choose
-from router.placement.cost import CostSettings, Prompt, WorkerView
+from router.fleet.worker import CacheChange, Role, WorkerInfo, WorkerLoad
+from router.placement.choose import choose, least_backlog_s
+from router.placement.columns import WorkerColumns, WorkerView
+from router.placement.cost import EXPECTED_OUTPUT_TOKENS, CostSettings, Prompt
 from router.placement.decision import Placement, Refusal
 from router.placement.prefix_index import Applied, PrefixIndex
+from router.placement.prices import Demand, Outlook
+from router.placement.rate import RecentCount, RecentCounts
 
 TRANSIT_S = 0.02
 """Time that a message between router and worker may be on its way, in seconds.
 
 A request counts as in a load report if it was sent this long before the report was taken.
 """
+
+
+RECENT_S = 10.0
+"""Time over which arrivals and requests for a prefix are counted, in seconds."""
+MAX_PREFIXES = 4096
+"""Prefixes whose requests are counted."""
+OUTPUT_WEIGHT = 0.02
+"""Weight of the latest output in the mean length of outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +42,42 @@ class _Sent:
 
 @dataclass(slots=True)
 class _Member:
+    """A worker: what it said last and what it was sent since."""
+
     info: WorkerInfo
     load: WorkerLoad = field(default_factory=WorkerLoad)
     sent: deque[_Sent] = field(default_factory=deque)
+    sent_requests: int = 0
+    sent_blocks: int = 0
+    idle_at: float = 0.0
     placed: int = 0
+
+    def report(self, load: WorkerLoad, now: float, rate: float) -> None:
+        self.load = load
+        taken_at = now - load.heartbeat_age_s - TRANSIT_S
+        while self.sent and self.sent[0].at < taken_at:
+            known = self.sent.popleft()
+            self.sent_requests -= known.requests
+            self.sent_blocks -= known.blocks
+        self.idle_at = now + load.backlog_tokens / rate
+        for each in self.sent:
+            self.idle_at += each.tokens / rate
+
+    def send(self, sent: _Sent, rate: float) -> None:
+        self.sent.append(sent)
+        self.sent_requests += sent.requests
+        self.sent_blocks += sent.blocks
+        self.placed += 1
+        self.idle_at = max(self.idle_at, sent.at) + sent.tokens / rate
 
     def view(self, key: str) -> WorkerView:
         return WorkerView(
             key=key,
             info=self.info,
             load=self.load,
-            sent_tokens=sum(each.tokens for each in self.sent),
-            sent_requests=sum(each.requests for each in self.sent),
-            sent_blocks=sum(each.blocks for each in self.sent),
+            idle_at=self.idle_at,
+            sent_requests=self.sent_requests,
+            sent_blocks=self.sent_blocks,
             placed=self.placed,
         )
 
@@ -56,12 +90,24 @@ class Placer:
         settings: CostSettings,
         *,
         local_prefill_max_tokens: int = 0,
-        prediction_ttl_s: float = 30.0,
+        prediction_ttl_s: float = 60.0,
     ) -> None:
         self._settings = settings
         self._local_prefill_max_tokens = local_prefill_max_tokens
         self._index = PrefixIndex(prediction_ttl_s=prediction_ttl_s)
+        self._columns = WorkerColumns(settings)
         self._members: dict[str, _Member] = {}
+        self._kinds: dict[tuple[bytes, int], WorkerInfo] = {}
+        self._num_computing = 1
+        """Workers that prompts are spread over."""
+        self._arrivals = RecentCount(RECENT_S)
+        self._popularity = RecentCounts(RECENT_S, MAX_PREFIXES)
+        self._output_tokens = EXPECTED_OUTPUT_TOKENS
+
+    @property
+    def index(self) -> PrefixIndex:
+        """What is cached where."""
+        return self._index
 
     @property
     def indexed_blocks(self) -> int:
@@ -70,27 +116,38 @@ class Placer:
 
     def add(self, worker: str, info: WorkerInfo) -> None:
         """A worker attached."""
+        self.drop(worker)
         self._members[worker] = _Member(info)
         self._index.add(worker, info.epoch)
+        self._refresh(worker)
+        self._note_kinds()
 
     def drop(self, worker: str) -> None:
         """A worker is gone, and its cache with it."""
         self._members.pop(worker, None)
         self._index.drop(worker)
+        self._columns.drop(worker)
+        self._note_kinds()
 
     def report(self, worker: str, load: WorkerLoad, now: float) -> None:
         """A load report arrived; what it already includes is not counted twice."""
         member = self._members.get(worker)
-        if member is None:
-            return
-        member.load = load
-        taken_at = now - load.heartbeat_age_s - TRANSIT_S
-        while member.sent and member.sent[0].at < taken_at:
-            member.sent.popleft()
+        if member is not None:
+            rate = load.prefill_tokens_per_s or self._settings.prefill_tokens_per_s
+            member.report(load, now, rate)
+            self._refresh(worker)
 
     def apply(self, worker: str, change: CacheChange) -> Applied:
         """A cache event arrived."""
         return self._index.apply(worker, change)
+
+    def generated(self, num_tokens: int) -> None:
+        """A request ended well after so many tokens: what others may be expected to need."""
+        self._output_tokens += OUTPUT_WEIGHT * (num_tokens - self._output_tokens)
+
+    def least_backlog_s(self, now: float) -> float:
+        """Seconds of prompts that the least busy of the ready workers has to compute."""
+        return least_backlog_s(self._columns, now)
 
     def place(
         self,
@@ -118,43 +175,62 @@ class Placer:
             UnavailableError: no worker can take it; the message says why each was refused.
         """
         self._index.expire(now)
+        matched, longest = self._match(hashes_for)
         demand = Demand(
             prompt=prompt,
-            matched_blocks=self._match(hashes_for),
+            matched_blocks=matched,
+            popularity=self._popularity.add(longest, now) if longest else 0.0,
             avoid=avoid,
             allow_avoided=allow_avoided,
             model_digest=model_digest,
         )
-        placement = choose(
-            [member.view(key) for key, member in self._members.items()],
-            demand,
-            self._settings,
-            local_prefill_max_tokens=self._local_prefill_max_tokens,
-            absent=absent,
-        )
+        placement = choose(self._columns, demand, self._outlook(now), absent=absent)
+        self._arrivals.add(now)
         computes = placement.prefill or placement.worker
-        for worker in {computes, placement.worker}:
+        chosen = {computes, placement.worker}
+        for worker in chosen:
             member = self._members[worker]
-            member.placed += 1
-            block_size = member.info.layout.block_size
-            member.sent.append(
-                _Sent(
-                    now,
-                    prompt.num_tokens - placement.cached_tokens if worker == computes else 0,
-                    int(worker == placement.worker),
-                    -(-prompt.num_tokens // block_size),
-                )
+            tokens = prompt.num_tokens - placement.cached_tokens if worker == computes else 0
+            blocks = -(-prompt.num_tokens // member.info.layout.block_size)
+            sent = _Sent(now, tokens, int(worker == placement.worker), blocks)
+            member.send(
+                sent, member.load.prefill_tokens_per_s or self._settings.prefill_tokens_per_s
             )
-            self._index.predict(worker, hashes_for(member.info), now)
+            self._refresh(worker)
+        # Two workers that are a pair count blocks alike.
+        self._index.predict(chosen, hashes_for(self._members[computes].info), now)
         return placement
 
-    def _match(self, hashes_for: Callable[[WorkerInfo], Sequence[bytes]]) -> dict[str, int]:
-        kinds = {
+    def _outlook(self, now: float) -> Outlook:
+        return Outlook(
+            now=now,
+            output_tokens=self._output_tokens,
+            arrivals_per_s=self._arrivals.per_s(now) / self._num_computing,
+            local_prefill_max_tokens=self._local_prefill_max_tokens,
+        )
+
+    def _refresh(self, worker: str) -> None:
+        self._columns.put(self._members[worker].view(worker))
+
+    def _note_kinds(self) -> None:
+        prefill = sum(member.info.role is Role.PREFILL for member in self._members.values())
+        self._num_computing = max(1, prefill or len(self._members))
+        self._kinds = {
             (member.info.model_digest, member.info.layout.block_size): member.info
             for member in self._members.values()
         }
+
+    def _match(
+        self, hashes_for: Callable[[WorkerInfo], Sequence[bytes]]
+    ) -> tuple[dict[str, int], bytes]:
+        """Leading blocks that each worker has, and the last block that any of them has."""
         matched: dict[str, int] = {}
-        for info in kinds.values():
+        last = b""
+        for info in self._kinds.values():
             # Chains of different digests or block sizes share no hash.
-            matched |= self._index.match(hashes_for(info))
-        return matched
+            hashes = hashes_for(info)
+            found = self._index.match(hashes)
+            if found:
+                matched |= found
+                last = hashes[max(found.values()) - 1]
+        return matched, last

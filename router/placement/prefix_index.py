@@ -1,20 +1,37 @@
-"""Which worker has which KV block cached: block hash -> set of workers, as bits of an int.
+"""Which worker has which KV block cached.
 
 Two kinds of entries. Known ones follow the workers' cache events exactly (epoch and sequence are
 checked here; a gap means resynchronise). Predicted ones are made when the router sends a prompt to
 a worker, so that the next request with the same prefix follows it at once; they last until the
 worker confirms or denies them, or until they expire.
 
+Blocks are found by 64 of the 128 bits of their hash. Two of ten million blocks that agree in those
+have a chance of one in 400,000 to exist; all that comes of it is a wrong guess of what is cached.
+
 Called by placer.py. Pure: time comes in as an argument.
 """
 
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
-from itertools import chain
+from functools import partial
 
+import numpy as np
+
+from core.block_hash import HASH_BYTES
 from router.fleet.worker import CacheChange
+from router.placement.block_table import MOST_CHANGED, BlockTable, Keys
+from router.placement.holders import HolderSets
+
+TIERS = 6
+"""Places where a worker may keep blocks: device, host, disk and so on; one bit each."""
+_ROW_BITS = 8
+_ALL = (1 << _ROW_BITS) - 1
+_KNOWN = (1 << TIERS) - 1
+_PREDICTED = _ALL & ~_KNOWN
+"""Two bits that take turns every half of a prediction's life."""
+FIRST_LOOK = 512
+"""Blocks looked up at first; four times as many each time, as long as somebody has them all."""
 
 
 class Applied(Enum):
@@ -29,47 +46,52 @@ class Applied(Enum):
 
 @dataclass(slots=True)
 class _Member:
-    bit: int
+    row: int
     epoch: int
     synced: bool = False
     seq: int = 0
-    known: set[bytes] = field(default_factory=set)
-    """On the device."""
-    host: set[bytes] = field(default_factory=set)
-    """In the memory of its host: as good as known, at the price of a copy."""
-    predicted: dict[bytes, float] = field(default_factory=dict)
-    """Hash to the time when the prediction ends."""
-    expiries: deque[tuple[float, Sequence[bytes]]] = field(default_factory=deque)
+
+    def bits(self, of_row: int) -> int:
+        return of_row << self.row * _ROW_BITS
 
 
 class PrefixIndex:
     """Longest-prefix lookup over every worker at once."""
 
     def __init__(self, *, prediction_ttl_s: float) -> None:
-        self._ttl_s = prediction_ttl_s
-        self._masks: dict[bytes, int] = {}
+        self._turn_s = prediction_ttl_s / 2
+        self._turn = 0
+        self._table = BlockTable()
+        self._sets = HolderSets()
         self._members: dict[str, _Member] = {}
-        self._names: dict[int, str] = {}
+        self._rows: list[str | None] = []
+        self._seen: tuple[Sequence[bytes], Keys] = ((), np.empty(0, np.uint64))
+        """The prompt looked at last: what is matched is predicted next, on two workers."""
 
     def __len__(self) -> int:
         """Distinct blocks that some worker has or is about to have."""
-        return len(self._masks)
+        return self._sets.live
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the table of blocks."""
+        return self._table.num_bytes
 
     def add(self, worker: str, epoch: int) -> None:
         """Start to follow a worker, knowing nothing of it; it owes a snapshot."""
         self.drop(worker)
-        bit = 1
-        while bit in self._names:
-            bit <<= 1
-        self._names[bit] = worker
-        self._members[worker] = _Member(bit=bit, epoch=epoch)
+        if None not in self._rows:
+            self._rows.append(None)
+        row = self._rows.index(None)
+        self._rows[row] = worker
+        self._members[worker] = _Member(row=row, epoch=epoch)
 
     def drop(self, worker: str) -> None:
-        """Forget a worker and everything it had. Costs as much as it had."""
+        """Forget a worker and everything it had."""
         member = self._members.pop(worker, None)
         if member is not None:
-            self._forget(member)
-            del self._names[member.bit]
+            self._sets.strip(member.bits(_ALL))
+            self._rows[member.row] = None
 
     def apply(self, worker: str, change: CacheChange) -> Applied:
         """Apply one cache event of `worker`, in the order of arrival.
@@ -81,92 +103,116 @@ class PrefixIndex:
         if member is None:
             return Applied.IGNORED
         if change.reset:
-            self._forget(member)
+            self._sets.strip(member.bits(_ALL))
             member.epoch, member.seq, member.synced = change.epoch, change.seq, True
         elif member.synced and change.epoch == member.epoch and change.seq <= member.seq:
             return Applied.IGNORED
         elif not member.synced or change.epoch != member.epoch or change.seq != member.seq + 1:
-            self._forget(member)
+            self._sets.strip(member.bits(_ALL))
             member.synced = False
             return Applied.NEEDS_RESYNC
         member.seq = change.seq
-        member.known.difference_update(change.removed)
-        member.host.difference_update(change.host_removed)
-        member.known.update(change.stored)
-        member.host.update(change.host_stored)
-        for block in chain(change.removed, change.host_removed):
-            member.predicted.pop(block, None)
-            if block not in member.known and block not in member.host:
-                self._clear(block, member.bit)
-        for block in chain(change.stored, change.host_stored):
-            member.predicted.pop(block, None)
-            self._masks[block] = self._masks.get(block, 0) | member.bit
+        predicted = member.bits(_PREDICTED)
+        for tier, (stored, removed) in enumerate(_by_tier(change)):
+            bit = member.bits(1 << tier)
+            self._edit(_distinct(removed), partial(_swapped, out=bit | predicted, into=0))
+            self._edit(_distinct(stored), partial(_swapped, out=predicted, into=bit))
         return Applied.APPLIED
 
-    def predict(self, worker: str, hashes: Sequence[bytes], now: float) -> None:
-        """Count the blocks of a prompt that was just sent to `worker` as cached there."""
-        member = self._members.get(worker)
-        if member is None:
-            return
-        until = now + self._ttl_s
-        fresh = [
-            block for block in hashes if block not in member.known and block not in member.host
+    def predict(self, workers: Collection[str], hashes: Sequence[bytes], now: float) -> None:
+        """Count the blocks of a prompt that was just sent to `workers` as cached there.
+
+        They count for at least half of the time that predictions live, and at most for all of it.
+        """
+        self.expire(now)
+        latest = 1 << TIERS + self._turn % 2
+        members = [self._members[worker] for worker in workers if worker in self._members]
+        places = [
+            (member.bits(_KNOWN), ~member.bits(_PREDICTED), member.bits(latest))
+            for member in members
         ]
-        for block in fresh:
-            member.predicted[block] = until
-            self._masks[block] = self._masks.get(block, 0) | member.bit
-        if fresh:
-            member.expiries.append((until, fresh))
+
+        def edit(mask: int) -> int:
+            for known, keep, add in places:
+                if not mask & known:
+                    mask = (mask & keep) | add
+            return mask
+
+        if places:
+            self._edit(hashes, edit)
 
     def expire(self, now: float) -> None:
-        """End the predictions whose time has come. Amortised constant time per prediction."""
-        for member in self._members.values():
-            while member.expiries and member.expiries[0][0] <= now:
-                _, hashes = member.expiries.popleft()
-                for block in hashes:
-                    # A later prediction of the same block has moved its end.
-                    if member.predicted.get(block, now + 1) <= now:
-                        del member.predicted[block]
-                        self._clear(block, member.bit)
+        """End the predictions whose time has come."""
+        turn = int(now // self._turn_s)
+        if turn <= self._turn:
+            return
+        stale = _PREDICTED if turn > self._turn + 1 else 1 << TIERS + turn % 2
+        self._turn = turn
+        if self._rows:
+            self._sets.strip(int.from_bytes(bytes([stale]) * len(self._rows), "little"))
 
-    def match(self, hashes: Iterable[bytes]) -> dict[str, int]:
+    def match(self, hashes: Sequence[bytes]) -> dict[str, int]:
         """Leading blocks of `hashes` that each worker has; workers with none are left out.
 
-        Costs one dictionary lookup per block until no worker has the next one, plus one step per
-        worker that matched, however many workers there are.
+        Costs one look into the table per block until no worker has the next one, plus one step per
+        worker that matched, however many workers there are. Every block is looked at: a worker may
+        have dropped one from the middle of a prompt, and what follows it there is of no use.
         """
-        matched: dict[str, int] = {}
-        length = 0
-        alive = -1
-        for block in hashes:
-            holders = alive & self._masks.get(block, 0)
-            if alive > 0:
-                self._note(matched, alive & ~holders, length)
-            alive = holders
-            if not alive:
-                break
-            length += 1
-        if alive > 0:
-            self._note(matched, alive, length)
+        num_rows = len(self._rows)
+        keys = self._keys(hashes)
+        lengths = np.zeros(num_rows, np.int64)
+        alive = np.ones(num_rows, np.bool_)
+        start, look = 0, FIRST_LOOK
+        while start < len(keys) and alive.any():
+            ids = self._table.get(keys[start : start + look])
+            begins = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1).tolist()]
+            for begin in begins:
+                mask = self._sets.mask(int(ids[begin]))
+                row_bytes = mask.to_bytes(num_rows, "little")
+                holders = np.frombuffer(row_bytes, np.uint8) != 0
+                lengths[alive & ~holders] = start + begin
+                alive &= holders
+                if not alive.any():
+                    break
+            start += len(ids)
+            look *= 4
+        lengths[alive] = len(keys)
+        matched = {}
+        for row in np.flatnonzero(lengths).tolist():
+            name = self._rows[row]
+            if name is not None:
+                matched[name] = int(lengths[row])
         return matched
 
-    def _note(self, matched: dict[str, int], mask: int, length: int) -> None:
-        while mask:
-            bit = mask & -mask
-            matched[self._names[bit]] = length
-            mask ^= bit
+    def _edit(self, hashes: Sequence[bytes], edit: Callable[[int], int]) -> None:
+        """Change the holders of blocks, no two of them alike."""
+        keys = self._keys(hashes)
+        for start in range(0, len(keys), MOST_CHANGED):
+            slots = self._table.slots(keys[start : start + MOST_CHANGED])
+            self._table.write(slots, self._sets.change(self._table.read(slots), edit))
+            gone = self._table.tidy(self._sets.live, self._sets.alive, len(slots))
+            if len(gone):
+                self._sets.release(gone)
 
-    def _forget(self, member: _Member) -> None:
-        for block in chain(member.known, member.host, member.predicted):
-            self._clear(block, member.bit)
-        member.known.clear()
-        member.host.clear()
-        member.predicted.clear()
-        member.expiries.clear()
+    def _keys(self, hashes: Sequence[bytes]) -> Keys:
+        """The first 64 bits of each hash; never 0, which marks a free slot."""
+        seen, keys = self._seen
+        if seen is not hashes or len(keys) != len(hashes):
+            words = np.frombuffer(b"".join(hashes), np.uint64)
+            keys = words[:: HASH_BYTES // words.itemsize].copy()
+            keys[keys == 0] = 1
+            self._seen = hashes, keys
+        return keys
 
-    def _clear(self, block: bytes, bit: int) -> None:
-        mask = self._masks.get(block, 0) & ~bit
-        if mask:
-            self._masks[block] = mask
-        else:
-            self._masks.pop(block, None)
+
+def _distinct(hashes: Sequence[bytes]) -> Sequence[bytes]:
+    return list(dict.fromkeys(hashes))
+
+
+def _swapped(mask: int, *, out: int, into: int) -> int:
+    return (mask & ~out) | into
+
+
+def _by_tier(change: CacheChange) -> Sequence[tuple[Sequence[bytes], Sequence[bytes]]]:
+    """What a worker has stored and removed in each tier, the device first."""
+    return [(change.stored, change.removed), (change.host_stored, change.host_removed)]

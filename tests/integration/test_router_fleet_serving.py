@@ -200,7 +200,7 @@ async def test_too_long_a_request_says_both_lengths() -> None:
 async def test_one_request_above_the_limit_is_refused() -> None:
     async with (
         fake_workers(decode=1) as workers,
-        router_on(workers, max_in_flight=1) as router,
+        router_on(workers, max_in_flight=1, max_queued=0) as router,
         router.generate(make_request([4], 4000)),
     ):
         assert not router.ready
@@ -332,3 +332,76 @@ async def test_only_the_latest_timelines_are_kept() -> None:
             await run(router, request)
         kept = [router.timeline(request.request_id) is not None for request in requests]
         assert kept == [False, True, True]
+
+
+async def test_request_above_the_limit_waits_for_its_turn_and_says_so() -> None:
+    async with fake_workers(decode=1) as workers, router_on(workers, max_in_flight=1) as router:
+        request = make_request([5], 4)
+        async with asyncio.TaskGroup() as group, router.generate(make_request([4], 4000)):
+            waiting = group.create_task(run(router, request))
+            await until(lambda: router.explain(request.request_id), "the second is known")
+            assert len(workers[0].submits) == 1
+        assert waiting.result() == expected([5], 4)
+        timeline = router.timeline(request.request_id)
+        assert timeline is not None
+        stages = timeline["stages"]
+        assert isinstance(stages, list)
+        assert "queue" in [stage["name"] for stage in stages]
+
+
+async def test_explanation_names_every_candidate_and_the_winner() -> None:
+    async with fake_workers(prefill=2, decode=2) as workers, router_on(workers) as router:
+        request = make_request([4, 5, 6], 2)
+        await run(router, request)
+        explained = router.explain(request.request_id)
+        assert explained is not None
+        decisions = explained["decisions"]
+        assert isinstance(decisions, list)
+        candidates = decisions[0]["candidates"]
+        assert {each["worker"] for each in candidates} == {each.address for each in workers}
+        for part, chosen in (("prefill", "prefill"), ("decode", "decode")):
+            costs = {e["worker"]: e["cost_s"] for e in candidates if e["part"] == part}
+            assert costs[decisions[0][chosen]] == min(costs.values())
+        assert router.explain("unknown") is None
+
+
+async def test_requests_queue_while_workers_have_enough_to_do() -> None:
+    async with fake_workers(decode=1) as workers, router_on(workers, max_backlog_s=1) as router:
+        workers[0].backlog_tokens = 20_000
+        workers[0].tell_load()
+        await until(lambda: router.backlog_s > 1)
+        request = make_request([5], 4)
+        async with asyncio.TaskGroup() as group:
+            waiting = group.create_task(run(router, request))
+            await until(lambda: router.explain(request.request_id))
+            assert not workers[0].submits
+            workers[0].backlog_tokens = 0
+            workers[0].tell_load()
+        assert waiting.result() == expected([5], 4)
+
+
+async def test_queued_request_does_not_wait_for_workers_that_are_gone() -> None:
+    async with (
+        fake_workers(decode=1) as workers,
+        router_on(workers, max_backlog_s=1, no_worker_grace_s=0.1) as router,
+    ):
+        workers[0].backlog_tokens = 20_000
+        workers[0].tell_load()
+        await until(lambda: router.backlog_s > 1)
+        request = make_request([5], 4)
+        task = asyncio.create_task(run(router, request))
+        await until(lambda: router.explain(request.request_id))
+        await workers[0].stop()
+        with pytest.raises(UnavailableError, match=r"Waited 0.1 s"):
+            await task
+
+
+async def test_request_that_would_come_too_late_is_refused_with_the_predicted_wait() -> None:
+    async with fake_workers(decode=1) as workers, router_on(workers) as router:
+        workers[0].backlog_tokens = 60_000
+        workers[0].tell_load()
+        await until(lambda: router.backlog_s > 25)
+        with pytest.raises(OverloadedError, match="longer than it has left") as caught:
+            await run(router, make_request([5], timeout_s=20))
+        assert 20 < caught.value.retry_after_s <= 30
+        assert not workers[0].submits

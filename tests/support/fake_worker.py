@@ -78,6 +78,8 @@ class FakeWorker:
     reporting: bool = True
     """False: no load reports, that is silence."""
     state: int = worker_pb2.WORKER_STATE_READY
+    backlog_tokens: int = 0
+    """What it says that it has to compute."""
     fail: Callable[[worker_pb2.Submit], tuple[str, str] | None] = lambda _: None
     """Code and message to fail a request with at once."""
     report_first_import: bool = True
@@ -223,6 +225,7 @@ class FakeWorker:
             load=worker_pb2.LoadReport(
                 state=self.state,  # type: ignore[arg-type]
                 running=len(self._sequences),
+                backlog_tokens=self.backlog_tokens,
             )
         )
 

@@ -141,6 +141,9 @@ class ScriptedGenerator:
     def timeline(self, request_id: str) -> dict[str, object] | None:
         return self.timelines.get(request_id)
 
+    def explain(self, request_id: str) -> dict[str, object] | None:
+        return self.timelines.get(request_id)
+
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator["ScriptedGeneration"]:
         self.requests.append(request)

@@ -1,7 +1,10 @@
 """Workers as placement sees them."""
 
+from collections.abc import Iterable
+
 from router.fleet.worker import KvLayout, Role, WorkerInfo, WorkerLoad
-from router.placement.cost import CostSettings, WorkerView
+from router.placement.columns import WorkerColumns, WorkerView
+from router.placement.cost import CostSettings
 
 COST = CostSettings(prefill_tokens_per_s=1000.0, decode_step_s=0.01, transfer_bytes_per_s=1e6)
 BLOCK_SIZE = 4
@@ -37,11 +40,22 @@ def make_layout(block_bytes: int = 1000) -> KvLayout:
 
 
 def make_view(key: str, role: str, **changes: object) -> WorkerView:
+    """A worker at time 0; what it has in its backlog it will have computed at its own rate."""
     info = {k: changes.pop(k) for k in list(changes) if k in WorkerInfo.__slots__}
-    load = {k: changes.pop(k) for k in list(changes) if k in WorkerLoad.__slots__}
+    load = WorkerLoad(  # type: ignore[arg-type]
+        **{k: changes.pop(k) for k in list(changes) if k in WorkerLoad.__slots__}
+    )
+    rate = load.prefill_tokens_per_s or COST.prefill_tokens_per_s
     return WorkerView(
         key=key,
         info=make_info(role, key, **info),
-        load=WorkerLoad(**load),  # type: ignore[arg-type]
-        **changes,  # type: ignore[arg-type]
+        load=load,
+        **{"idle_at": load.backlog_tokens / rate, **changes},  # type: ignore[arg-type]
     )
+
+
+def make_columns(views: Iterable[WorkerView]) -> WorkerColumns:
+    columns = WorkerColumns(COST)
+    for view in views:
+        columns.put(view)
+    return columns

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from core.finish import FinishReason
+from router.admission import Priority
 from router.api.settings import ApiSettings
 from tests.support.router_api import (
     Gate,
@@ -171,7 +172,10 @@ async def test_metrics_count_what_happened(served: Served) -> None:
     assert served.metric("diptych_router_prompt_tokens_total") == prompt_tokens
 
 
-async def test_timeline_is_found_by_any_name_of_the_request(served: Served) -> None:
+@pytest.mark.parametrize("what", ["timeline", "explain"])
+async def test_what_is_known_of_a_request_is_found_by_any_of_its_names(
+    served: Served, what: str
+) -> None:
     served.generator.script = lambda _: says("x")
     async with client(served) as http:
         answer = await http.post(
@@ -181,11 +185,20 @@ async def test_timeline_is_found_by_any_name_of_the_request(served: Served) -> N
         served.generator.timelines = {part: {"request_id": part} for part in parts}
         found = [{"request_id": part} for part in parts]
         for name in ("a/b", answer.json()["id"]):
-            timeline = (await http.get(f"/v1/requests/{name}/timeline")).json()
-            assert timeline["sequences"] == found
-        one = (await http.get(f"/v1/requests/{parts[1]}/timeline")).json()
+            about = (await http.get(f"/v1/requests/{name}/{what}")).json()
+            assert about["sequences"] == found
+        one = (await http.get(f"/v1/requests/{parts[1]}/{what}")).json()
         assert one["sequences"] == found[1:]
-        assert (await http.get("/v1/requests/none/timeline")).status_code == 404
+        assert (await http.get(f"/v1/requests/none/{what}")).status_code == 404
+
+
+async def test_caller_and_priority_reach_the_queue(served: Served) -> None:
+    served.generator.script = lambda _: says("x")
+    async with client(served) as http:
+        headers = {"x-request-priority": "low"}
+        await http.post("/v1/chat/completions", json=CHAT | {"user": "alice"}, headers=headers)
+    request = served.generator.requests[0]
+    assert (request.key, request.priority) == ("user alice", Priority.LOW)
 
 
 async def test_streams_do_not_mix() -> None:

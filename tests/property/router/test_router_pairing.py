@@ -1,52 +1,62 @@
 """The search for the cheapest pair skips pairs; it must never skip the cheapest."""
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.placement.decision import Candidate
-from router.placement.pairing import Scored, cheapest_pair, link_rate
-from tests.support.router_placement import make_view
+from router.placement.columns import WorkerColumns
+from router.placement.pairing import Side, cheapest_pair
+from tests.support.router_placement import COST, make_columns, make_view
 
-ASSUMED = 1000.0
 COSTS = st.integers(0, 8).map(lambda eighths: eighths / 8)
-RATES = st.sampled_from([10.0, 500.0, 1000.0, 5000.0])
+RATES = st.sampled_from([1e4, 5e5, 1e6, 5e6])
+ASSUMED = COST.transfer_bytes_per_s
 
 
 @st.composite
-def workers(draw: st.DrawFn) -> tuple[list[Scored], list[Scored]]:
+def sides(draw: st.DrawFn) -> tuple[WorkerColumns, Side, Side, list[int]]:
     exporters = [
-        Scored(
-            make_view(f"p{i}", "prefill", placed=draw(st.integers(0, 2))),
-            Candidate(f"p{i}", "prefill", 0, {"prefill_s": draw(COSTS)}),
-        )
+        make_view(f"p{i}", "prefill", placed=draw(st.integers(0, 2)))
         for i in range(draw(st.integers(1, 4)))
     ]
     names = st.sampled_from([f"p{i}" for i in range(5)])
     importers = [
-        Scored(
-            make_view(f"d{i}", "decode", link_bytes_per_s=draw(st.dictionaries(names, RATES))),
-            Candidate(f"d{i}", "decode", 0, {"decode_s": draw(COSTS)}),
-            draw(st.integers(0, 4000)),
-        )
+        make_view(f"d{i}", "decode", link_bytes_per_s=draw(st.dictionaries(names, RATES)))
         for i in range(draw(st.integers(1, 4)))
     ]
-    return exporters, importers
+    views = draw(st.permutations([*exporters, *importers]))
+    columns = make_columns(views)
+
+    def side(members: list) -> Side:  # type: ignore[type-arg]
+        rows = [columns.row(view.key) for view in members]
+        costs = [draw(COSTS) for _ in rows]
+        return Side(rows=np.array(rows), cost_s=np.array(costs))
+
+    kv_bytes = [draw(st.integers(0, 4_000_000)) for _ in importers]
+    return columns, side(exporters), side(importers), kv_bytes
 
 
 @settings(max_examples=300, deadline=None)
-@given(workers())
-def test_no_pair_is_cheaper_than_the_one_found(sides: tuple[list[Scored], list[Scored]]) -> None:
-    exporters, importers = sides
-    costs = [
-        exporter.candidate.cost_s
-        + importer.reading_at(link_rate(exporter, importer, ASSUMED)).candidate.cost_s
-        for exporter in exporters
-        for importer in importers
-    ]
-    pair = cheapest_pair(exporters, importers, ASSUMED)
+@given(sides())
+def test_no_pair_is_cheaper_than_the_one_found(
+    drawn: tuple[WorkerColumns, Side, Side, list[int]],
+) -> None:
+    columns, exporters, importers, kv_bytes = drawn
+    costs = {}
+    for source, source_s in zip(exporters.rows, exporters.cost_s, strict=True):
+        for target, target_s, size in zip(importers.rows, importers.cost_s, kv_bytes, strict=True):
+            links = columns.view(target).load.link_bytes_per_s
+            rate = links.get(columns.view(source).key, ASSUMED)
+            costs[source, target] = source_s + target_s + size / rate
+    pair = cheapest_pair(columns, exporters, importers, np.array(kv_bytes, float))
     assert pair is not None
-    assert abs(pair.cost_s - min(costs)) < 1e-9
+    assert abs(pair.cost_s - min(costs.values())) < 1e-6
+    assert abs(pair.cost_s - costs[pair.exporter, pair.importer]) < 1e-6
 
 
 def test_no_pair_without_two_sides() -> None:
-    assert cheapest_pair([], [], ASSUMED) is None
+    columns = make_columns([make_view("p", "prefill")])
+    nobody = Side(rows=np.array([], int), cost_s=np.array([]))
+    some = Side(rows=np.array([0]), cost_s=np.array([1.0]))
+    assert cheapest_pair(columns, some, nobody, np.array([])) is None
+    assert cheapest_pair(columns, nobody, some, np.array([1.0])) is None

@@ -23,7 +23,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
         self.now = 0.0
         self.known: dict[str, set[bytes]] = {}
         self.host: dict[str, set[bytes]] = {}
-        self.predicted: dict[str, dict[bytes, float]] = {}
+        self.predicted: dict[str, dict[bytes, int]] = {}
         self.sequence: dict[str, tuple[int, int] | None] = {}
 
     def present(self, worker: str) -> bool:
@@ -112,18 +112,19 @@ class IndexAgainstModel(RuleBasedStateMachine):
 
     @rule(worker=workers, hashes=blocks)
     def predict(self, worker: str, hashes: list[bytes]) -> None:
-        self.index.predict(worker, hashes, self.now)
+        self.index.predict([worker], hashes, self.now)
         if self.present(worker):
             for block in hashes:
                 if block not in self.known[worker] | self.host[worker]:
-                    self.predicted[worker][block] = self.now + TTL_S
+                    self.predicted[worker][block] = int(self.now // (TTL_S / 2))
 
     @rule(passed=st.floats(0, 7))
     def wait(self, passed: float) -> None:
         self.now += passed
         self.index.expire(self.now)
+        turn = int(self.now // (TTL_S / 2))
         for predicted in self.predicted.values():
-            for block in [block for block, until in predicted.items() if until <= self.now]:
+            for block in [block for block, made in predicted.items() if made < turn - 1]:
                 del predicted[block]
 
     @precondition(lambda self: self.known)

@@ -15,7 +15,7 @@ from router.fleet.wire import (
     token_run_from_proto,
     with_phase,
 )
-from router.fleet.worker import Phase, WorkerState
+from router.fleet.worker import Distance, Phase, Place, WorkerState
 from rpc.v1 import worker_pb2
 from tests.support.router_placement import make_info
 from worker.convert import sampling_from_proto
@@ -145,3 +145,32 @@ def test_links_that_make_no_sense_are_left_out() -> None:
     for name, rate in {"p0": 2e9, "p1": 0.0, "p2": float("inf"), "p3": float("nan")}.items():
         report.links.add(prefill_worker_id=name, bytes_per_s=rate)
     assert load_from_proto(report).link_bytes_per_s == {"p0": 2e9}
+
+
+def test_place_of_a_worker_is_read() -> None:
+    layout = worker_pb2.KvLayout(block_size=16)
+    place = worker_pb2.Place(zone="z", rack="r", host="h")
+    described = worker_pb2.WorkerDescription(
+        role=worker_pb2.ROLE_PREFILL, layout=layout, place=place
+    )
+    assert info_from_proto(described).place == Place(zone="z", rack="r", host="h")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "distance"),
+    [
+        (("z", "r", "h"), ("z", "r", "h"), Distance.HOST),
+        (("z", "r", "h"), ("z", "r", "i"), Distance.RACK),
+        (("z", "r", "h"), ("z", "s", "h"), Distance.ZONE),
+        (("z", "r", "h"), ("y", "r", "h"), Distance.APART),
+        (("", "", "h"), ("", "", "h"), Distance.HOST),
+        (("z", "", ""), ("z", "r", ""), Distance.ZONE),
+        (("", "", ""), ("z", "r", "h"), Distance.UNKNOWN),
+    ],
+)
+def test_distance_is_the_smallest_thing_shared(
+    one: tuple[str, str, str], other: tuple[str, str, str], distance: Distance
+) -> None:
+    places = [Place(zone=zone, rack=rack, host=host) for zone, rack, host in (one, other)]
+    assert places[0].distance(places[1]) is distance
+    assert places[1].distance(places[0]) is distance

@@ -61,7 +61,7 @@ def timeline(request_id: str, cached: int, *, workers: dict[str, str]) -> Reques
         prefill=prefill,
         cached_tokens=0,
         why="test",
-        candidates=(),
+        rankings=(),
         refused=(),
     )
     seen = RequestTimeline(request=request, clock=lambda: 103.0)

@@ -1,18 +1,20 @@
 import pytest
 
 from core.errors import UnavailableError
-from router.fleet.worker import WorkerState
-from router.placement.choose import Demand, choose
-from router.placement.cost import Prompt, WorkerView
+from router.fleet.worker import Place, WorkerState
+from router.placement.choose import choose
+from router.placement.columns import WorkerView
+from router.placement.cost import SHARED_COST, Prompt
 from router.placement.decision import Mode, Placement, Refusal
-from tests.support.router_placement import COST, make_layout, make_view
+from router.placement.prices import Demand, Outlook
+from tests.support.router_placement import make_columns, make_layout, make_view
 
 PROMPT = Prompt(num_tokens=100, max_new_tokens=20)
 
 
 def place(*views: WorkerView, local: int = 0, **demand: object) -> Placement:
     given = Demand(**{"prompt": PROMPT, **demand})  # type: ignore[arg-type]
-    return choose(views, given, COST, local_prefill_max_tokens=local)
+    return choose(make_columns(views), given, Outlook(local_prefill_max_tokens=local))
 
 
 def test_least_backlog_wins() -> None:
@@ -24,25 +26,27 @@ def test_least_backlog_wins() -> None:
     assert (chosen.mode, chosen.prefill, chosen.worker) == (Mode.DISAGGREGATED, "p1", "d0")
 
 
-def test_tokens_sent_since_the_report_count_as_backlog() -> None:
-    busy = make_view("p0", "prefill", sent_tokens=200)
-    chosen = place(busy, make_view("p1", "prefill", backlog_tokens=100), make_view("d0", "decode"))
-    assert chosen.prefill == "p1"
-
-
 def test_measured_rate_decides() -> None:
     slow = make_view("p0", "prefill", prefill_tokens_per_s=10.0)
     fast = make_view("p1", "prefill", prefill_tokens_per_s=5000.0, backlog_tokens=400)
     assert place(slow, fast, make_view("d0", "decode")).prefill == "p1"
 
 
-@pytest.mark.parametrize(("backlog", "chosen"), [(50, "cached"), (90, "idle")])
-def test_cached_prefix_is_worth_exactly_its_tokens(backlog: int, chosen: str) -> None:
+@pytest.mark.parametrize(
+    ("popularity", "backlog", "chosen"),
+    [(0, 870, "cached"), (0, 890, "idle"), (9, 150, "cached"), (9, 170, "idle")],
+)
+def test_cached_prefix_is_worth_waiting_for_up_to_a_multiple(
+    popularity: float, backlog: int, chosen: str
+) -> None:
+    """80 of 100 tokens are cached there. Where many ask for them, a second copy pays soon."""
+    assert SHARED_COST == 10
     placement = place(
         make_view("cached", "prefill", backlog_tokens=backlog),
         make_view("idle", "prefill"),
         make_view("d0", "decode"),
         matched_blocks={"cached": 20},
+        popularity=popularity,
     )
     assert placement.prefill == chosen
 
@@ -87,6 +91,7 @@ def test_equal_workers_take_turns() -> None:
 
 
 def test_pairs_only_within_one_digest_and_layout() -> None:
+    """What others find out at transfer time, or not at all: llm-d#2433, vllm#55776."""
     placement = place(
         make_view("p0", "prefill", model_digest=b"other"),
         make_view("p1", "prefill", layout=make_layout(2000)),
@@ -115,6 +120,7 @@ def test_prefill_worker_that_exports_nothing_is_not_paired() -> None:
     ("role", "mode"), [("prefill", Mode.PREFILL_ONLY), ("decode", Mode.DECODE_ONLY)]
 )
 def test_one_pool_serves_alone(role: str, mode: Mode) -> None:
+    """Losing the only decode worker took the model down elsewhere: llm-d-router#2636."""
     placement = place(make_view("w0", role, running=3), make_view("w1", role))
     assert (placement.mode, placement.worker) == (mode, "w1")
 
@@ -144,7 +150,9 @@ def test_every_refusal_is_named() -> None:
         make_view("c", "decode", model_digest=b"other"),
     ]
     with pytest.raises(UnavailableError) as caught:
-        choose(views, demand, COST, absent=[Refusal(("e",), "connection refused")])
+        choose(
+            make_columns(views), demand, Outlook(), absent=[Refusal(("e",), "connection refused")]
+        )
     message = caught.value.message
     assert "a: is draining" in message
     assert "b: prompt and max_tokens make 120 tokens, its context holds 119" in message
@@ -182,3 +190,56 @@ def test_unmeasured_link_goes_at_the_assumed_rate() -> None:
     placement = place(make_view("p", "prefill"), decode)
     assert placement.as_dict()["transfer_rate"] == {"bytes_per_s": 1_000_000, "measured": False}
     assert place(decode).as_dict()["transfer_rate"] is None
+
+
+def test_unmeasured_link_is_guessed_from_how_far_it_reaches() -> None:
+    """25 KB take 25 ms within a host, 0.25 s between zones, and what was measured wins."""
+    here, far = Place(zone="a", host="h"), Place(zone="b")
+    views = [
+        make_view("near", "prefill", place=here, backlog_tokens=20),
+        make_view("far", "prefill", place=far),
+    ]
+    assert place(*views, make_view("d", "decode", place=here)).prefill == "near"
+    assert place(*views, make_view("d", "decode")).prefill == "far"
+    measured = make_view("d", "decode", place=here, link_bytes_per_s={"far": 1e7})
+    assert place(*views, measured).prefill == "far"
+
+
+def test_link_measured_before_its_prefill_worker_came_counts_once_it_comes() -> None:
+    columns = make_columns([make_view("d", "decode", link_bytes_per_s={"p": 5.0})])
+    columns.put(make_view("p", "prefill"))
+    placement = choose(columns, Demand(prompt=PROMPT), Outlook())
+    assert placement.transfer is not None
+    assert (placement.transfer.bytes_per_s, placement.transfer.measured) == (5.0, True)
+
+
+def test_prompt_is_computed_on_decode_only_where_that_is_cheaper() -> None:
+    """Within the limit; there it holds up whoever decodes."""
+    prefill = make_view("p", "prefill")
+    short = Prompt(num_tokens=20, max_new_tokens=20)
+    idle = place(prefill, make_view("d", "decode"), local=50, prompt=short)
+    assert idle.mode is Mode.LOCAL
+    assert set(idle.alternatives) == {"disaggregated"}
+    busy = place(prefill, make_view("d", "decode", running=7), local=50, prompt=short)
+    assert busy.mode is Mode.DISAGGREGATED
+    assert busy.alternatives["local"] > busy.cost_s
+
+
+def test_every_candidate_is_ranked_with_the_winner_first() -> None:
+    views = [make_view(f"p{i}", "prefill", backlog_tokens=100 - i) for i in range(40)]
+    placement = place(*views, make_view("d", "decode"))
+    ranking = placement.rankings[0]
+    assert ranking.considered == len(ranking.candidates()) == 40
+    assert ranking.candidates()[0].worker == placement.prefill == "p39"
+    shown = placement.as_dict()["candidates"]
+    assert isinstance(shown, list) and len(shown) < 40
+
+
+def test_worker_that_left_leaves_its_row_to_the_next() -> None:
+    columns = make_columns([make_view("a", "decode"), make_view("b", "decode")])
+    columns.drop("a")
+    columns.put(make_view("c", "decode", running=7))
+    assert {choose(columns, Demand(prompt=PROMPT), Outlook()).worker} == {"b"}
+    columns.drop("b")
+    placement = choose(columns, Demand(prompt=PROMPT), Outlook())
+    assert [each.worker for each in placement.candidates] == ["c"]

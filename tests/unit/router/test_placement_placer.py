@@ -35,14 +35,17 @@ def test_own_placements_count_before_any_report() -> None:
     assert sorted(pair.worker for pair in pairs) == ["d0", "d0", "d1", "d1"]
 
 
-def test_report_replaces_what_it_already_includes() -> None:
+def test_backlog_shrinks_with_time_and_a_report_replaces_what_it_includes() -> None:
     placer = make_placer(p="prefill", d="decode")
-    placer.place(PROMPT, no_hashes, 1.0)
-    late = placer.place(PROMPT, no_hashes, 2.0)
-    assert late.candidates[0].terms["backlog_s"] == pytest.approx(0.04)
-    placer.report("p", WorkerLoad(backlog_tokens=7, heartbeat_age_s=0.5), 1.6 + TRANSIT_S)
-    after = placer.place(PROMPT, no_hashes, 2.5)
-    assert after.candidates[0].terms["backlog_s"] == pytest.approx(0.047)
+
+    def backlog(now: float) -> float:
+        return placer.place(PROMPT, no_hashes, now).candidates[0].terms["backlog_s"]
+
+    assert backlog(1.0) == 0
+    assert backlog(1.0) == pytest.approx(0.04)
+    assert backlog(1.05) == pytest.approx(0.03)
+    placer.report("p", WorkerLoad(backlog_tokens=7, heartbeat_age_s=0.5), 1.53 + TRANSIT_S)
+    assert backlog(1.53 + TRANSIT_S) == pytest.approx(0.047), "one was sent after it was taken"
 
 
 def test_same_prefix_follows_the_first_request_before_any_cache_event() -> None:
@@ -57,7 +60,7 @@ def test_same_prefix_follows_the_first_request_before_any_cache_event() -> None:
 def test_prediction_that_nobody_confirms_expires() -> None:
     placer = make_placer(d="decode")
     placer.place(PROMPT, hashes_for, 1.0)
-    assert placer.place(PROMPT, hashes_for, 5.9).cached_tokens == 39
+    assert placer.place(PROMPT, hashes_for, 3.4).cached_tokens == 39
     placer = make_placer(d="decode")
     placer.place(PROMPT, hashes_for, 1.0)
     assert placer.place(PROMPT, hashes_for, 6.1).cached_tokens == 0

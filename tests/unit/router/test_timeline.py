@@ -27,7 +27,7 @@ def placement(prefill: str | None = "p") -> Placement:
         prefill=prefill,
         cached_tokens=0,
         why="test",
-        candidates=(),
+        rankings=(),
         refused=(),
     )
 

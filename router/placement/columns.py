@@ -1,0 +1,184 @@
+"""The numbers of all workers in arrays, one row per worker, so that a choice looks at all at once.
+
+Owned by the placer, which rewrites a worker's row whenever something is heard of it or sent to it.
+A row is used again once its worker is gone. Invariant: a row without a worker is not `present`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.fleet.worker import KvLayout, Role, WorkerInfo, WorkerLoad, WorkerState
+from router.placement.cost import Column, CostSettings
+
+Rows = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+FIRST_ROWS = 16
+_ROW = np.dtype(
+    [
+        ("present", np.bool_),
+        ("ready", np.bool_),
+        ("prefills", np.bool_),
+        ("exports", np.bool_),
+        ("digest", np.int64),
+        ("kind", np.int64),
+        ("max_model_len", np.float64),
+        ("block_size", np.float64),
+        ("block_bytes", np.float64),
+        ("prefill_rate", np.float64),
+        ("idle_at", np.float64),
+        ("step_s", np.float64),
+        ("batch", np.float64),
+        ("places", np.float64),
+        ("free_blocks", np.float64),
+        ("placed", np.float64),
+        ("fastest_link", np.float64),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """One worker as placement sees it: its latest report plus what was sent since."""
+
+    key: str
+    info: WorkerInfo
+    load: WorkerLoad
+    idle_at: float = 0.0
+    """When it will have computed all prompts that it has, monotonic seconds."""
+    sent_requests: int = 0
+    """Requests sent to it since the report that will occupy a place in its batch."""
+    sent_blocks: int = 0
+    """KV blocks that those will need."""
+    placed: int = 0
+    """Legs ever placed on it; evens out ties."""
+
+
+class WorkerColumns:
+    """See the module. Workers with equal `kind` can exchange KV."""
+
+    def __init__(self, settings: CostSettings) -> None:
+        self._settings = settings
+        self._table = np.zeros(0, _ROW)
+        self._views: list[WorkerView | None] = []
+        self._rows: dict[str, int] = {}
+        self.names: tuple[str, ...] = ()
+        """Of the workers, by row; a new tuple whenever one is added."""
+        self._kinds: dict[tuple[bytes, KvLayout], int] = {}
+        self._digests: dict[bytes, int] = {}
+        self._links = np.zeros((0, 0))
+        """Bytes per second from row to column, measured or assumed."""
+
+    def __getitem__(self, name: str) -> Column:
+        """One number of every row."""
+        column: Column = self._table[name]
+        return column
+
+    def flags(self, name: str) -> Flags:
+        """One property of every row."""
+        column: Flags = self._table[name]
+        return column
+
+    def row(self, key: str) -> int | None:
+        """Where a worker's numbers are, if it is there."""
+        return self._rows.get(key)
+
+    def view(self, row: int) -> WorkerView:
+        """The worker in a row."""
+        view = self._views[row]
+        assert view is not None
+        return view
+
+    def has_digest(self, digest: bytes) -> Flags:
+        """Which workers serve the model with this digest."""
+        found: Flags = self["digest"] == self._digests.get(digest, -1)
+        return found
+
+    @property
+    def alike(self) -> bool:
+        """True if no two workers that were ever there differ in kind."""
+        return len(self._kinds) <= 1
+
+    def put(self, view: WorkerView) -> None:
+        """Add a worker, or bring its numbers up to date."""
+        row = self._rows.get(view.key)
+        if row is None:
+            row = self._rows[view.key] = self._free_row()
+        before, self._views[row] = self._views[row], view
+        info, load = view.info, view.load
+        layout = info.layout
+        free = info.num_blocks - load.held_blocks - view.sent_blocks
+        self._table[row] = (
+            True,
+            load.state is WorkerState.READY,
+            info.role is Role.PREFILL,
+            bool(info.kv_address),
+            self._digests.setdefault(info.model_digest, len(self._digests)),
+            self._kinds.setdefault((info.model_digest, layout), len(self._kinds)),
+            info.max_model_len,
+            layout.block_size,
+            layout.block_bytes,
+            load.prefill_tokens_per_s or self._settings.prefill_tokens_per_s,
+            view.idle_at,
+            load.decode_step_s or self._settings.decode_step_s,
+            load.running + load.waiting + view.sent_requests,
+            max(1, info.max_num_seqs),
+            free if info.num_blocks else np.inf,
+            view.placed,
+            self._table["fastest_link"][row],
+        )
+        if before is None:
+            self.names = tuple(view.key if view else "" for view in self._views)
+            self._join_links(row)
+        elif before.load.link_bytes_per_s != load.link_bytes_per_s:
+            for other in self._rows.values():
+                self._note_link(other, row)
+            self._note_fastest(row)
+
+    def drop(self, key: str) -> None:
+        """Take a worker out."""
+        row = self._rows.pop(key, None)
+        if row is None:
+            return
+        self._views[row] = None
+        self._table[row] = np.zeros((), _ROW)
+
+    def link_rates(self, exporters: Rows, importers: Rows) -> Column:
+        """Bytes per second from each exporter to each importer, [exporters, importers]."""
+        rates: Column = self._links[exporters[:, None], importers]
+        return rates
+
+    def link_is_measured(self, exporter: int, importer: int) -> bool:
+        """False if its rate is only assumed."""
+        return self.view(exporter).info.worker_id in self.view(importer).load.link_bytes_per_s
+
+    def _free_row(self) -> int:
+        absent = np.flatnonzero(~self.flags("present"))
+        if len(absent):
+            return int(absent[0])
+        before, after = len(self._table), max(FIRST_ROWS, 2 * len(self._table))
+        more = after - before
+        self._table = np.concatenate([self._table, np.zeros(more, _ROW)])
+        self._views += [None] * more
+        self._links = np.pad(self._links, (0, more))
+        return before
+
+    def _join_links(self, row: int) -> None:
+        for other in self._rows.values():
+            self._note_link(row, other)
+            self._note_link(other, row)
+            self._note_fastest(other)
+
+    def _note_link(self, exporter: int, importer: int) -> None:
+        """A link goes at its measured rate, or else at what its length lets one assume."""
+        source, target = self.view(exporter), self.view(importer)
+        rate = target.load.link_bytes_per_s.get(source.info.worker_id)
+        if rate is None:
+            rate = self._settings.assumed_rate(source.info.place.distance(target.info.place))
+        self._links[exporter, importer] = rate
+
+    def _note_fastest(self, importer: int) -> None:
+        """No link of this worker is faster; the one that is may be that of one that has gone."""
+        self._table["fastest_link"][importer] = self._links[:, importer].max()

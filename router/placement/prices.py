@@ -1,0 +1,120 @@
+"""What every worker would cost in every part of one request, from the terms of cost.py.
+
+Made by choose.py once per choice. Invariant: a worker that does not fit the demand has prices too,
+which nobody looks at.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from router.placement import cost
+from router.placement.columns import Flags, Rows, WorkerColumns
+from router.placement.cost import EXPECTED_OUTPUT_TOKENS, Column, Prompt
+from router.placement.decision import MAX_CANDIDATES, Ranking
+from router.placement.pairing import Side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What is to be placed, and under which conditions."""
+
+    prompt: Prompt
+    matched_blocks: Mapping[str, int] = field(default_factory=dict)
+    """Leading blocks of the prompt in each worker's cache."""
+    popularity: float = 0.0
+    """Recent requests for the longest prefix of the prompt that any worker has."""
+    avoid: Collection[str] = ()
+    """Workers that failed this request."""
+    allow_avoided: bool = False
+    """Take one of them if there is no other."""
+    model_digest: bytes | None = None
+    """Only workers with this digest: another model would not continue the output alike."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What is expected of the fleet as a whole."""
+
+    now: float = 0.0
+    """Monotonic seconds, the clock of the workers' `idle_at`."""
+    output_tokens: float = EXPECTED_OUTPUT_TOKENS
+    """Length of an output, where the request allows it."""
+    arrivals_per_s: float = 0.0
+    """Prompts that one worker is sent to compute per second."""
+    local_prefill_max_tokens: int = 0
+    """Uncached tokens up to which decode may compute the prompt itself."""
+
+
+class Prices:
+    """Terms of every worker in every part, worked out once per choice; arrays are by row."""
+
+    def __init__(self, columns: WorkerColumns, demand: Demand, outlook: Outlook) -> None:
+        self.columns = columns
+        self.outlook = outlook
+        prompt = demand.prompt
+        matched = np.zeros_like(columns["placed"])
+        for key, blocks in demand.matched_blocks.items():
+            row = columns.row(key)
+            if row is not None:
+                matched[row] = blocks
+        self.usable = fits(columns, demand)
+        # Rows without a worker have a block size of 0; what comes out for them is never looked at.
+        block_size = np.maximum(columns["block_size"], 1)
+        self.cached = cost.cached_tokens(prompt, matched, block_size)
+        self.uncached = prompt.num_tokens - self.cached
+        self.kv_bytes = cost.transfer_bytes(self.uncached, block_size, columns["block_bytes"])
+        self._price_prefill(demand.popularity)
+        self._price_decode(prompt, block_size)
+
+    def _price_prefill(self, popularity: float) -> None:
+        columns, outlook = self.columns, self.outlook
+        rate = np.maximum(columns["prefill_rate"], 1e-9)
+        backlog_s = cost.backlog_s(columns["idle_at"], outlook.now)
+        prefill_s = cost.prefill_s(self.uncached, rate)
+        self.prefill = {
+            "backlog_s": backlog_s,
+            "prefill_s": prefill_s,
+            "crowding_s": cost.crowding_s(prefill_s, backlog_s, outlook.arrivals_per_s, popularity),
+        }
+
+    def _price_decode(self, prompt: Prompt, block_size: Column) -> None:
+        columns = self.columns
+        tokens = min(prompt.max_new_tokens, self.outlook.output_tokens)
+        batch, places = columns["batch"], np.maximum(columns["places"], 1)
+        decode_s = cost.decode_s(tokens, columns["step_s"], batch, places)
+        growth = cost.growth_blocks(batch, self.outlook.output_tokens, block_size)
+        needed = np.ceil((prompt.num_tokens + tokens - self.cached) / block_size)
+        self.decode = {
+            "decode_s": decode_s,
+            "batch_wait_s": cost.batch_wait_s(decode_s, batch, places),
+            "kv_wait_s": cost.kv_wait_s(decode_s, needed, columns["free_blocks"] - growth),
+        }
+        stall_s = cost.stall_s(self.prefill["prefill_s"], batch)
+        self.alone = self.prefill | {"stall_s": stall_s} | self.decode
+
+    def side(self, rows: Rows, terms: Mapping[str, Column]) -> Side:
+        """The workers in some rows with the sum of some terms."""
+        return Side(rows=rows, cost_s=np.add.reduce([term[rows] for term in terms.values()]))
+
+    def ranking(self, part: str, rows: Rows, terms: Mapping[str, Column]) -> Ranking:
+        """The best of the workers in some rows; `terms` are those of all rows."""
+        order = np.lexsort((self.columns["placed"][rows], self.side(rows, terms).cost_s))
+        best = rows[order[:MAX_CANDIDATES]]
+        return Ranking(
+            part=part,
+            names=self.columns.names,
+            rows=best,
+            cached_tokens=self.cached[best],
+            terms={name: term[best] for name, term in terms.items()},
+            considered=len(rows),
+        )
+
+
+def fits(columns: WorkerColumns, demand: Demand) -> Flags:
+    """Workers that could serve the demand."""
+    usable = columns.flags("ready") & (columns["max_model_len"] >= demand.prompt.total_tokens)
+    if demand.model_digest is not None:
+        usable &= columns.has_digest(demand.model_digest)
+    return usable
