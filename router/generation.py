@@ -12,6 +12,7 @@ from typing import Protocol
 from core.finish import FinishReason
 from core.sampling import SamplingParams
 from core.tokens import TokenLogprobs
+from telemetry.trace_context import TraceContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +29,13 @@ class GenerationRequest:
     """When the router read the client's request, same clock: where the time ledger starts."""
     tokenized_at: float
     cache_salt: str = ""
-    trace_id: str | None = None
-    """Of the trace that the client's call belongs to, for logs and timelines."""
+    trace: TraceContext | None = None
+    """What the client's call is part of."""
+
+    @property
+    def trace_id(self) -> str | None:
+        """Of the client's trace, for logs and timelines."""
+        return None if self.trace is None else self.trace.trace_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from router.api.sampling import (
 from router.generation import GenerationRequest, ServedModel
 from router.text.message import MessageParser
 from router.text.processor import TextProcessor
+from telemetry.trace_context import TraceContext
 
 
 class Dialect(Protocol):
@@ -147,7 +148,7 @@ async def make_job(
         model=model,
         answer_id=f"{dialect.id_prefix}{unique}",
         received_at=exchange.received_at,
-        trace_id=exchange.identity.trace_id,
+        trace=exchange.identity.trace,
         tokenized_at=parts.clock(),
         deadline=deadline,
     )
@@ -170,7 +171,7 @@ class _Planner:
     model: ServedModel
     answer_id: str
     received_at: float
-    trace_id: str | None
+    trace: TraceContext | None
     tokenized_at: float
     deadline: float
 
@@ -207,7 +208,7 @@ class _Planner:
                 received_at=self.received_at,
                 tokenized_at=self.tokenized_at,
                 cache_salt=_salt(request),
-                trace_id=self.trace_id,
+                trace=self.trace,
             ),
             output=Output(detokeniser, self._rules(), parser=parser, offset=len(prompt.echo)),
         )
