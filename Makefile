@@ -85,5 +85,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo '==> installing what tests and checks need'
-	@$(PIP) $(PIP_ARGS) -e '.[router,worker,nixl,mooncake,dev]'
+	@$(PIP) $(PIP_ARGS) -e '.[router,worker,nixl,mooncake,tracing,dev]'
 	@touch $@

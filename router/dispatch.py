@@ -38,6 +38,7 @@ from router.placement.placer import Placer
 from router.placement.prefix_index import Applied
 from router.run import Run, tokens_of
 from router.settings import RouterSettings
+from router.spans import Spans
 from router.timeline import RequestTimeline, TimelineStore
 from rpc.v1 import worker_pb2
 
@@ -72,12 +73,14 @@ class Dispatcher:
         settings: RouterSettings,
         metrics: FleetMetrics,
         clock: Clock,
+        spans: Spans,
     ) -> None:
         self._workers = workers
         self._placer = placer
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
+        self._spans = spans
         self._runs: dict[str, Run] = {}
         self._waiting: dict[str, Run] = {}
         """Runs that no worker could take."""
@@ -422,6 +425,7 @@ class Dispatcher:
         """The client has left: nothing may go on working for it."""
         self._carry_out(run, run.ledger.stop())
         run.timeline.closed()
+        self._spans.closed(run.timeline)
         del self._runs[run.request.request_id]
         self._metrics.in_flight.set(len(self._runs))
         ledger = run.timeline.ledger

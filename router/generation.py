@@ -12,6 +12,7 @@ from typing import Protocol
 from core.finish import FinishReason
 from core.sampling import SamplingParams
 from core.tokens import TokenLogprobs
+from telemetry.trace_context import TraceContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,13 @@ class GenerationRequest:
     """Its class, 0 is served first; see router.admission.Priority."""
     shares_prompt_with: str | None = None
     """Id of the sequence of the same prompt that was asked for first, if this is another."""
-    trace_id: str | None = None
-    """Of the trace that the client's call belongs to, for logs and timelines."""
+    trace: TraceContext | None = None
+    """What the client's call is part of."""
+
+    @property
+    def trace_id(self) -> str | None:
+        """Of the client's trace, for logs and timelines."""
+        return None if self.trace is None else self.trace.trace_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ from router.observer import Observer
 from router.placement.cost import CostSettings
 from router.placement.placer import Placer
 from router.settings import RouterSettings
+from router.spans import open_spans
 from router.text.loading import load_text
 from router.text.processor import TextProcessor
 from rpc.auth import Credentials
@@ -139,11 +140,12 @@ async def dispatcher_on_fleet(
     credentials = Credentials.from_settings(
         token=token, ca=settings.tls_ca, cert=settings.tls_cert, key=settings.tls_key
     )
+    router_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     fleet = Fleet(
         static_members(settings.prefill, settings.decode),
         partial(open_channel, credentials=credentials),
         LinkSettings(
-            router_id=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
+            router_id=router_id,
             version=_version(),
             connect_timeout_s=settings.connect_timeout_s,
             silence_s=settings.worker_silence_s,
@@ -160,13 +162,17 @@ async def dispatcher_on_fleet(
         local_prefill_max_tokens=settings.local_prefill_max_tokens,
         prediction_ttl_s=settings.prediction_ttl_s,
     )
-    dispatcher = Dispatcher(fleet, placer, settings, FleetMetrics(registry), monotonic)
+    spans = open_spans(
+        settings.trace_endpoint, router_id=router_id, ratio=settings.trace_ratio, clock=monotonic
+    )
+    dispatcher = Dispatcher(fleet, placer, settings, FleetMetrics(registry), monotonic, spans)
     async with asyncio.TaskGroup() as group:
         links = group.create_task(fleet.run(dispatcher), name="fleet")
         try:
             yield dispatcher, fleet
         finally:
             links.cancel()
+            await asyncio.to_thread(spans.close)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -129,6 +129,18 @@ class RouterSettings(BaseModel):
     console: bool = Field(
         True, description="Serve the page at /console: a chat, the fleet, where time went."
     )
+    trace_endpoint: str | None = Field(
+        None,
+        description="URL of an OpenTelemetry collector (OTLP over HTTP, such as "
+        "http://collector:4318) that gets a trace of each request; needs the extra `tracing`.",
+    )
+    trace_ratio: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of the requests to trace; one that comes with a traceparent is traced "
+        "if that says so.",
+    )
     timelines: int = Field(
         4096, ge=0, description="Recent requests whose timeline can be asked for."
     )

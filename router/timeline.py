@@ -30,6 +30,17 @@ from router.placement.decision import MAX_CANDIDATES, Mode, Placement
 from telemetry.ledger import StageLedger
 
 
+@dataclass(frozen=True, slots=True)
+class StageSpan:
+    """When one stage of a request was, on the router's clock."""
+
+    name: str
+    attempt: int
+    """0: of none."""
+    began_at: float
+    ended_at: float
+
+
 @dataclass(slots=True, kw_only=True)
 class _Attempt:
     number: int
@@ -194,6 +205,29 @@ class RequestTimeline:
             ledger.advance(now, "deliver")
         return ledger
 
+    @property
+    def mode(self) -> Mode | None:
+        """How the latest attempt was placed; None if there was none."""
+        return self.attempts[-1].placement.mode if self.attempts else None
+
+    def placement(self, attempt: int) -> tuple[Placement, Mapping[str, str]] | None:
+        """Where an attempt went, and the ids of its workers."""
+        for each in self.attempts:
+            if each.number == attempt:
+                return each.placement, each.worker_ids
+        return None
+
+    @property
+    def spans(self) -> list[StageSpan]:
+        """The stages that took time, in order, on the router's clock."""
+        found, began_at = [], self.request.received_at
+        for stage in self.ledger.stages:
+            ended_at = began_at + stage.seconds
+            if stage.seconds:
+                found.append(StageSpan(stage.name, stage.attempt, began_at, ended_at))
+            began_at = ended_at
+        return found
+
     def as_dict(self) -> dict[str, object]:
         """For JSON: durations in seconds, moments in seconds after receipt."""
         ledger = self.ledger
@@ -203,7 +237,7 @@ class RequestTimeline:
             "trace_id": self.request.trace_id,
             "outcome": self.outcome,
             "error": None if self.error is None else self.error.message,
-            "mode": self.attempts[-1].placement.mode.value if self.attempts else None,
+            "mode": None if self.mode is None else self.mode.value,
             "prompt_tokens": len(self.request.prompt_ids),
             "output_tokens": self.num_tokens,
             "cached_tokens": self.cached_tokens,

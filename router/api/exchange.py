@@ -46,8 +46,8 @@ class Exchange:
     @property
     def log_fields(self) -> dict[str, str]:
         """What log lines about it carry."""
-        trace_id = self.identity.trace_id
-        traced = {"trace_id": trace_id} if trace_id is not None else {}
+        trace = self.identity.trace
+        traced = {"trace_id": trace.trace_id} if trace is not None else {}
         return {"request_id": self.request_id, **traced}
 
     async def start(self, status: int, content_type: bytes, headers: Headers) -> None:

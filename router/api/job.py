@@ -30,6 +30,7 @@ from router.api.sampling import (
 from router.generation import GenerationRequest, ServedModel
 from router.text.message import MessageParser
 from router.text.processor import TextProcessor
+from telemetry.trace_context import TraceContext
 
 
 class Dialect(Protocol):
@@ -158,7 +159,7 @@ async def make_job(
         model=model,
         answer_id=f"{dialect.id_prefix}{unique}",
         received_at=exchange.received_at,
-        trace_id=exchange.identity.trace_id,
+        trace=exchange.identity.trace,
         tokenized_at=parts.clock(),
         deadline=deadline,
         key=caller_key(exchange.headers, request.user),
@@ -183,7 +184,7 @@ class _Planner:
     model: ServedModel
     answer_id: str
     received_at: float
-    trace_id: str | None
+    trace: TraceContext | None
     tokenized_at: float
     deadline: float
     key: str
@@ -228,7 +229,7 @@ class _Planner:
                 cache_salt=_salt(request),
                 key=self.key,
                 priority=self.priority,
-                trace_id=self.trace_id,
+                trace=self.trace,
                 shares_prompt_with=f"{self.answer_id}-{index - copy}" if copy else None,
             ),
             output=Output(
