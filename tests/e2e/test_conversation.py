@@ -1,0 +1,80 @@
+"""Turns of a conversation find their KV by prefix alone: nothing has to be opened or closed."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.cluster import Cluster, cluster
+
+BLOCK = 16
+FIRST, NEXT, ANSWER = 200, 20, 24
+
+
+@dataclass
+class Conversation:
+    seed: int
+    ids: list[int] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+
+    def say(self, system: Cluster) -> None:
+        """Send everything so far and a new message; keep the answer."""
+        rng = random.Random(f"{self.seed}/{len(self.turns)}")
+        self.ids += [rng.randrange(3, 280) for _ in range(NEXT if self.turns else FIRST)]
+        body = {
+            "prompt": self.ids,
+            "max_tokens": ANSWER,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        answer = httpx.post(f"{system.url}/v1/completions", json=body, timeout=60).json()
+        (choice,) = answer["choices"]
+        line = system.get(f"/v1/requests/{answer['id']}/timeline").json()["sequences"][0]
+        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        self.turns.append({"line": line, "cached": cached, "prompt": len(self.ids)})
+        self.ids += choice["token_ids"]
+
+    @property
+    def decode_workers(self) -> list[str]:
+        return [turn["line"]["attempts"][0]["workers"]["decode"] for turn in self.turns]
+
+
+@pytest.fixture(scope="module")
+def system(slow_llama: Path) -> Iterator[Cluster]:
+    with cluster(slow_llama, prefill=1, decode=2) as running:
+        yield running
+        running.wait_balanced()
+
+
+def test_each_turn_computes_and_moves_only_what_the_last_one_left_out(system: Cluster) -> None:
+    talks = [Conversation(seed) for seed in range(4)]
+    for _ in range(4):
+        for talk in talks:
+            talk.say(system)
+    block_bytes = system.decode[0].describe().worker.layout.block_bytes
+    for talk in talks:
+        assert len(set(talk.decode_workers)) == 1, "it stays where its KV is"
+        for before, turn in zip(talk.turns, talk.turns[1:], strict=False):
+            assert turn["cached"] == before["prompt"] // BLOCK * BLOCK
+            # The last token of an answer is never computed, so it has no KV.
+            there = (before["prompt"] + ANSWER - 1) // BLOCK
+            moved = turn["line"]["attempts"][0]["kv_bytes"] // block_bytes
+            assert moved == -(-turn["prompt"] // BLOCK) - there
+
+
+def test_the_last_turn_is_what_the_whole_conversation_gives_at_once(system: Cluster) -> None:
+    talk = Conversation(9)
+    for _ in range(3):
+        talk.say(system)
+    answered = talk.ids[-ANSWER:]
+    for worker in system.workers:
+        worker.flush_cache()
+    again = Conversation(9, ids=talk.ids[: -ANSWER - NEXT], turns=talk.turns[:-1])
+    again.say(system)
+    assert again.turns[-1]["cached"] == 0
+    assert again.ids[-ANSWER:] == answered
