@@ -113,7 +113,12 @@ class TextEndpoint:
         mode = job.mode()
         headers = [(b"x-diptych-mode", mode.encode("latin-1", "replace"))] if mode else []
         exchange.phase = "answering"
-        await exchange.answer(answer.whole(choices, job.usage()), headers=headers)
+        if any(choice.scores is not None for choice in job.choices):
+            # There may be half a million of them; other answers go on meanwhile.
+            body = await asyncio.to_thread(answer.whole, choices, job.usage())
+        else:
+            body = answer.whole(choices, job.usage())
+        await exchange.answer(body, headers=headers)
 
     async def _stream(
         self, job: Job, answer: Answer, exchange: Exchange, stream: EventStream

@@ -18,7 +18,7 @@ from router.api.choice import Choice, Prompt
 from router.api.exchange import Exchange
 from router.api.output import Output, OutputRules
 from router.api.parts import ApiParts
-from router.api.prompt_scores import PromptScores
+from router.api.prompt_scores import PromptScores, check_size
 from router.api.requests import TextRequest
 from router.api.sampling import (
     check_token_ids,
@@ -155,6 +155,8 @@ async def make_job(
             f"this server takes at most {parts.settings.max_choices} in one request.",
             param="n",
         )
+    token_ids = [prompt.token_ids for prompt in prompts]
+    check_size(token_ids, wanted_prompt_logprobs(request), request.n)
     unique = uuid.uuid4().hex if exchange.identity.client_gave_id else exchange.request_id
     planner = _Planner(
         parts=parts,

@@ -11,6 +11,9 @@ from core.errors import InvalidRequestError
 from core.tokens import PromptLogprobs
 from router.api.logprobs import TokenBytes, finite, token_name
 
+MAX_PROMPT_LOGPROBS = 2**19
+"""Most log probabilities of prompts in one answer: bounds its size, and the time to write it."""
+
 
 class PromptScores:
     """What is known of one prompt, shared by its choices."""
@@ -108,6 +111,19 @@ def input_logprobs(
             )
     fields: dict[str, Any] = {"input_token_logprobs": values}
     return fields | ({"input_top_logprobs": tops} if num_top else {})
+
+
+def check_size(prompts: Sequence[Sequence[int]], num_top: int | None, n: int) -> None:
+    """Raises InvalidRequestError if the answer would be too large."""
+    if num_top is None:
+        return
+    count = sum(map(len, prompts)) * (num_top + 1) * n
+    if count > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequestError(
+            f"The request asks for {count} log probabilities of prompt tokens; one answer has at "
+            f"most {MAX_PROMPT_LOGPROBS}. Ask for fewer per token, or send fewer prompts at once.",
+            param="prompt_logprobs",
+        )
 
 
 def check_start(start: int | None, token_ids: Sequence[int]) -> None:
