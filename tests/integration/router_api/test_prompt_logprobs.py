@@ -79,12 +79,14 @@ async def test_stream_of_an_echo_begins_with_the_prompt(
     gate = Gate()
     scripts = iter([Script([gate, [100]], FinishReason.LENGTH), says("ok")])
     served.generator.script = lambda _: next(scripts)
-    stream = await api.completions.create(
-        model="tiny", prompt=PROMPT, echo=True, logprobs=0, n=2, max_tokens=9, stream=True
+    asked = asyncio.create_task(
+        api.completions.create(
+            model="tiny", prompt=PROMPT, echo=True, logprobs=0, n=2, max_tokens=9, stream=True
+        )
     )
     await until(lambda: len(served.generator.requests) == 2)
     gate.open()
-    chunks = [chunk async for chunk in stream]
+    chunks = [chunk async for chunk in await asked]
     for index in (0, 1):
         choices = [c.choices[0] for c in chunks if c.choices and c.choices[0].index == index]
         assert choices[0].text == PROMPT and choices[0].logprobs is not None
