@@ -127,7 +127,8 @@ class TorchRunner:
         hidden = self._model.forward(self._tensor(token_ids), context)
         if not scoring:
             return _sample(chunks, sampled, self._model.logits(hidden) if sampled else hidden)
-        scores = score_prompts(self._model.logits, hidden, chunks, first_rows).results()
+        scored = score_prompts(self._model.logits, hidden, chunks, first_rows)
+        scores = replace(scored, packed=scored.packed.cpu()).results()
         hidden = hidden.index_select(0, self._tensor(last_rows)) if sampled else hidden
         result = _sample(chunks, sampled, self._model.logits(hidden) if sampled else hidden)
         return replace(result, scores=scores)
