@@ -75,6 +75,8 @@ class SamplingParams:
     """Token id to bias added to its logit, each in [-100, 100]."""
     logprobs: int | None = None
     """None: none. n: of the sampled token and the n most likely, from the unmodified logits."""
+    prompt_logprobs: int | None = None
+    """None: none. n: of each prompt token but the first, its rank, and of the n most likely."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end the output besides the model's end-of-sequence ids."""
     ignore_eos: bool = False
@@ -106,8 +108,10 @@ class SamplingParams:
                 "its structure; send one of them.",
                 param="ignore_eos",
             )
-        if self.logprobs is not None:
-            _require("logprobs", 0 <= self.logprobs <= MAX_LOGPROBS, "in [0, 20]", self.logprobs)
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None:
+                _require(name, 0 <= count <= MAX_LOGPROBS, "in [0, 20]", count)
 
     @property
     def greedy(self) -> bool:

@@ -138,6 +138,8 @@ class BlockTables:
         hashes = sequence.block_hashes
         if not self._caching or index >= len(hashes) or end >= len(sequence.token_ids):
             return False
+        if end > sequence.num_reusable:
+            return False
         return any(
             other.num_computed < end <= len(other.token_ids)
             and index < len(other.block_hashes)
@@ -148,8 +150,8 @@ class BlockTables:
     def _wanted(self, sequence: SequenceState, *, whole: bool = False) -> list[bytes]:
         if not self._caching:
             return []
-        most = (len(sequence.token_ids) - (not whole)) // self._block_size
-        return sequence.block_hashes[:most]
+        most = min(len(sequence.token_ids) - (not whole), sequence.num_reusable)
+        return sequence.block_hashes[: most // self._block_size]
 
     def _register(self, sequence: SequenceState, full: int) -> None:
         sequence.extend_hashes(full, self._block_size)

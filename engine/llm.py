@@ -15,7 +15,7 @@ from typing import Any, Self
 from core.errors import ConfigError, DiptychError, InvalidRequestError
 from core.finish import FinishReason
 from core.sampling import SamplingParams
-from core.tokens import TokenLogprobs
+from core.tokens import PromptLogprobs, TokenLogprobs, join_prompt_logprobs
 from engine.build import build_executor
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -40,6 +40,8 @@ class Completion:
     """Prompt tokens that the prefix cache spared."""
     text: str | None = None
     """What `token_ids` say, where the prompt was text; None where it was token ids."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """None unless asked for, and of a prompt of one token."""
 
 
 class LLM:
@@ -190,12 +192,14 @@ class LLM:
         if last.finish_reason is None:
             raise DiptychError(f"Request {last.request_id} never ended.")
         token_ids = [token_id for output in outputs for token_id in output.token_ids]
+        scores = [each.prompt_logprobs for each in outputs if each.prompt_logprobs is not None]
         return Completion(
             token_ids=token_ids,
             logprobs=[logprobs for output in outputs for logprobs in output.logprobs],
             finish_reason=last.finish_reason,
             num_cached_tokens=last.num_cached_tokens,
             text=self._prompts.text(token_ids) if as_text else None,
+            prompt_logprobs=join_prompt_logprobs(scores) if scores else None,
         )
 
 

@@ -4,12 +4,12 @@ A step has one Chunk and one SampleSpec for each of hundreds of sequences. Nobod
 they are not frozen: that would make them slow to build (see `benchmarks.engine_host_cost`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from core.sampling import SamplingParams
-from core.tokens import TokenLogprobs
+from core.tokens import PromptLogprobs, TokenLogprobs
 
 if TYPE_CHECKING:
     from engine.grammar.backend import Words
@@ -51,6 +51,18 @@ class SampleSpec:
     """None: all other ids may be sampled."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreSpec:
+    """Prompt tokens whose log probabilities a chunk has to report."""
+
+    first: int
+    """Position of token_ids[0]; the token before it is in the chunk."""
+    token_ids: Sequence[int]
+    """At least one; each token before one of them is in the chunk, so the last may follow it."""
+    num_top: int
+    """How many of the most likely tokens to report at each position."""
+
+
 @dataclass(slots=True)
 class Chunk:
     """Tokens of one sequence to run through the model in this step."""
@@ -65,6 +77,8 @@ class Chunk:
     from step to step, which only grows; a sequence that lost its blocks comes with another."""
     sample: SampleSpec | None
     """None while the prompt goes on after this chunk."""
+    score: ScoreSpec | None = None
+    """None: nothing of the prompt is to be reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +99,5 @@ class StepResult:
 
     token_ids: Sequence[int | None]
     logprobs: Sequence[TokenLogprobs | None]
+    scores: Mapping[int, PromptLogprobs] = field(default_factory=dict)
+    """What chunks with a ScoreSpec report, by their index in the plan."""

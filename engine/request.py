@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from core.errors import DiptychError
 from core.finish import FinishReason
 from core.sampling import SamplingParams
-from core.tokens import TokenLogprobs
+from core.tokens import PromptLogprobs, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,8 @@ class SequenceOutput:
     """Index of token_ids[0] in the whole output."""
     logprobs: Sequence[TokenLogprobs] = ()
     """One per token if asked for."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Of what the step computed of the prompt, if asked for; each position once."""
     num_computed: int = 0
     """Tokens of prompt + output whose KV is in the pool now."""
     num_cached_tokens: int = 0

@@ -5,6 +5,7 @@ hold what the plan says they hold, and are not written by two chunks is the sche
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -18,6 +19,7 @@ from engine.layers.decoder import DecoderModel
 from engine.layers.rope import RotaryEmbedding
 from engine.models.config import ModelConfig
 from engine.plan import Chunk, StepPlan, StepResult
+from engine.sampler.prompt_logprobs import score_prompts
 from engine.sampler.sampler import sample
 
 
@@ -97,9 +99,11 @@ class TorchRunner:
         positions: list[int] = []
         sampled: list[int] = []
         last_rows: list[int] = []
+        first_rows = [0] * len(chunks)
         for index in order:
             chunk = chunks[index]
             length = len(chunk.token_ids)
+            first_rows[index] = len(token_ids)
             token_ids.extend(chunk.token_ids)
             positions.extend(range(chunk.start, chunk.start + length))
             spans.append(AttentionSpan(chunk.start, length, chunk.block_table))
@@ -108,7 +112,8 @@ class TorchRunner:
                 last_rows.append(len(token_ids) - 1)
         # A step that samples nothing still computes one row: with several ranks, its sums are what
         # tells rank 0 that all KV is written.
-        some = len(last_rows) < len(token_ids)
+        scoring = any(chunk.score is not None for chunk in chunks)
+        some = len(last_rows) < len(token_ids) and not scoring
         output_rows = self._tensor(last_rows or [0]) if some else None
         cos, sin = self._rope.rows(self._tensor(positions))
         context = TorchContext(
@@ -120,7 +125,13 @@ class TorchRunner:
             output_rows=output_rows,
         )
         hidden = self._model.forward(self._tensor(token_ids), context)
-        return _sample(chunks, sampled, self._model.logits(hidden) if sampled else hidden)
+        if not scoring:
+            return _sample(chunks, sampled, self._model.logits(hidden) if sampled else hidden)
+        scored = score_prompts(self._model.logits, hidden, chunks, first_rows)
+        scores = replace(scored, packed=scored.packed.cpu()).results()
+        hidden = hidden.index_select(0, self._tensor(last_rows)) if sampled else hidden
+        result = _sample(chunks, sampled, self._model.logits(hidden) if sampled else hidden)
+        return replace(result, scores=scores)
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, device=self._device)

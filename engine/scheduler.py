@@ -166,14 +166,17 @@ class Scheduler:
         outputs: list[SequenceOutput] = []
         moved: list[SequenceState] = []
         ended: list[SequenceState] = []
-        for sequence, chunk, token_id, logprobs in zip(
-            step.sequences, step.plan.chunks, result.token_ids, result.logprobs, strict=True
+        for index, (sequence, chunk, token_id, logprobs) in enumerate(
+            zip(step.sequences, step.plan.chunks, result.token_ids, result.logprobs, strict=True)
         ):
             sequence.steps_in_flight -= 1
             if sequence.status is SequenceStatus.ENDED:
                 continue  # while the step was in flight
             moved.append(sequence)
             sequence.num_computed = chunk.start + len(chunk.token_ids)
+            scores = result.scores.get(index) if chunk.score is not None else None
+            if scores is not None:
+                sequence.next_scored = scores.end
             if token_id is not None:
                 sequence.num_pending -= 1
                 error = sequence.unusable_token
@@ -184,7 +187,7 @@ class Scheduler:
                 if sequence.append(token_id) is not None:
                     sequence.status = SequenceStatus.ENDED
                     ended.append(sequence)
-            outputs.append(sequence.report(token_id, logprobs))
+            outputs.append(sequence.report(token_id, logprobs, scores=scores))
         self._tables.register(moved)
         if ended:
             self._drop_ended()
@@ -377,9 +380,9 @@ class Scheduler:
                     num_decode_tokens += 1
             sequence.num_scheduled = end
             sequence.steps_in_flight += 1
-            chunks.append(
-                Chunk(sequence.request_id, token_ids, start, sequence.block_table, sample)
-            )
+            chunk = Chunk(sequence.request_id, token_ids, start, sequence.block_table, sample)
+            chunk.score = sequence.score_spec(start, end)
+            chunks.append(chunk)
         num_tokens = self._max_step_tokens - draft.budget
         return ScheduledStep(
             StepPlan(chunks), tuple(draft.tokens), num_tokens - num_decode_tokens, num_decode_tokens

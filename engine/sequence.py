@@ -15,9 +15,9 @@ from core.block_hash import hash_blocks
 from core.errors import DiptychError
 from core.finish import FinishReason
 from core.sampling import SamplingParams
-from core.tokens import TokenLogprobs
+from core.tokens import PromptLogprobs, TokenLogprobs
 from engine.grammar.state import OutputGrammar
-from engine.plan import SampleSpec
+from engine.plan import SampleSpec, ScoreSpec
 from engine.request import SequenceOutput
 
 
@@ -74,6 +74,8 @@ class SequenceState:
     """Leading blocks of block_table that the prefix cache has been told of."""
     num_cached_tokens: int = 0
     """Tokens that the prefix cache spared at the first admission."""
+    next_scored: int = 1
+    """First prompt position whose log probabilities were not reported yet, if any are wanted."""
     finish_reason: FinishReason | None = None
     matched_stop: int | None = None
 
@@ -86,6 +88,16 @@ class SequenceState:
     def num_unscheduled(self) -> int:
         """Tokens, pending ones included, that no step computes yet."""
         return len(self.token_ids) + self.num_pending - self.num_scheduled
+
+    @property
+    def num_reusable(self) -> int:
+        """Leading tokens that need no computing if their KV is there already.
+
+        What a token says of the next one is known only where it is computed.
+        """
+        if self.sampling.prompt_logprobs is None or self.next_scored >= len(self.prompt_ids):
+            return len(self.token_ids)
+        return self.next_scored - 1
 
     @property
     def waits_for_grammar(self) -> bool:
@@ -113,6 +125,17 @@ class SequenceState:
             banned = ()  # the mask knows of min_tokens
         return SampleSpec(self.sampling, position, self.prompt_ids, self.output_ids, banned, mask)
 
+    def score_spec(self, start: int, end: int) -> ScoreSpec | None:
+        """Which prompt tokens a chunk of positions [start, end) has to report; None for none.
+
+        Chunks in flight report those before `start`.
+        """
+        num_top = self.sampling.prompt_logprobs
+        if num_top is None:
+            return None
+        first, last = max(start + 1, self.next_scored), min(end + 1, len(self.prompt_ids))
+        return ScoreSpec(first, self.prompt_ids[first:last], num_top) if first < last else None
+
     def append(self, token_id: int) -> FinishReason | None:
         """Take a sampled token and say whether it ends the sequence, and how."""
         self.output_ids.append(token_id)
@@ -132,6 +155,7 @@ class SequenceState:
         token_id: int | None = None,
         logprobs: TokenLogprobs | None = None,
         error: DiptychError | None = None,
+        scores: PromptLogprobs | None = None,
     ) -> SequenceOutput:
         """What the caller is told after a step; the token, if any, is the newest."""
         return SequenceOutput(
@@ -139,6 +163,7 @@ class SequenceState:
             token_ids=() if token_id is None else (token_id,),
             first_index=len(self.output_ids) - (token_id is not None),
             logprobs=() if logprobs is None else (logprobs,),
+            prompt_logprobs=scores,
             num_computed=self.num_computed,
             num_cached_tokens=self.num_cached_tokens,
             finish_reason=self.finish_reason,

@@ -24,6 +24,7 @@ from router.admission import Admission, AdmissionLimits, Priority, Ticket, check
 from router.fleet.worker import (
     CacheChange,
     LegEnd,
+    PromptRun,
     Role,
     TokenRun,
     WorkerInfo,
@@ -200,6 +201,14 @@ class Dispatcher:
                     run,
                     run.ledger.tokens(worker, each.attempt, tokens_of(each), each.cached_tokens),
                 )
+
+    def prompt(self, worker: str, run: PromptRun) -> None:
+        """What one engine step computed of a prompt."""
+        found = self._runs.get(run.request_id)
+        if found is None:
+            self._metrics.stale_messages.inc()
+        else:
+            self._carry_out(found, found.ledger.prompt(worker, run.attempt, run.logprobs))
 
     def finished(self, worker: str, end: LegEnd) -> None:
         """A worker is done with its part."""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from core.finish import FinishReason
 from core.sampling import SamplingParams
-from core.tokens import TokenLogprobs
+from core.tokens import PromptLogprobs, TokenLogprobs
 from telemetry.trace_context import TraceContext
 
 
@@ -83,6 +83,14 @@ class Generation(Protocol):
 
         Raises:
             DiptychError: the sequence can't go on; raised once, after the tokens that were made.
+        """
+        ...
+
+    @property
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        """Of the whole prompt, if asked for, from the first token on; None before.
+
+        None too for a prompt of one token, of which there is nothing to say.
         """
         ...
 

@@ -7,8 +7,9 @@ Pure Python, no I/O, no clock: dispatch feeds it what happens and sends what it 
     ENDED     exactly once, with `end` or `error`
 
 Invariants: every output index is given out once and in order, whichever leg or attempt it came
-from; a leg that has not finished and is not lost is named in exactly one `Effects.aborts`; nothing
-happens after ENDED.
+from, and none before the log probabilities of the whole prompt are here, if they are wanted; a leg
+that has not finished and is not lost is named in exactly one `Effects.aborts`; nothing happens
+after ENDED.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,7 @@ from core.errors import (
 )
 from core.finish import FinishReason
 from core.sampling import SamplingParams
+from core.tokens import PromptLogprobs, join_prompt_logprobs
 from router.fleet.worker import LegEnd, Phase
 from router.generation import GenerationEnd, Token
 
@@ -104,6 +106,8 @@ class RequestLedger:
         self.end: GenerationEnd | None = None
         self.error: DiptychError | None = None
 
+        self._prompt: list[PromptLogprobs] = []
+        """Log probabilities of the prompt as far as they are known; all of one attempt."""
         self._mode = ""
         self._open: dict[str, Leg] = {}
         self._early: dict[int, tuple[Token, str]] = {}
@@ -125,6 +129,8 @@ class RequestLedger:
         self._mode = mode
         self._open = {leg.worker: leg for leg in legs}
         self._decode_began = False
+        if not self.emitted:
+            self._prompt.clear()  # a worker of another model may compute this attempt
         self._exporter = next(
             (leg.worker for leg in self._open.values() if leg.phase is Phase.EXPORT), None
         )
@@ -147,6 +153,32 @@ class RequestLedger:
         for token in tokens:
             if token.index >= len(self.emitted):
                 self._early.setdefault(token.index, (token, worker))
+        return self._go_on()
+
+    def prompt(self, worker: str, attempt: int, logprobs: PromptLogprobs) -> Effects:
+        """A worker computed a part of the prompt. Late and unwanted parts have no effect."""
+        if self._leg(worker, attempt) is None or logprobs.first != self._next_prompt:
+            return _NOTHING
+        if logprobs.end > self._prompt_len or not self.wants_prompt_logprobs:
+            return _NOTHING
+        self._prompt.append(logprobs)
+        return self._go_on()
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """True if an attempt has to report log probabilities of the prompt."""
+        return self._sampling.prompt_logprobs is not None and self._next_prompt < self._prompt_len
+
+    @property
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        """Of the whole prompt, once they are known; None before, and where there are none."""
+        if not self._prompt or self._next_prompt < self._prompt_len:
+            return None
+        if len(self._prompt) > 1:
+            self._prompt = [join_prompt_logprobs(self._prompt)]
+        return self._prompt[0]
+
+    def _go_on(self) -> Effects:
         given = self._give_out()
         if self._ending is not None and not self._early:
             return Effects(
@@ -215,12 +247,18 @@ class RequestLedger:
         """Legs that are still at work."""
         return tuple(self._open.values())
 
+    @property
+    def _next_prompt(self) -> int:
+        return self._prompt[-1].end if self._prompt else 1
+
     def _leg(self, worker: str, attempt: int) -> Leg | None:
         leg = self._open.get(worker)
         return leg if leg is not None and leg.attempt == attempt else None
 
     def _give_out(self) -> list[Token]:
-        given = []
+        given: list[Token] = []
+        if self.wants_prompt_logprobs:
+            return given
         while (entry := self._early.pop(len(self.emitted), None)) is not None:
             given.append(entry[0])
             self.emitted.append(entry[0].token_id)
@@ -236,9 +274,11 @@ class RequestLedger:
         source = next(iter(self._early.values()))[1]
         if any(worker != source for worker in self._open):
             return _NOTHING
-        missing = len(self.emitted)
+        missing = f"Output token {len(self.emitted)}"
+        if self.wants_prompt_logprobs:
+            missing = f"The log probability of prompt token {self._next_prompt}"
         return self._fail_attempt(
-            Failure(ErrorCode.WORKER_LOST, f"Output token {missing} never arrived.", source)
+            Failure(ErrorCode.WORKER_LOST, f"{missing} never arrived.", source)
         )
 
     def _note_cached(self, leg: Leg, cached_tokens: int) -> None:

@@ -6,8 +6,11 @@ wait in the buffer, so a slow client never holds up a worker's link.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
 from core.block_hash import hash_blocks, root_hash
+from core.sampling import SamplingParams
+from core.tokens import PromptLogprobs
 from router.fleet.wire import submit_to_proto, with_phase
 from router.fleet.worker import Phase, TokenRun, WorkerInfo
 from router.generation import GenerationEnd, GenerationRequest, Token
@@ -47,6 +50,7 @@ class Run:
         return Prompt(
             num_tokens=len(self.request.prompt_ids) + done,
             max_new_tokens=self.request.sampling.max_tokens - done,
+            recomputed=self._sampling.prompt_logprobs is not None,
         )
 
     def hashes_for(self, info: WorkerInfo) -> Sequence[bytes]:
@@ -86,7 +90,7 @@ class Run:
             output_ids=self.ledger.emitted,
             block_hashes=self.hashes_for(info),
             root_hash=self._root_for(info),
-            sampling=self.request.sampling,
+            sampling=self._sampling,
             remaining_s=self.request.deadline - now,
         )
         if placement.prefill is None:
@@ -98,6 +102,13 @@ class Run:
             export: with_phase(submit, Phase.EXPORT, info),
             import_: with_phase(submit, Phase.IMPORT, peer),
         }
+
+    @property
+    def _sampling(self) -> SamplingParams:
+        """For the next attempt; what was told of the prompt with the first token is not again."""
+        if not self.ledger.emitted:
+            return self.request.sampling
+        return replace(self.request.sampling, prompt_logprobs=None)
 
     def push(self, tokens: Sequence[Token]) -> None:
         """Hand tokens to the client's side."""
@@ -136,6 +147,11 @@ class Run:
             await self._changed.wait()
         batch, self._tokens = self._tokens, []
         return batch
+
+    @property
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        """Of the whole prompt; see Generation."""
+        return self.ledger.prompt_logprobs
 
     @property
     def end(self) -> GenerationEnd:

@@ -1,16 +1,19 @@
 """Between the wire's messages and the engine's own values. Checks what came off the wire."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import cast
 
 from core.block_hash import pack_hashes, unpack_hashes
 from core.errors import DiptychError, ErrorCode, InvalidRequestError
 from core.finish import FinishReason
 from core.sampling import SamplingParams, StructuredOutput, StructureKind
-from core.tokens import TokenLogprobs
+from core.tokens import PromptLogprobs, TokenLogprobs
 from engine.request import EngineRequest, EngineStats
 from rpc.v1 import worker_pb2
 
+PROMPT_LOGPROBS_AT_ONCE = 1024
+"""Positions in one message: at most 180 kB with the 20 most likely tokens of each."""
 _FINISH = {
     FinishReason.STOP: worker_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: worker_pb2.FINISH_REASON_LENGTH,
@@ -35,6 +38,7 @@ def sampling_from_proto(message: worker_pb2.SamplingParams) -> SamplingParams:
         repetition_penalty=message.repetition_penalty,
         logit_bias=dict(message.logit_bias),
         logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         structured=StructuredOutput(
@@ -73,14 +77,19 @@ def request_from_proto(
             f"{len(hashes)} block hashes came with {expected} full blocks of {block_size} tokens.",
             param="block_hashes",
         )
+    sampling = sampling_from_proto(message.sampling)
+    phase = message.WhichOneof("phase")
+    if phase == "import":
+        # Who computes the prompt reports; here it is computed only if it must be again.
+        sampling = replace(sampling, prompt_logprobs=None)
     return EngineRequest(
         request_id=engine_id,
         prompt_ids=prompt_ids,
         output_ids=output_ids,
-        sampling=sampling_from_proto(message.sampling),
+        sampling=sampling,
         block_hashes=hashes,
         root_hash=message.root_hash or None,
-        prefill_only=message.WhichOneof("phase") == "export",
+        prefill_only=phase == "export",
     )
 
 
@@ -90,6 +99,24 @@ def logprobs_to_proto(logprobs: TokenLogprobs) -> worker_pb2.TokenLogprobs:
         logprob=logprobs.logprob,
         top=[worker_pb2.TokenLogprob(token_id=i, logprob=p) for i, p in logprobs.top],
     )
+
+
+def prompt_logprobs_to_proto(
+    logprobs: PromptLogprobs, *, request_id: str, attempt: int
+) -> Iterator[worker_pb2.PromptLogprobs]:
+    """For the wire, in messages of bounded size."""
+    for start in range(logprobs.first, logprobs.end, PROMPT_LOGPROBS_AT_ONCE):
+        part = logprobs.part(start, min(start + PROMPT_LOGPROBS_AT_ONCE, logprobs.end))
+        yield worker_pb2.PromptLogprobs(
+            request_id=request_id,
+            attempt=attempt,
+            first=part.first,
+            logprobs=part.logprobs,
+            ranks=part.ranks,
+            num_top=part.num_top,
+            top_ids=part.top_ids,
+            top_logprobs=part.top_logprobs,
+        )
 
 
 def finish_to_proto(reason: FinishReason) -> "worker_pb2.FinishReason":

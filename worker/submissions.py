@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from core.clock import Clock
 from core.errors import DeadlineError, DiptychError
 from core.finish import FinishReason
-from core.tokens import TokenLogprobs
+from core.tokens import PromptLogprobs, TokenLogprobs
 from engine.request import SequenceOutput, StepOutputs
 from kvtransfer.messages import Key
 from rpc.v1 import ipc_pb2, worker_pb2
-from worker.convert import error_of, finish_to_proto, logprobs_to_proto
+from worker.convert import (
+    error_of,
+    finish_to_proto,
+    logprobs_to_proto,
+    prompt_logprobs_to_proto,
+)
 from worker.ipc import EnginePipe
 from worker.role import Submission, engine_id
 
@@ -86,7 +91,7 @@ class Submissions:
         )
 
     def publish(self, outputs: StepOutputs) -> None:
-        """Send what a step produced: one TokenBatch per router, then the ends."""
+        """Send what a step produced: of prompts, one TokenBatch per router, then the ends."""
         ended_at = self._clock()
         batches: dict[int, list[worker_pb2.TokenDelta]] = {}
         ends: list[tuple[Submission, FinishReason, SequenceOutput]] = []
@@ -95,6 +100,8 @@ class Submissions:
             if submission is None:
                 continue
             _mark(submission, output, began_at=ended_at - outputs.duration_s, ended_at=ended_at)
+            if output.prompt_logprobs is not None:
+                self._tell_prompt(submission, output.prompt_logprobs)
             if output.token_ids:
                 delta = _delta(submission, output, first=submission.tokens_told == 0)
                 submission.tokens_told += len(output.token_ids)
@@ -106,6 +113,13 @@ class Submissions:
             self.tell(channel, worker_pb2.WorkerMessage(tokens=batch))
         for submission, reason, output in ends:
             self.finish(submission, reason, matched_stop=output.matched_stop, error=output.error)
+
+    def _tell_prompt(self, submission: Submission, logprobs: PromptLogprobs) -> None:
+        key = submission.key
+        for part in prompt_logprobs_to_proto(
+            logprobs, request_id=key.request_id, attempt=key.attempt
+        ):
+            self.tell(submission.channel, worker_pb2.WorkerMessage(prompt=part))
 
     def finish(
         self,

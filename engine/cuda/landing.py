@@ -1,14 +1,16 @@
 """Where a step's tokens arrive on the host, and the PendingStep that reads them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from core.tokens import TokenLogprobs
 from engine.cuda.events import QueuePoint
+from engine.cuda.sampling_copies import to_host
 from engine.cuda.sampling_logprobs import DeviceLogprobs, HostLogprobs
 from engine.plan import StepResult
+from engine.sampler.prompt_logprobs import PromptScores
 
 
 class Landing:
@@ -19,11 +21,18 @@ class Landing:
         self.tokens = torch.zeros(max_rows, dtype=torch.int32, pin_memory=pinned)
         self.arrived = QueuePoint(device)
         self.logprobs: HostLogprobs | None = None
+        self.scores: PromptScores | None = None
 
-    def fetch(self, tokens: torch.Tensor, logprobs: DeviceLogprobs | None) -> None:
+    def fetch(
+        self,
+        tokens: torch.Tensor,
+        logprobs: DeviceLogprobs | None,
+        scores: PromptScores | None = None,
+    ) -> None:
         """Start to copy a step's tokens [N] and log probabilities; the host does not wait."""
         self.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
         self.logprobs = None if logprobs is None else logprobs.to_host()
+        self.scores = None if scores is None else replace(scores, packed=to_host(scores.packed))
         self.arrived.record()
 
 
@@ -48,4 +57,5 @@ class LandingStep:
             found = self.landing.logprobs.results()
             for chunk, row in self.sampled:
                 logprobs[chunk] = found.get(row)
-        return StepResult(ids, logprobs)
+        scores = self.landing.scores
+        return StepResult(ids, logprobs, {} if scores is None else scores.results())

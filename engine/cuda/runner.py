@@ -6,7 +6,7 @@ of pinned memory, which were made when that step began.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -31,6 +31,7 @@ from engine.kv.pool import KVPool
 from engine.layers.decoder import DecoderModel
 from engine.models.config import ModelConfig
 from engine.plan import Chunk, SampleSpec, StepPlan
+from engine.sampler.prompt_logprobs import PromptScores, score_prompts
 
 _UNUSED: Final = SampleSpec(SamplingParams(temperature=0), 0, (), ())
 """Of rows that nobody reads."""
@@ -115,7 +116,7 @@ class CudaRunner:
         """See Executor."""
         assert self._model is not None, "submit after close"
         chunks = plan.chunks
-        if all(len(chunk.token_ids) == 1 for chunk in chunks):
+        if all(len(chunk.token_ids) == 1 and chunk.score is None for chunk in chunks):
             step = self._run_decodes(chunks)
         else:
             step = self._run_mixed(chunks)
@@ -126,7 +127,7 @@ class CudaRunner:
         self._sampled_rows = {chunks[i].request_id: row for i, row in sampled}
         landing = self._landings[0]
         self._landings.reverse()
-        landing.fetch(self._last_tokens[: len(step.drawn)], logprobs)
+        landing.fetch(self._last_tokens[: len(step.drawn)], logprobs, step.scores)
         return LandingStep(landing, len(chunks), sampled)
 
     def close(self) -> None:
@@ -197,30 +198,44 @@ class CudaRunner:
         block_ids = inputs.device_block_ids[: step.num_blocks]
         parts = self._attention.plan_mixed(rows, step.context_lens, block_ids)
         inputs.sent()
+        output_rows = inputs.device_output_rows[:num_rows]
+        scoring = any(chunk.score is not None for chunk in chunks)
         context = CudaContext(
             parts=parts,
             cos_sin=self._cos_sin,
             positions=inputs.device_positions[: step.num_tokens],
             slots=inputs.device_slots[: step.num_tokens],
-            output_rows=inputs.device_output_rows[:num_rows],
+            output_rows=None if scoring else output_rows,
         )
-        logits = self._compute(inputs, context, step.num_tokens, num_rows)
-        return _Queued([order[i] for i in drawn], specs, logits)
+        hidden = self._forward(inputs, context, step.num_tokens)
+        scores = None
+        if scoring:
+            assert self._model is not None
+            first_rows = (step.last_rows - step.lengths + 1).tolist()
+            scored = score_prompts(self._model.logits, hidden, chunks, first_rows)
+            scores = replace(scored, specs=[(order[i], spec) for i, spec in scored.specs])
+            hidden = hidden.index_select(0, output_rows)
+        logits = self._draw(inputs, hidden)
+        return _Queued([order[i] for i in drawn], specs, logits, scores)
 
     def _compute_decodes(self, inputs: StepInputs, context: CudaContext, rows: int) -> torch.Tensor:
-        return self._compute(inputs, context, rows, rows)
+        return self._draw(inputs, self._forward(inputs, context, rows))
 
-    def _compute(
-        self, inputs: StepInputs, context: CudaContext, num_tokens: int, num_rows: int
-    ) -> torch.Tensor:
-        """Queue the model and the draws. Returns logits, [num_rows, vocab_size]."""
+    def _forward(self, inputs: StepInputs, context: CudaContext, num_tokens: int) -> torch.Tensor:
+        """Queue the layers. Returns the hidden states of the context's output rows."""
         assert self._model is not None
         token_ids = resolve_tokens(
             inputs.device_token_ids[:num_tokens],
             inputs.device_source_rows[:num_tokens],
             self._last_tokens,
         )
-        logits = self._model.logits(self._model.forward(token_ids, context))
+        return self._model.forward(token_ids, context)
+
+    def _draw(self, inputs: StepInputs, hidden: torch.Tensor) -> torch.Tensor:
+        """Queue the LM head and the draws of [num_rows, hidden_size]. Returns all their logits."""
+        assert self._model is not None
+        num_rows = len(hidden)
+        logits = self._model.logits(hidden)
         draw_plain(
             logits,
             inputs.device_temperatures[:num_rows],
@@ -250,3 +265,4 @@ class _Queued:
     specs: Sequence[SampleSpec]
     """One per row."""
     logits: torch.Tensor
+    scores: PromptScores | None = None

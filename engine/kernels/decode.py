@@ -120,7 +120,9 @@ class CompiledDecode:
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:
         """Whether `logits` can compute this step."""
-        return len(chunks) <= MAX_ROWS and all(len(chunk.token_ids) == 1 for chunk in chunks)
+        return len(chunks) <= MAX_ROWS and all(
+            len(chunk.token_ids) == 1 and chunk.score is None for chunk in chunks
+        )
 
     def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Compute a step of single tokens; writes their K and V into the pool.

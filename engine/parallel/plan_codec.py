@@ -21,7 +21,7 @@ import numpy as np
 from core.errors import InvalidRequestError
 from core.sampling import SamplingParams
 from engine.grammar.backend import Words
-from engine.plan import Chunk, SampleSpec, StepPlan
+from engine.plan import Chunk, SampleSpec, ScoreSpec, StepPlan
 
 _HEADER = struct.Struct("<6I")
 """Number of chunks, tokens, blocks, output ids, banned ids; words of a mask, 0 if there is none."""
@@ -36,11 +36,13 @@ _NEW_PARAMS = 4
 _WHOLE_TABLE = 8
 _WHOLE_OUTPUT = 16
 _MASKED = 32
+_SCORED = 64
 
 _PARAMS = struct.Struct("<QQddQdQdddhBII")
 _NO_LOGPROBS = -1
 _BIAS = struct.Struct("<Id")
 _LENGTH = struct.Struct("<I")
+_SCORE = struct.Struct("<IB")
 _MAX_COUNT = (1 << 64) - 1
 _MIN_KNOWN = 64
 
@@ -102,6 +104,9 @@ class PlanEncoder:
             blocks += grown
             sent.num_blocks += len(grown)
             tokens += chunk.token_ids
+            if chunk.score is not None:
+                flags |= _SCORED
+                news.append(_pack_score(chunk.score))
             spec = chunk.sample
             if spec is None:
                 rows += (sent.slot, flags, len(chunk.token_ids), chunk.start, len(grown), 0, 0, 0)
@@ -232,6 +237,7 @@ class PlanDecoder:
             if flags & _WHOLE_TABLE:
                 known.table = []
             known.table += blocks.take(num_blocks)
+            score = news.score() if flags & _SCORED else None
             sample = None
             if flags & _SAMPLES:
                 if flags & _NEW_PARAMS:
@@ -245,7 +251,7 @@ class PlanDecoder:
                 if flags & _MASKED:
                     sample.mask = _SentMask(next(unread))
             chunks.append(
-                Chunk(known.request_id, tokens.take(num_tokens), start, known.table, sample)
+                Chunk(known.request_id, tokens.take(num_tokens), start, known.table, sample, score)
             )
         if news.offset != len(message) or any(kind.left for kind in kinds):
             raise ValueError("This is no step plan: something is left over.")
@@ -294,6 +300,10 @@ class _News:
         values: list[int] = np.frombuffer(self._take(self._number() * _ID.itemsize), _ID).tolist()
         return values
 
+    def score(self) -> ScoreSpec:
+        first, num_top = _SCORE.unpack(self._take(_SCORE.size))
+        return ScoreSpec(first, self.ids(), num_top)
+
     def params(self) -> SamplingParams:
         values: tuple[Any, ...] = _PARAMS.unpack(self._take(_PARAMS.size))
         *_, ignore_eos, num_bias, num_stops = values
@@ -336,6 +346,10 @@ def _pack_text(text: str) -> bytes:
 
 def _pack_ids(ids: Sequence[int]) -> bytes:
     return _LENGTH.pack(len(ids)) + np.array(ids, _ID).tobytes()
+
+
+def _pack_score(score: ScoreSpec) -> bytes:
+    return _SCORE.pack(score.first, score.num_top) + _pack_ids(score.token_ids)
 
 
 def _pack_params(params: SamplingParams) -> bytes:

@@ -67,7 +67,10 @@ class Answer(Protocol):
     """The bytes of one answer."""
 
     def opening(self, choice: Choice) -> bytes:
-        """Events before the first piece of a choice; empty where there is nothing to say."""
+        """Events before the first piece of a choice; empty where there is nothing to say.
+
+        Asked for when there is a piece, so what is said of the prompt is known.
+        """
         ...
 
     def chunk(self, choice: Choice, piece: Piece) -> bytes:

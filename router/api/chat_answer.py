@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from router.api.choice import Choice
+from router.api.choice import Choice, EndedChoice
 from router.api.logprobs import chat_logprobs
 from router.api.openai_answer import OpenAiAnswer
 from router.api.output import Piece, TokenText
@@ -16,6 +16,9 @@ class ChatAnswer(OpenAiAnswer):
     def opening(self, choice: Choice) -> bytes:
         """The event that gives the role, which comes before any content."""
         return self._opened(choice, _delta(role="assistant", content=choice.prompt.echo))
+
+    def _prompt_fields(self, choices: Sequence[EndedChoice]) -> dict[str, Any]:
+        return self._prompt_logprobs(choices[0].choice)
 
     def _object(self, stream: bool) -> str:
         return "chat.completion.chunk" if stream else "chat.completion"
@@ -40,8 +43,8 @@ class ChatAnswer(OpenAiAnswer):
     def _no_body(self) -> dict[str, Any]:
         return _delta()
 
-    def _whole_body(self, echo: str, piece: Piece) -> dict[str, Any]:
-        content = echo + piece.content
+    def _whole_body(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        content = choice.prompt.echo + piece.content
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if piece.reasoning:
             message["reasoning_content"] = piece.reasoning

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.api.output import Output, Piece
+from router.api.prompt_scores import PromptScores
 from router.api.requests import TextRequest
 from router.generation import GenerationRequest
 
@@ -31,6 +32,8 @@ class Choice:
     prompt: Prompt
     request: GenerationRequest
     output: Output
+    scores: PromptScores | None = None
+    """Of the prompt, the same object for all its choices; None if not asked for."""
 
 
 @dataclass(frozen=True, slots=True)

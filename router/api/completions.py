@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from core.errors import InvalidRequestError
 from core.sampling import StructuredOutput
 from router.api.answer import Answer, AnswerFacts
 from router.api.choice import Prompt
@@ -22,13 +21,7 @@ class CompletionDialect:
 
     def read(self, data: Mapping[str, Any]) -> TextRequest:
         """Check the fields of a body."""
-        request = read(CompletionRequest, data)
-        if request.echo and request.logprobs is not None:
-            raise InvalidRequestError(
-                "logprobs with echo would need logprobs of the prompt, which are not supported.",
-                param="echo",
-            )
-        return request
+        return read(CompletionRequest, data)
 
     async def prompts(self, request: TextRequest, text: TextProcessor) -> list[Prompt]:
         """Tokenize the prompts that are text."""
@@ -51,6 +44,7 @@ class CompletionDialect:
 
     def answer(self, request: TextRequest, facts: AnswerFacts) -> Answer:
         """An answer in the endpoint's own shape."""
+        assert isinstance(request, CompletionRequest)
         return CompletionAnswer(facts, request)
 
     def default_max_tokens(self, configured: int) -> int | None:

@@ -113,7 +113,12 @@ class TextEndpoint:
         mode = job.mode()
         headers = [(b"x-diptych-mode", mode.encode("latin-1", "replace"))] if mode else []
         exchange.phase = "answering"
-        await exchange.answer(answer.whole(choices, job.usage()), headers=headers)
+        if any(choice.scores is not None for choice in job.choices):
+            # There may be half a million of them; other answers go on meanwhile.
+            body = await asyncio.to_thread(answer.whole, choices, job.usage())
+        else:
+            body = answer.whole(choices, job.usage())
+        await exchange.answer(body, headers=headers)
 
     async def _stream(
         self, job: Job, answer: Answer, exchange: Exchange, stream: EventStream
@@ -121,18 +126,23 @@ class TextEndpoint:
         stream.open(answer.failure)
 
         async def run(choice: Choice) -> None:
-            before = answer.opening(choice)
+            opened = False
+
+            def opening() -> bytes:
+                nonlocal opened
+                before = b"" if opened else answer.opening(choice)
+                opened = True
+                return before
 
             async def deliver(piece: Piece) -> None:
-                nonlocal before
                 if piece:
                     exchange.phase = "streaming"
+                    before = opening()
                     event = answer.chunk(choice, piece)
                     await stream.write(before + event if before else event)
-                    before = b""
 
             await self._run(choice, deliver, exchange)
-            await stream.write(before + answer.closing(choice))
+            await stream.write(opening() + answer.closing(choice))
 
         await _together([run(choice) for choice in job.choices])
         await stream.write(answer.ending(job.usage()), last=True)
@@ -140,15 +150,22 @@ class TextEndpoint:
     async def _run(self, choice: Choice, deliver: Deliver, exchange: Exchange) -> None:
         output, clock = choice.output, self._parts.clock
         timer = TokenTimer(self._metrics, exchange.received_at)
+        scores, reports = choice.scores, choice.request.sampling.prompt_logprobs is not None
         try:
             async with self._parts.generator.generate(choice.request) as generation:
                 async for tokens in generation:
+                    if scores is not None:
+                        if reports:
+                            scores.tell(generation.prompt_logprobs)
+                        await scores.told()
                     await deliver(output.take(tokens))
                     timer.arrived(clock())
                     if output.stopped:
                         break
                 end = generation.end
         finally:
+            if scores is not None and reports:
+                scores.tell(None)
             self._parts.metrics.generation_tokens.inc(output.num_tokens)
         await deliver(output.close(end))
 

@@ -18,6 +18,7 @@ from router.api.choice import Choice, Prompt
 from router.api.exchange import Exchange
 from router.api.output import Output, OutputRules
 from router.api.parts import ApiParts
+from router.api.prompt_scores import PromptScores, check_size
 from router.api.requests import TextRequest
 from router.api.sampling import (
     check_token_ids,
@@ -25,6 +26,7 @@ from router.api.sampling import (
     output_limit,
     sampling_params,
     wanted_logprobs,
+    wanted_prompt_logprobs,
     wanted_tokens,
 )
 from router.generation import GenerationRequest, ServedModel
@@ -143,7 +145,9 @@ async def make_job(
             "stream_options is only for streams; set stream to true or leave it out.",
             param="stream_options",
         )
-    wanted_tokens(request)  # refused before the work of tokenizing
+    # Refused before the work of tokenizing.
+    wanted_tokens(request)
+    wanted_prompt_logprobs(request)
     prompts = await dialect.prompts(request, parts.text)
     if len(prompts) * request.n > parts.settings.max_choices:
         raise InvalidRequestError(
@@ -151,6 +155,8 @@ async def make_job(
             f"this server takes at most {parts.settings.max_choices} in one request.",
             param="n",
         )
+    token_ids = [prompt.token_ids for prompt in prompts]
+    check_size(token_ids, wanted_prompt_logprobs(request), request.n)
     unique = uuid.uuid4().hex if exchange.identity.client_gave_id else exchange.request_id
     planner = _Planner(
         parts=parts,
@@ -165,12 +171,12 @@ async def make_job(
         key=caller_key(exchange.headers, request.user),
         priority=priority_of(exchange.headers),
     )
-    choices = [
-        planner.choice(prompt, index, copy)
-        for index, (prompt, copy) in enumerate(
-            (prompt, copy) for prompt in prompts for copy in range(request.n)
-        )
-    ]
+    choices: list[Choice] = []
+    for prompt in prompts:
+        scores = None if wanted_prompt_logprobs(request) is None else PromptScores()
+        choices += [
+            planner.choice(prompt, len(choices) + copy, copy, scores) for copy in range(request.n)
+        ]
     return Job(request=request, prompts=prompts, choices=choices, answer_id=planner.answer_id)
 
 
@@ -190,7 +196,7 @@ class _Planner:
     key: str
     priority: Priority
 
-    def choice(self, prompt: Prompt, index: int, copy: int) -> Choice:
+    def choice(self, prompt: Prompt, index: int, copy: int, scores: PromptScores | None) -> Choice:
         request, field = prompt.request or self.request, self.dialect.prompt_field
         if not prompt.token_ids:
             raise InvalidRequestError(f"{field} is empty: it has no tokens.", param=field)
@@ -205,10 +211,11 @@ class _Planner:
         )
         sampling = sampling_params(
             request,
-            max_tokens=limit,
+            max_tokens=max(1, limit),
             seed=choice_seed(request.seed, copy),
             model=self.model,
             structured=self.dialect.structure(request, self.parts.text),
+            prompt_logprobs=wanted_prompt_logprobs(request) if copy == 0 else None,
         )
         parser = self.dialect.parser(request, prompt, self.parts.text)
         detokeniser = self.parts.text.detokeniser(
@@ -233,11 +240,15 @@ class _Planner:
                 shares_prompt_with=f"{self.answer_id}-{index - copy}" if copy else None,
             ),
             output=Output(
-                detokeniser, self._rules(request), parser=parser, offset=len(prompt.echo)
+                detokeniser,
+                self._rules(request, discard=limit == 0),
+                parser=parser,
+                offset=len(prompt.echo),
             ),
+            scores=scores,
         )
 
-    def _rules(self, request: TextRequest) -> OutputRules:
+    def _rules(self, request: TextRequest, *, discard: bool) -> OutputRules:
         eos_ids = frozenset[int]() if request.ignore_eos else frozenset(self.model.eos_token_ids)
         return OutputRules(
             stops=request.stop,
@@ -247,6 +258,7 @@ class _Planner:
             min_tokens=request.min_tokens,
             logprobs=wanted_logprobs(request) is not None,
             token_ids=request.return_token_ids,
+            discard=discard,
         )
 
 

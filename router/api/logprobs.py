@@ -30,10 +30,10 @@ def completion_logprobs(tokens: Sequence[TokenText], token_bytes: TokenBytes) ->
     """Logprobs of a completion choice: parallel lists."""
     entries = [(entry, entry.token.logprobs) for entry in tokens]
     return {
-        "tokens": [_name(token_bytes(entry.token.token_id)) for entry, _ in entries],
-        "token_logprobs": [_finite(found.logprob) for _, found in entries if found],
+        "tokens": [token_name(token_bytes(entry.token.token_id)) for entry, _ in entries],
+        "token_logprobs": [finite(found.logprob) for _, found in entries if found],
         "top_logprobs": [
-            {_name(token_bytes(token_id)): _finite(logprob) for token_id, logprob in found.top}
+            {token_name(token_bytes(token_id)): finite(logprob) for token_id, logprob in found.top}
             for _, found in entries
             if found
         ],
@@ -45,12 +45,12 @@ def _chat_entry(token_id: int, logprob: float, token_bytes: TokenBytes) -> dict[
     data = token_bytes(token_id)
     return {
         "token": data.decode(errors="replace"),
-        "logprob": _finite(logprob),
+        "logprob": finite(logprob),
         "bytes": list(data),
     }
 
 
-def _name(data: bytes) -> str:
+def token_name(data: bytes) -> str:
     r"""A token as text; part of a character is spelt out, so that names stay distinct.
 
     Source: OpenAI's completions API writes such tokens as `bytes:\xf0\x9f`.
@@ -61,6 +61,6 @@ def _name(data: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     """JSON has no infinity; OpenAI's clients know -9999 as "impossible"."""
     return max(logprob, -9999.0)

@@ -14,6 +14,7 @@ from router.api.answer import DONE, AnswerFacts, Usage, event, usage_of
 from router.api.choice import Choice, EndedChoice
 from router.api.errors import ErrorAnswer
 from router.api.output import Piece, TokenText
+from router.api.prompt_scores import prompt_logprobs
 from router.api.requests import GenerateRequest
 
 _MARK = "\x00"
@@ -30,6 +31,7 @@ class OpenAiAnswer(ABC):
         self._usage_at_end = options.include_usage
         self._usage_always = options.include_usage and options.continuous_usage_stats
         self._shows_ids = request.return_token_ids
+        self._num_prompt_logprobs = request.prompt_logprobs
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     @abstractmethod
@@ -74,13 +76,14 @@ class OpenAiAnswer(ABC):
         """The answer to a request that does not stream."""
         shown = [self._ended(one.choice, one.piece) for one in choices]
         head = self._head(stream=False)
-        return orjson.dumps({**head, "choices": shown, "usage": usage.json()})
+        more = self._prompt_fields(choices)
+        return orjson.dumps({**head, "choices": shown, "usage": usage.json(), **more})
 
     def _ended(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         shown = {
             "index": choice.index,
-            **self._whole_body(choice.prompt.echo, piece),
-            "logprobs": self._logprobs(piece.tokens) if piece.tokens else None,
+            **self._whole_body(choice, piece),
+            "logprobs": self._whole_logprobs(choice, piece),
             "finish_reason": choice.output.finish_reason,
             "stop_reason": choice.output.stop_reason,
             "matched_stop": choice.output.stop_reason,
@@ -99,8 +102,29 @@ class OpenAiAnswer(ABC):
             frame = self._frames[index] = head, tail
         return frame
 
-    def _opened(self, choice: Choice, body: dict[str, Any]) -> bytes:
-        opened = self._stream_choice(choice.index, body)
+    def _whole_logprobs(self, choice: Choice, piece: Piece) -> dict[str, Any] | None:
+        return self._logprobs(piece.tokens) if piece.tokens else None
+
+    def _prompt_fields(self, choices: Sequence[EndedChoice]) -> dict[str, Any]:
+        """What an answer that does not stream says of the prompt beside its choices."""
+        return {}
+
+    def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
+        """The field of that name, if it was asked for."""
+        if self._num_prompt_logprobs is None or choice.scores is None:
+            return {}
+        entries = prompt_logprobs(
+            choice.prompt.token_ids,
+            choice.scores.logprobs,
+            self._num_prompt_logprobs,
+            self._token_bytes,
+        )
+        return {"prompt_logprobs": entries}
+
+    def _opened(
+        self, choice: Choice, body: dict[str, Any], logprobs: dict[str, Any] | None = None
+    ) -> bytes:
+        opened = {**self._stream_choice(choice.index, body), "logprobs": logprobs}
         if self._shows_ids:
             opened["prompt_token_ids"] = list(choice.prompt.token_ids)
         return event(self._chunk([opened], None))
@@ -136,4 +160,4 @@ class OpenAiAnswer(ABC):
     def _no_body(self) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _whole_body(self, echo: str, piece: Piece) -> dict[str, Any]: ...
+    def _whole_body(self, choice: Choice, piece: Piece) -> dict[str, Any]: ...

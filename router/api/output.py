@@ -28,6 +28,8 @@ class OutputRules:
     """Stop strings are not looked for in the text of so many tokens."""
     logprobs: bool = False
     token_ids: bool = False
+    discard: bool = False
+    """No output is wanted: the first token, without which there is no prompt, is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,9 @@ class Output:
     def take(self, tokens: Sequence[Token]) -> Piece:
         """Take the tokens of one turn; those after a stop string are ignored."""
         piece = Piece()
+        if self._rules.discard:
+            self.finish_reason = "length"
+            return piece
         for token in tokens:
             self.num_tokens += 1
             hidden = token.token_id in self._hidden

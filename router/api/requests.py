@@ -143,10 +143,13 @@ class GenerateRequest(SamplingFields, StructureFields):
 
     limit_field: ClassVar[str] = "max_tokens"
     """Name of the field that limits the output."""
+    scores_field: ClassVar[str] = "prompt_logprobs"
+    """Name of the field that asks for log probabilities of the prompt."""
 
     stream_options: Annotated[StreamOptions, BeforeValidator(_stream_options)] = StreamOptions()
     n: int = Field(default=1, ge=1)
     max_tokens: int | None = None
+    prompt_logprobs: int | None = None
     return_token_ids: bool = False
     rid: str | None = Field(default=None, max_length=128)
     """A name of the client's own, for /abort_request."""

@@ -29,7 +29,7 @@ def wanted_tokens(request: GenerateRequest) -> int | None:
     """The limit that the client set on the output, under either of its names.
 
     Raises:
-        InvalidRequestError: both names, two values; or a limit below 1.
+        InvalidRequestError: both names, two values; or a limit below 1, with echo below 0.
     """
     name, limit = request.limit_field, request.max_tokens
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
@@ -40,8 +40,10 @@ def wanted_tokens(request: GenerateRequest) -> int | None:
                 param="max_completion_tokens",
             )
         name, limit = "max_completion_tokens", request.max_completion_tokens
-    if limit is not None and limit < 1:
-        raise InvalidRequestError(f"{name} must be at least 1, got {limit}.", param=name)
+    # A completion of no tokens is of use for its prompt.
+    least = 0 if isinstance(request, CompletionRequest) and request.echo else 1
+    if limit is not None and limit < least:
+        raise InvalidRequestError(f"{name} must be at least {least}, got {limit}.", param=name)
     return limit
 
 
@@ -103,6 +105,28 @@ def wanted_logprobs(request: TextRequest) -> int | None:
     return count
 
 
+def wanted_prompt_logprobs(request: TextRequest) -> int | None:
+    """How many alternatives to report per prompt token; None for no logprobs of the prompt.
+
+    Raises:
+        InvalidRequestError: out of range, or of a stream.
+    """
+    field, count = request.scores_field, request.prompt_logprobs
+    if count is not None and not 0 <= count <= MAX_LOGPROBS:
+        raise InvalidRequestError(
+            f"prompt_logprobs must be in [0, {MAX_LOGPROBS}], got {count}.", param="prompt_logprobs"
+        )
+    if count is not None and request.stream:
+        raise InvalidRequestError(
+            f"{field} is not available in a stream; set stream to false or leave it out.",
+            param=field,
+        )
+    if isinstance(request, CompletionRequest) and request.echo:
+        echoed = wanted_logprobs(request)
+        return max((each for each in (count, echoed) if each is not None), default=None)
+    return count
+
+
 def sampling_params(
     request: TextRequest,
     *,
@@ -110,6 +134,7 @@ def sampling_params(
     seed: int,
     model: ServedModel,
     structured: StructuredOutput | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """Sampling settings of one sequence.
 
@@ -119,6 +144,7 @@ def sampling_params(
         seed: of this sequence.
         model: says which token ids there are.
         structured: what the output must be, from the request and what its model can do.
+        prompt_logprobs: what this sequence reports of the prompt.
 
     Raises:
         InvalidRequestError: a value is out of range; names the field.
@@ -144,6 +170,7 @@ def sampling_params(
         repetition_penalty=request.repetition_penalty,
         logit_bias=request.logit_bias,
         logprobs=wanted_logprobs(request),
+        prompt_logprobs=prompt_logprobs,
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
         structured=structured,

@@ -36,7 +36,6 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "prediction": (),
         "priority": (0,),
         "prompt_cache_retention": (),
-        "prompt_logprobs": (),
         "return_hidden_states": (False,),
         "service_tier": ("auto", "default"),
         "session_params": (),

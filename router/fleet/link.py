@@ -21,11 +21,13 @@ from router.fleet.wire import (
     info_from_proto,
     leg_end_from_proto,
     load_from_proto,
+    prompt_run_from_proto,
     token_run_from_proto,
 )
 from router.fleet.worker import (
     CacheChange,
     LegEnd,
+    PromptRun,
     TokenRun,
     WorkerInfo,
     WorkerLoad,
@@ -54,6 +56,9 @@ class LinkListener(Protocol):
 
     def tokens(self, worker: str, runs: list[TokenRun]) -> None:
         """One engine step's tokens."""
+
+    def prompt(self, worker: str, run: PromptRun) -> None:
+        """What one engine step computed of a prompt whose log probabilities are wanted."""
 
     def finished(self, worker: str, end: LegEnd) -> None:
         """A worker is done with its part of a request."""
@@ -247,6 +252,8 @@ class WorkerLink:
                 case "tokens":
                     runs = [token_run_from_proto(delta) for delta in message.tokens.deltas]
                     self._listener.tokens(self.address, runs)
+                case "prompt":
+                    self._listener.prompt(self.address, prompt_run_from_proto(message.prompt))
                 case "finished":
                     self._listener.finished(self.address, leg_end_from_proto(message.finished))
                 case "load":

@@ -11,13 +11,14 @@ from core.block_hash import HASH_BYTES, unpack_hashes
 from core.errors import ErrorCode
 from core.finish import FinishReason
 from core.sampling import SamplingParams
-from core.tokens import TokenLogprobs
+from core.tokens import PromptLogprobs, TokenLogprobs
 from router.fleet.worker import (
     CacheChange,
     KvLayout,
     LegEnd,
     Phase,
     Place,
+    PromptRun,
     Role,
     StageTimes,
     TokenRun,
@@ -142,6 +143,26 @@ def token_run_from_proto(delta: worker_pb2.TokenDelta) -> TokenRun:
     )
 
 
+def prompt_run_from_proto(message: worker_pb2.PromptLogprobs) -> PromptRun:
+    """Raises ProtocolViolation if its lists do not match."""
+    count, num_top = len(message.logprobs), message.num_top
+    tops = {len(message.top_ids), len(message.top_logprobs)}
+    if message.first < 1 or not count or len(message.ranks) != count or tops != {count * num_top}:
+        raise ProtocolViolation(f"log probabilities of {count} prompt tokens are incomplete")
+    return PromptRun(
+        message.request_id,
+        message.attempt,
+        PromptLogprobs(
+            first=message.first,
+            logprobs=list(message.logprobs),
+            ranks=list(message.ranks),
+            num_top=num_top,
+            top_ids=list(message.top_ids),
+            top_logprobs=list(message.top_logprobs),
+        ),
+    )
+
+
 def leg_end_from_proto(message: worker_pb2.Finished) -> LegEnd:
     """An unknown reason or error code counts as an internal failure."""
     times = message.times
@@ -181,6 +202,7 @@ def sampling_to_proto(sampling: SamplingParams) -> worker_pb2.SamplingParams:
         repetition_penalty=sampling.repetition_penalty,
         logit_bias=dict(sampling.logit_bias),
         logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
         structured=worker_pb2.StructuredOutput(

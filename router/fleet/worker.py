@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from core.errors import ErrorCode
 from core.finish import FinishReason
-from core.tokens import TokenLogprobs
+from core.tokens import PromptLogprobs, TokenLogprobs
 
 
 class Role(StrEnum):
@@ -165,6 +165,15 @@ class TokenRun:
     """One per token, or none."""
     cached_tokens: int | None = None
     """Prompt tokens that a cache spared, where the worker says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRun:
+    """What a worker says of consecutive prompt tokens of one request."""
+
+    request_id: str
+    attempt: int
+    logprobs: PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,6 +63,8 @@ class Prompt:
     num_tokens: int
     """Prompt and output of earlier attempts: what must be in KV before decode goes on."""
     max_new_tokens: int
+    recomputed: bool = False
+    """True if no cache can spare any of it."""
 
     @property
     def total_tokens(self) -> int:

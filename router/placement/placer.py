@@ -178,7 +178,7 @@ class Placer:
         matched, longest = self._match(hashes_for)
         demand = Demand(
             prompt=prompt,
-            matched_blocks=matched,
+            matched_blocks={} if prompt.recomputed else matched,
             popularity=self._popularity.add(longest, now) if longest else 0.0,
             avoid=avoid,
             allow_avoided=allow_avoided,

@@ -138,6 +138,49 @@ def test_logprobs_are_those_of_the_oracle(
         assert top == pytest.approx(row.topk(5).values.tolist(), abs=1e-3)
 
 
+def test_logprobs_of_the_prompt_are_those_of_the_oracle(
+    client: openai.OpenAI, model: str, system: Cluster, tiny_llama: Path
+) -> None:
+    """The prompt comes in chunks and in several messages, is cached, and its KV moves."""
+    import torch
+
+    oracle = Oracle(tiny_llama)
+    prompt = [3 + (i * i) % 200 for i in range(1500)]
+    body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "n": 2}
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    plain = httpx.post(f"{system.url}/v1/completions", json={**body, **extra}).json()
+    scored = {**body, **extra, "echo": True, "logprobs": 1, "prompt_logprobs": 3}
+    answer = httpx.post(f"{system.url}/v1/completions", json=scored, timeout=60)
+    assert answer.headers["x-diptych-mode"] == "disaggregated"
+    with torch.inference_mode():
+        expected = torch.log_softmax(oracle._model(torch.tensor([prompt])).logits[0, :-1], -1)
+    own = expected.gather(1, torch.tensor(prompt[1:])[:, None])
+    ranks = ((expected > own).sum(1) + 1).tolist()
+    top = expected.topk(3)
+    for choice, before in zip(answer.json()["choices"], plain["choices"], strict=True):
+        assert choice["token_ids"] == before["token_ids"]
+        values = choice["logprobs"]["token_logprobs"]
+        assert values[0] is None and len(values) == len(prompt) + 4
+        assert values[1 : len(prompt)] == pytest.approx(own[:, 0].tolist(), abs=1e-4)
+        none, *entries = choice["prompt_logprobs"]
+        assert none is None and len(entries) == len(prompt) - 1
+        for position, entry in enumerate(entries):
+            token_id, rank = str(prompt[position + 1]), ranks[position]
+            assert (next(iter(entry)), entry[token_id]["rank"]) == (token_id, rank)
+            ids, values = top.indices[position].tolist(), top.values[position].tolist()
+            wanted = dict(zip(map(str, ids), values, strict=True))
+            found = {each: one["logprob"] for each, one in entry.items()}
+            del found[token_id]
+            wanted.pop(token_id, None)
+            assert found == pytest.approx(wanted, abs=1e-4)
+    alone = client.completions.create(
+        model=model, prompt=prompt, max_tokens=0, echo=True, logprobs=0
+    ).choices[0]
+    assert alone.logprobs is not None and alone.logprobs.token_logprobs is not None
+    assert alone.logprobs.token_logprobs[1:] == pytest.approx(own[:, 0].tolist(), abs=1e-4)
+    system.wait_balanced()
+
+
 def test_bias_penalties_and_filters_reach_the_sampler(client: openai.OpenAI, model: str) -> None:
     options: dict[str, Any] = {"model": model, "prompt": "The", "max_tokens": 24}
     extra = {"return_token_ids": True, "ignore_eos": True}

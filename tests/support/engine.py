@@ -18,12 +18,12 @@ from types import SimpleNamespace
 from typing import Literal, Protocol
 
 from core.sampling import SamplingParams
-from core.tokens import TokenLogprobs
+from core.tokens import PromptLogprobs, TokenLogprobs
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import PendingStep
 from engine.grammar.compiler import GrammarCompiler
-from engine.plan import PENDING, Chunk, SampleSpec, StepPlan, StepResult
+from engine.plan import PENDING, Chunk, SampleSpec, ScoreSpec, StepPlan, StepResult
 from engine.request import EngineRequest, SequenceOutput
 from tests.support.grammar import ReadMask, allowed_by, rule_of
 from tests.support.host_memory import POISON, FakeHostMemory
@@ -256,7 +256,14 @@ class FakeExecutor:
             else None
             for chunk in chunks
         ]
-        return StepResult(sampled, logprobs)
+        scores = {
+            index: _scores(
+                self.pool.read(chunk.block_table, chunk.start + len(chunk.token_ids)), spec
+            )
+            for index, chunk in enumerate(chunks)
+            if (spec := chunk.score) is not None
+        }
+        return StepResult(sampled, logprobs, scores)
 
     def close(self) -> None:
         assert self.broken is None
@@ -284,6 +291,19 @@ def _token_ids(chunk: Chunk, before: FakeStep | None) -> Sequence[int]:
     return [before.sampled(chunk.request_id)]
 
 
+def score_of(context: int, token_id: int) -> float:
+    """Log probability of a prompt token after what a KV entry stands for."""
+    return -float(mix(context, token_id))
+
+
+def _scores(context: Sequence[int], spec: ScoreSpec) -> PromptLogprobs:
+    values = [
+        score_of(context[position - 1], token_id)
+        for position, token_id in enumerate(spec.token_ids, spec.first)
+    ]
+    return PromptLogprobs(first=spec.first, logprobs=values, ranks=[1] * len(values))
+
+
 def _sample(context: Sequence[int], spec: SampleSpec) -> int:
     assert len(spec.prompt_ids) + spec.position == len(context)
     allowed: Container[int] = range(VOCAB_SIZE)
@@ -301,6 +321,7 @@ def _copied(plan: StepPlan) -> StepPlan:
                 chunk.start,
                 list(chunk.block_table),
                 chunk.sample and _copied_spec(chunk.sample),
+                chunk.score,
             )
             for chunk in plan.chunks
         ]

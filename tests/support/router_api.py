@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from core.errors import DiptychError, UnavailableError
 from core.finish import FinishReason
-from core.tokens import TokenLogprobs
+from core.tokens import PromptLogprobs, TokenLogprobs
 from router.api.settings import ApiSettings
 from router.app import create_app
 from router.generation import GenerationEnd, GenerationRequest, ServedModel, Token
@@ -190,6 +190,8 @@ class ScriptedGeneration:
         self._script = script
         self._aborted = aborted
         self._logprobs = request.sampling.logprobs
+        self._request = request
+        self._began = False
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Token]]:
         index = 0
@@ -207,7 +209,24 @@ class ScriptedGeneration:
                 Token(index + i, token_id, self._entry(token_id)) for i, token_id in enumerate(turn)
             ]
             index += len(turn)
+            self._began = True
             yield tokens
+
+    @property
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        """The token at position p has log probability -p and rank p; the likeliest are 100 on."""
+        num_top, ids = self._request.sampling.prompt_logprobs, self._request.prompt_ids
+        if num_top is None or not self._began or len(ids) < 2:
+            return None
+        positions = range(1, len(ids))
+        return PromptLogprobs(
+            first=1,
+            logprobs=[-float(position) for position in positions],
+            ranks=list(positions),
+            num_top=num_top,
+            top_ids=[100 + i for _ in positions for i in range(num_top)],
+            top_logprobs=[-0.5 - i for _ in positions for i in range(num_top)],
+        )
 
     @property
     def end(self) -> GenerationEnd:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from core.errors import DeadlineError, ErrorCode
 from core.finish import FinishReason
 from core.sampling import SamplingParams
+from core.tokens import PromptLogprobs
 from router.fleet.worker import LegEnd, Phase
 from router.generation import Token
 from router.ledger import Effects, Leg, RequestLedger, RequestState
@@ -26,6 +27,10 @@ def token(index: int) -> Token:
     return Token(index, FIRST_TOKEN + index)
 
 
+def score(attempt: int, position: int) -> float:
+    return -10.0 * attempt - position
+
+
 @dataclass(slots=True)
 class World:
     max_tokens: int
@@ -34,6 +39,8 @@ class World:
     """How often workers may still fail or vanish."""
     stops: bool = True
     """Whether the client may leave or the deadline pass."""
+    scored: bool = False
+    """Whether log probabilities of the prompt are wanted."""
     ledger: RequestLedger = field(init=False)
     unsaid: dict[Leg, list[tuple[str, int]]] = field(default_factory=dict)
     """What each leg has yet to say; also of aborted legs, whose last words may be on their way."""
@@ -45,7 +52,9 @@ class World:
     def __post_init__(self) -> None:
         self.ledger = RequestLedger(
             prompt_len=PROMPT_LEN,
-            sampling=SamplingParams(max_tokens=self.max_tokens),
+            sampling=SamplingParams(
+                max_tokens=self.max_tokens, prompt_logprobs=0 if self.scored else None
+            ),
             eos_token_ids=(2,),
             max_model_len=1000,
             max_attempts=self.max_attempts,
@@ -115,7 +124,11 @@ class World:
         export, imported = Leg(P, attempt, Phase.EXPORT), Leg(D, attempt, Phase.IMPORT)
         ends_at_once = first + 1 == self.max_tokens
         decoded = range(first + (not repeats_first), self.max_tokens)
-        self.unsaid[export] = [("token", first), ("length" if ends_at_once else "handed_over", 0)]
+        self.unsaid[export] = [
+            *self._of_prompt(),
+            ("token", first),
+            ("length" if ends_at_once else "handed_over", 0),
+        ]
         self.unsaid[imported] = (
             []
             if ends_at_once
@@ -130,14 +143,22 @@ class World:
     def _place_local(self) -> None:
         leg = Leg(D, self.ledger.attempt + 1, Phase.LOCAL)
         self.unsaid[leg] = [
+            *self._of_prompt(),
             *(("token", index) for index in range(self.given, self.max_tokens)),
             ("length", 0),
         ]
         self.open.add(leg)
         self.ledger.place((leg,), mode="decode_only")
 
+    def _of_prompt(self) -> list[tuple[str, int]]:
+        wanted = self.scored and not self.given
+        return [("prompt", position) for position in range(1, PROMPT_LEN)] if wanted else []
+
     def _say(self, leg: Leg) -> Effects:
         word, index = self.unsaid[leg].pop(0)
+        if word == "prompt":
+            told = PromptLogprobs(first=index, logprobs=[score(leg.attempt, index)], ranks=[1])
+            return self.ledger.prompt(leg.worker, leg.attempt, told)
         if word == "token":
             return self.ledger.tokens(leg.worker, leg.attempt, [token(index)])
         del self.unsaid[leg]
@@ -146,6 +167,8 @@ class World:
 
     def _check(self, effects: Effects, was_ended: bool) -> None:
         ledger = self.ledger
+        if effects.tokens and not self.given:
+            self._check_prompt()
         for given in effects.tokens:
             assert given == token(self.given), "tokens come once and in order"
             self.given += 1
@@ -169,6 +192,13 @@ class World:
             assert ledger.error is None
             aborted = ledger.end.finish_reason is FinishReason.ABORTED
             assert self.stopped if aborted else self.given == self.max_tokens, "no token is lost"
+
+    def _check_prompt(self) -> None:
+        told, attempt = self.ledger.prompt_logprobs, self.ledger.attempt
+        assert (told is not None) == self.scored, "the prompt comes before the first token"
+        if told is not None:
+            expected = [score(attempt, position) for position in range(1, PROMPT_LEN)]
+            assert told.logprobs == expected, "all of one attempt, each position once"
 
     def check_rest(self) -> None:
         """Nothing can happen any more."""

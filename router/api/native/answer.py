@@ -10,6 +10,7 @@ from router.api.choice import Choice, EndedChoice
 from router.api.errors import ErrorAnswer
 from router.api.native.request import NativeRequest
 from router.api.output import Piece
+from router.api.prompt_scores import input_logprobs
 
 
 class NativeAnswer:
@@ -82,6 +83,9 @@ class NativeAnswer:
                     for _, found in known
                     if found
                 ]
+        if request.scores_from is not None and choice.scores is not None:
+            token_ids, scores = choice.prompt.token_ids, choice.scores.logprobs
+            meta |= input_logprobs(token_ids, scores, request.scores_from, request.logprobs or 0)
         return meta
 
 

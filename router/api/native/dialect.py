@@ -9,6 +9,7 @@ from router.api.choice import Prompt
 from router.api.completions import CompletionDialect
 from router.api.native.answer import NativeAnswer
 from router.api.native.request import NativeRequest, read_native
+from router.api.prompt_scores import check_start
 from router.api.requests import TextRequest
 from router.text.processor import TextProcessor
 
@@ -27,6 +28,8 @@ class NativeDialect(CompletionDialect):
         """Tokenize what is text, and note what is asked for each prompt."""
         prompts = await super().prompts(request, text)
         assert isinstance(request, NativeRequest)
+        for prompt in prompts:
+            check_start(request.scores_from, prompt.token_ids)
         if not request.each:
             return prompts
         pairs = zip(prompts, request.each, strict=True)

@@ -32,7 +32,6 @@ _UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "image_data": (),
         "input_embeds": (),
         "log_metrics": (True,),
-        "logprob_start_len": (-1,),
         "lora_id": (),
         "lora_path": (),
         "modalities": (),
@@ -143,6 +142,8 @@ class NativeBody(Strict):
     rid: Annotated[tuple[str, ...], PlainValidator(parse_names), WithJsonSchema(NAMES_SCHEMA)] = ()
     return_logprob: bool = False
     top_logprobs_num: int = 0
+    logprob_start_len: int = Field(default=-1, ge=-1)
+    """Position from which the prompt's logprobs are reported too; -1 for none of them."""
     stream: bool = False
     extra_key: str = Field(default="", max_length=256)
 
@@ -151,11 +152,14 @@ class NativeRequest(CompletionRequest):
     """The completion that a body amounts to."""
 
     limit_field: ClassVar[str] = "max_new_tokens"
+    scores_field: ClassVar[str] = "logprob_start_len"
 
     batch: bool
     """The answer is a list, one entry per prompt and choice."""
     rids: tuple[str, ...]
     """The client's names of the prompts, one each or none."""
+    scores_from: int | None = None
+    """Position of the first prompt token whose logprob is reported."""
     each: tuple["NativeRequest", ...] = ()
     """What is asked for each prompt, where they differ in it."""
 
@@ -185,6 +189,10 @@ def read_native(data: Mapping[str, Any]) -> NativeRequest:
         raise InvalidRequestError(
             "top_logprobs_num needs return_logprob to be true.", param="top_logprobs_num"
         )
+    if body.logprob_start_len >= 0 and not body.return_logprob:
+        raise InvalidRequestError(
+            "logprob_start_len needs return_logprob to be true.", param="logprob_start_len"
+        )
     if len(body.sampling_params) not in (1, len(prompts)):
         raise InvalidRequestError(
             f"sampling_params has {len(body.sampling_params)} entries for {len(prompts)} prompts.",
@@ -205,6 +213,7 @@ def read_native(data: Mapping[str, Any]) -> NativeRequest:
 def _completion(
     body: NativeBody, sampling: NativeSampling, prompts: tuple[Any, ...], *, batch: bool
 ) -> NativeRequest:
+    scored = body.return_logprob and body.logprob_start_len >= 0
     checked = SamplingFields(**_by_own_names(sampling))
     return NativeRequest.model_construct(
         **{name: getattr(checked, name) for name in SamplingFields.model_fields}
@@ -216,6 +225,8 @@ def _completion(
         ebnf=sampling.ebnf,
         max_tokens=sampling.max_new_tokens,
         logprobs=body.top_logprobs_num if body.return_logprob else None,
+        prompt_logprobs=body.top_logprobs_num if scored else None,
+        scores_from=body.logprob_start_len if scored else None,
         return_token_ids=True,
         batch=batch,
         rids=body.rid,

@@ -27,6 +27,7 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "include": ([],),
         "max_tool_calls": (),
         "prompt": (),
+        "prompt_logprobs": (),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
     }

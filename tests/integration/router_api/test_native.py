@@ -200,6 +200,12 @@ async def test_what_runs_here(http: httpx.AsyncClient) -> None:
         ({"text": ["a", "b"], "sampling_params": [{}, {"n": 2}]}, "sampling_params"),
         ({"text": ["a", "b"], "sampling_params": [{}, {"x": 2}]}, "sampling_params[1].x"),
         ({"text": "a", "top_logprobs_num": 2}, "top_logprobs_num"),
+        ({"text": "a", "logprob_start_len": 0}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "logprob_start_len": 1}, "logprob_start_len"),
+        (
+            {"text": "ab", "return_logprob": True, "logprob_start_len": 0, "stream": True},
+            "logprob_start_len",
+        ),
     ],
 )
 async def test_wrong_fields_are_named(

@@ -139,7 +139,12 @@ async def test_completions_that_can_not_be(http: httpx.AsyncClient) -> None:
         ('{"prompt": "x", "max_tokens": 1e30}', "max_tokens"),
         ('{"prompt": "x", "max_tokens": 1000000000000000000000000000000}', "max_tokens"),
         ('{"prompt": "x", "stream_options": {"include_usage": true}}', "stream_options"),
-        ('{"prompt": "x", "echo": true, "logprobs": 1}', "echo"),
+        ('{"prompt": "x", "echo": true, "logprobs": 21}', "logprobs"),
+        ('{"prompt": "x", "echo": true, "max_tokens": -1}', "max_tokens"),
+        ('{"prompt": "x", "max_tokens": 0}', "max_tokens"),
+        ('{"prompt": "x", "prompt_logprobs": -1}', "prompt_logprobs"),
+        (f'{{"prompt": {[[5] * 500] * 50}, "prompt_logprobs": 20}}', "prompt_logprobs"),
+        ('{"prompt": "x", "prompt_logprobs": 1, "stream": true}', "prompt_logprobs"),
         ('{"prompt": "x", "temperature": 1e400}', None),
         ('{"prompt": "x", "temperature": Infinity}', None),
     ]

@@ -7,13 +7,19 @@ from tests.support.router_ledger import World
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "max_attempts", "failures", "stops"),
-    [(1, 2, 1, True), (3, 2, 0, True), (3, 3, 1, False), (2, 3, 2, False)],
+    ("max_tokens", "max_attempts", "failures", "stops", "scored"),
+    [
+        (1, 2, 1, True, False),
+        (3, 2, 0, True, False),
+        (3, 3, 1, False, False),
+        (2, 3, 2, False, False),
+        (2, 3, 1, True, True),
+    ],
 )
 def test_every_course_of_events_ends_once_and_loses_nothing(
-    max_tokens: int, max_attempts: int, failures: int, stops: bool
+    max_tokens: int, max_attempts: int, failures: int, stops: bool, scored: bool
 ) -> None:
-    start = World(max_tokens, max_attempts, failures, stops)
+    start = World(max_tokens, max_attempts, failures, stops, scored)
     seen = {start.key}
     stack = [start]
     endings = set()
@@ -43,12 +49,13 @@ def test_every_course_of_events_ends_once_and_loses_nothing(
     st.integers(1, 4),
     st.integers(0, 6),
     st.booleans(),
+    st.booleans(),
     st.randoms(use_true_random=False),
 )
 def test_any_long_course_of_events_ends_once_and_loses_nothing(
-    max_tokens: int, max_attempts: int, failures: int, stops: bool, random: object
+    max_tokens: int, max_attempts: int, failures: int, stops: bool, scored: bool, random: object
 ) -> None:
-    world = World(max_tokens, max_attempts, failures, stops)
+    world = World(max_tokens, max_attempts, failures, stops, scored)
     while events := sorted(world.events(), key=repr):
         world.apply(random.choice(events))  # type: ignore[attr-defined]
     world.check_rest()

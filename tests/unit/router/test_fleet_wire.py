@@ -3,13 +3,14 @@ import pytest
 from core.errors import ErrorCode
 from core.finish import FinishReason
 from core.sampling import SamplingParams, StructuredOutput
-from core.tokens import TokenLogprobs
+from core.tokens import PromptLogprobs, TokenLogprobs, join_prompt_logprobs
 from router.fleet.wire import (
     ProtocolViolation,
     cache_from_proto,
     info_from_proto,
     leg_end_from_proto,
     load_from_proto,
+    prompt_run_from_proto,
     sampling_to_proto,
     submit_to_proto,
     token_run_from_proto,
@@ -18,7 +19,11 @@ from router.fleet.wire import (
 from router.fleet.worker import Distance, Phase, Place, WorkerState
 from rpc.v1 import worker_pb2
 from tests.support.router_placement import make_info
-from worker.convert import sampling_from_proto
+from worker.convert import (
+    PROMPT_LOGPROBS_AT_ONCE,
+    prompt_logprobs_to_proto,
+    sampling_from_proto,
+)
 
 SAMPLING = SamplingParams(
     max_tokens=7,
@@ -33,6 +38,7 @@ SAMPLING = SamplingParams(
     repetition_penalty=1.1,
     logit_bias={3: -100.0},
     logprobs=0,
+    prompt_logprobs=3,
     stop_token_ids=(9, 8),
     ignore_eos=True,
 )
@@ -66,6 +72,25 @@ def test_every_sampling_value_is_sent() -> None:
 def test_a_worker_reads_what_the_router_sent() -> None:
     for sampling in (SAMPLING, STRUCTURED, SamplingParams()):
         assert sampling_from_proto(sampling_to_proto(sampling)) == sampling
+
+
+def test_logprobs_of_a_prompt_come_in_messages_of_bounded_size() -> None:
+    count = PROMPT_LOGPROBS_AT_ONCE + 3
+    told = PromptLogprobs(
+        first=5,
+        logprobs=[-0.5 * i for i in range(count)],
+        ranks=list(range(count)),
+        num_top=2,
+        top_ids=list(range(2 * count)),
+        top_logprobs=[-0.25 * i for i in range(2 * count)],
+    )
+    messages = list(prompt_logprobs_to_proto(told, request_id="r", attempt=2))
+    runs = [prompt_run_from_proto(message) for message in messages]
+    assert len(runs) == 2 and {(run.request_id, run.attempt) for run in runs} == {("r", 2)}
+    assert join_prompt_logprobs([run.logprobs for run in runs]) == told
+    messages[0].top_ids.pop()
+    with pytest.raises(ProtocolViolation, match="incomplete"):
+        prompt_run_from_proto(messages[0])
 
 
 def submit(remaining_s: float = 1.5) -> worker_pb2.Submit:

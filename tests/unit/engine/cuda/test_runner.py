@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from engine.config import EngineConfig
 from engine.cuda.runner import CudaRunner
 from engine.executor import Executor
 from engine.llm import LLM
-from engine.plan import PENDING, Chunk, SampleSpec, StepPlan
+from engine.plan import PENDING, Chunk, SampleSpec, ScoreSpec, StepPlan
 from tests.support.models import make_checkpoint
 
 pytestmark = [
@@ -61,6 +62,13 @@ def oracle(path: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).cuda()
 
 
+def prompt_logprobs(model: Any, prompt: list[int]) -> torch.Tensor:
+    """Of a prompt's own tokens after the first, [T - 1], float32."""
+    tokens = torch.tensor([prompt], device="cuda")
+    values = torch.log_softmax(model(tokens).logits[0, :-1].float(), -1)
+    return values.gather(1, tokens[0, 1:, None])[:, 0]
+
+
 def forced_logits(executor: Executor, sequences: list[list[int]], num_prompt: int) -> torch.Tensor:
     """Logits after the prompts and each token that follows, [B, T - num_prompt + 1, vocab]."""
     assert isinstance(executor, CudaRunner)
@@ -85,12 +93,32 @@ def test_greedy_float32_equals_transformers(checkpoint: Path) -> None:
     llm = LLM(config(checkpoint, dtype="float32"))
     given = prompts(6)
     model = oracle(checkpoint, torch.float32)
-    for prompt, done in zip(given, llm.generate(given, GREEDY), strict=True):
+    sampling = replace(GREEDY, prompt_logprobs=0)
+    for prompt, done in zip(given, llm.generate(given, sampling), strict=True):
         tokens = torch.tensor([[*prompt, *done.token_ids]], device="cuda")
         with torch.inference_mode():
             expected = model(tokens).logits[0, len(prompt) - 1 : -1].argmax(-1)
+            own = prompt_logprobs(model, prompt)
         assert list(done.token_ids) == expected.tolist()
+        found = done.prompt_logprobs.logprobs if done.prompt_logprobs is not None else []
+        assert list(found) == pytest.approx(own.tolist(), abs=1e-3)
     llm.close()
+
+
+def test_prompt_logprobs_are_as_near_to_float32_as_those_of_transformers(checkpoint: Path) -> None:
+    llm = LLM(config(checkpoint, dtype="bfloat16"))
+    given = [prompt for prompt in prompts(12) if len(prompt) > 1]
+    done = llm.generate(given, replace(GREEDY, prompt_logprobs=1))
+    llm.close()
+    ours = [value for one in done if one.prompt_logprobs for value in one.prompt_logprobs.logprobs]
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = oracle(checkpoint, dtype)
+        with torch.inference_mode():
+            found[dtype] = torch.cat([prompt_logprobs(model, prompt) for prompt in given])
+    exact = found[torch.float32]
+    error = (torch.tensor(ours, device="cuda") - exact).norm()
+    assert error <= 1.5 * (found[torch.bfloat16] - exact).norm()
 
 
 @pytest.mark.parametrize("count", [5, 70])  # with contexts split between programs, and whole
@@ -122,6 +150,7 @@ def test_with_and_without_graphs_tokens_and_logprobs_are_bit_equal(checkpoint: P
             ignore_eos=True,
             logprobs=3 if i % 4 == 0 else None,
             top_p=0.9 if i % 5 == 0 else 1.0,
+            prompt_logprobs=2 if i % 6 == 0 else None,
         )
         for i in range(len(given))
     ]
@@ -129,11 +158,11 @@ def test_with_and_without_graphs_tokens_and_logprobs_are_bit_equal(checkpoint: P
     for cuda_graphs in (True, False):
         llm = LLM(config(checkpoint, dtype="bfloat16", cuda_graphs=cuda_graphs))
         done = llm.generate(given, each)
-        outputs.append([(list(d.token_ids), list(d.logprobs)) for d in done])
+        outputs.append([(list(d.token_ids), list(d.logprobs), d.prompt_logprobs) for d in done])
         llm.engine.check_integrity()
         llm.close()
     assert outputs[0] == outputs[1]
-    assert len({token for tokens, _ in outputs[0] for token in tokens}) > 30
+    assert len({token for tokens, *_ in outputs[0] for token in tokens}) > 30
 
 
 def test_submitting_never_waits_for_the_device(checkpoint: Path) -> None:
@@ -148,7 +177,7 @@ def test_submitting_never_waits_for_the_device(checkpoint: Path) -> None:
     plans = [
         [
             Chunk("a", [5] * 20, 0, tables[0], spec(plain, 0)),
-            Chunk("b", [6] * 9, 0, tables[1], None),
+            Chunk("b", [6] * 9, 0, tables[1], None, ScoreSpec(1, [6] * 8 + [7], 2)),
         ],
         [
             Chunk("a", [PENDING], 20, tables[0], spec(plain, 1)),

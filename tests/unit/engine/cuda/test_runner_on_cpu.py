@@ -37,6 +37,7 @@ def test_generates_what_the_torch_runner_does(
             max_tokens=12 + i,
             ignore_eos=True,
             logprobs=2 if i == 3 else None,
+            prompt_logprobs=i if i in (3, 4) else None,
             repetition_penalty=1.3 if i == 4 else 1.0,
         )
         for i in range(len(prompts))
@@ -60,6 +61,12 @@ def test_generates_what_the_torch_runner_does(
     assert [tokens(one) for one in done] == [tokens(one) for one in expected]
     for got, wanted in zip(done[3].logprobs, expected[3].logprobs, strict=True):
         assert got.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+    for got, wanted in zip(done[3:5], expected[3:5], strict=True):
+        ours, theirs = got.prompt_logprobs, wanted.prompt_logprobs
+        assert ours is not None and theirs is not None
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        assert (ours.end, ours.ranks) == (theirs.end, theirs.ranks)
+        assert ours.top_ids == theirs.top_ids and len(ours.top_ids) == ours.num_top * (ours.end - 1)
     ahead.engine.check_integrity()
 
 

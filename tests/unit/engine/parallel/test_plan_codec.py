@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from core.sampling import SamplingParams
 from engine.parallel.plan_codec import PlanDecoder, PlanEncoder
-from engine.plan import PENDING, Chunk, SampleSpec, StepPlan
+from engine.plan import PENDING, Chunk, SampleSpec, ScoreSpec, StepPlan
 from tests.support.sampling import AllowedIds
 
 ids = st.integers(0, 2**31 - 1)
@@ -31,6 +31,10 @@ params = st.builds(
     logprobs=st.none() | st.integers(0, 20),
     stop_token_ids=st.lists(ids, max_size=3).map(tuple),
     ignore_eos=st.booleans(),
+)
+
+scores = st.builds(
+    ScoreSpec, st.integers(1, 2**31), st.lists(ids, min_size=1, max_size=5), st.integers(0, 20)
 )
 
 
@@ -60,6 +64,7 @@ def seen(plan: StepPlan) -> list[object]:
                 chunk.sample.params.penalised
                 and (list(chunk.sample.prompt_ids), list(chunk.sample.output_ids)),
             ),
+            chunk.score,
         )
         for chunk in plan.chunks
     ]
@@ -102,7 +107,8 @@ def test_every_step_of_a_changing_batch_survives(data: st.DataObject) -> None:
                 if data.draw(st.booleans()):
                     spec.mask = AllowedIds(VOCAB, *data.draw(st.sets(st.integers(0, VOCAB - 1))))
             start = data.draw(st.integers(0, 2**31))
-            chunks.append(Chunk(request.name, token_ids, start, request.table, spec))
+            score = data.draw(st.none() | scores)
+            chunks.append(Chunk(request.name, token_ids, start, request.table, spec, score))
         plan = StepPlan(chunks)
         assert seen(decoder.decode(encoder.encode(plan))) == seen(plan)
         for request in requests:

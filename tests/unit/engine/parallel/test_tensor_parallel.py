@@ -77,7 +77,9 @@ def one_rank(checkpoint: Path) -> Iterator[LLM]:
 def test_greedy_tokens_equal_those_of_one_rank_and_of_transformers(
     checkpoint: Path, one_rank: LLM, two_ranks: LLM
 ) -> None:
-    sampling = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=3)
+    greedy = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=3)
+    # The fourth is served from the prefix cache, the last two compute all of their prompts.
+    sampling = [replace(greedy, prompt_logprobs=1 if i > 3 else None) for i in range(len(LENGTHS))]
     alone, shared = one_rank.generate(prompts(), sampling), two_ranks.generate(prompts(), sampling)
     oracle = Oracle(checkpoint)
     expected = [oracle.greedy(prompt, NUM_NEW, ignore_eos=True) for prompt in prompts()]
@@ -87,6 +89,10 @@ def test_greedy_tokens_equal_those_of_one_rank_and_of_transformers(
         for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
+        if ours.prompt_logprobs is not None and theirs.prompt_logprobs is not None:
+            told = ours.prompt_logprobs.logprobs
+            assert told == pytest.approx(theirs.prompt_logprobs.logprobs, abs=1e-4)
+    assert sum(each.prompt_logprobs is not None for each in shared) == 2
     assert len({token for tokens in expected for token in tokens}) > 10
     assert two_ranks.engine.stats().preemptions > 0
     two_ranks.engine.check_integrity()
