@@ -18,8 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 COMMIT, DIRTY = "DIPTYCH_COMMIT", "DIPTYCH_DIRTY"
 """Environment of a copy: the commit it was made from, and 0 or 1."""
 _PACKAGES = (
-    *("torch", "triton", "flashinfer-python", "transformers", "nixl-cu12", "nixl-cu13", "grpcio", "uvicorn"),
-    *("llguidance", "xgrammar"),
+    *("torch", "triton", "flashinfer-python", "transformers", "nixl-cu12", "nixl-cu13"),
+    *("grpcio", "uvicorn", "llguidance", "xgrammar"),
 )
 
 
