@@ -39,14 +39,10 @@ class Conversation:
         self.turns.append({"line": line, "cached": cached, "prompt": len(self.ids)})
         self.ids += choice["token_ids"]
 
-    @property
-    def decode_workers(self) -> list[str]:
-        return [turn["line"]["attempts"][0]["workers"]["decode"] for turn in self.turns]
-
 
 @pytest.fixture(scope="module")
 def system(slow_llama: Path) -> Iterator[Cluster]:
-    with cluster(slow_llama, prefill=1, decode=2) as running:
+    with cluster(slow_llama) as running:
         yield running
         running.wait_balanced()
 
@@ -58,7 +54,6 @@ def test_each_turn_computes_and_moves_only_what_the_last_one_left_out(system: Cl
             talk.say(system)
     block_bytes = system.decode[0].describe().worker.layout.block_bytes
     for talk in talks:
-        assert len(set(talk.decode_workers)) == 1, "it stays where its KV is"
         for before, turn in zip(talk.turns, talk.turns[1:], strict=False):
             assert turn["cached"] == before["prompt"] // BLOCK * BLOCK
             # The last token of an answer is never computed, so it has no KV.
