@@ -80,7 +80,7 @@ def test_greedy_tokens_equal_those_of_transformers(
         stats = llm.engine.stats()
     finally:
         llm.close()
-    assert (stats.host.hit_tokens > 100) == (name == "from host memory")
+    assert (stats.host.hit_tokens > 0) == (name == "from host memory")
     assert (stats.preemptions > 0) == (name == "preempted")
     assert (stats.cached_tokens > 0) == (name != "uncached")
 
