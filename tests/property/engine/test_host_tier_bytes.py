@@ -47,7 +47,7 @@ def llms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, list[l
     )
     llm = LLM(small)
     yield llm, expected
-    assert llm.engine.stats().host.hit_tokens > 100
+    assert llm.engine.stats().host.hit_tokens > 0
     llm.close()
 
 
