@@ -263,19 +263,6 @@ class NixlChannel:
         return (pieces[:, None] + np.asarray(ids, dtype=np.int32)[None, :]).reshape(-1)
 
 
-def descriptor_limit(pool: BlockPool, wanted: int | None) -> int:
-    """Most bytes of one descriptor of a pool; see NixlTransport.
-
-    Raises:
-        TransferError: less than 1 is wanted.
-    """
-    if wanted is None:
-        return pool.layout.block_bytes
-    if wanted < 1:
-        raise TransferError(f"descriptor_bytes must be at least 1, got {wanted}.")
-    return wanted
-
-
 def cut_pieces(pieces: Sequence[Piece], most: int) -> tuple[Piece, ...]:
     """The same bytes in pieces of at most `most`."""
     return tuple(
@@ -303,13 +290,14 @@ class NixlTransport:
             pool: host or device memory; kept alive until the transport is gone.
             token: shared secret, equal on all workers; empty where there is none.
             descriptor_bytes: most bytes of one descriptor, of which a READ may have many per block;
-                None: no limit. UCX copies a descriptor at a time and took 6 us for each between two
-                GPUs over NVLink (`benchmarks.gpu_kv_transfer`), so fewer were always faster.
+                None: no limit.
 
         Raises:
             TransferError: NIXL is not installed or can't use the memory, or no byte is allowed.
         """
-        self._descriptor_bytes = descriptor_limit(pool, descriptor_bytes)
+        if descriptor_bytes is not None and descriptor_bytes < 1:
+            raise TransferError(f"descriptor_bytes must be at least 1, got {descriptor_bytes}.")
+        self._descriptor_bytes = descriptor_bytes or pool.layout.block_bytes
         self._api = load_nixl()
         self._token = token
         self._own = NixlPool(

@@ -5,13 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import TransferError
-from kvtransfer.nixl import NixlPool, cut_pieces, descriptor_limit
+from kvtransfer.nixl import NixlPool, NixlTransport, cut_pieces
 from kvtransfer.transport import Piece
 from tests.support.kv import HostPool
-
-
-class DevicePool(HostPool):
-    device_id = 3  # type: ignore[assignment]
 
 
 @given(
@@ -41,10 +37,6 @@ def test_a_row_stands_for_one_run_of_every_block() -> None:
     ]
 
 
-def test_blocks_are_moved_whole_unless_told_otherwise() -> None:
-    host, device = HostPool(1, 1 << 18), DevicePool(1, 1 << 18)
-    assert descriptor_limit(host, None) == 1 << 18
-    assert descriptor_limit(device, None) == 1 << 18
-    assert descriptor_limit(host, 100) == descriptor_limit(device, 100) == 100
+def test_a_descriptor_moves_something() -> None:
     with pytest.raises(TransferError, match="at least 1, got 0"):
-        descriptor_limit(device, 0)
+        NixlTransport(HostPool(1, 1 << 18), token=b"", descriptor_bytes=0)
