@@ -117,6 +117,14 @@ class DecodeSteps:
         assert rung.logits is not None
         return rung.logits
 
+    def close(self) -> None:
+        """Free the graphs. NCCL does not leave a group while a graph holds its collectives."""
+        for rung in self._rungs.values():
+            rung.logits = None
+            if rung.graph is not None:
+                rung.graph.reset()
+        self._rungs.clear()
+
     def _fill_with_padding(self, size: int) -> None:
         inputs = self._inputs
         inputs.reuse()

@@ -132,6 +132,7 @@ class CudaRunner:
 
     def close(self) -> None:
         """See Executor. The pool's memory stays until nobody refers to it."""
+        self._decodes.close()
         self._model = None
         self._pool.close()
 
