@@ -1,9 +1,10 @@
-"""NIXL READs from one GPU's KV pool into another's, beside a plain copy between the two.
+"""READs from one GPU's KV pool into another's, beside a plain copy between the two.
 
     python -m benchmarks.gpu_kv_transfer [--save]
 
 Two processes, a GPU and a pool of Llama-3.1-8B blocks each. A READ fetches scattered blocks into
-scattered blocks, as after hours of traffic, with descriptors of several sizes; what arrived is
+scattered blocks, as after hours of traffic: by the GPU's own copies (what `gpu` does on one host)
+and by NIXL, whole blocks and the half of the heads that one of two ranks needs; what arrived is
 compared. The limit: torch's copy of the same bytes, contiguous, from device to device.
 """
 
@@ -21,22 +22,25 @@ from benchmarks.gpu_shapes import SHAPES
 from benchmarks.report import Report, median
 from core.kv_layout import KvLayout
 from engine.kv.pool import KVPool
+from kvtransfer.gpu import GpuTransport
+from kvtransfer.head_slices import plan_slices, rank_layout
 from kvtransfer.nixl import NixlTransport
-from kvtransfer.transport import Read, ReadState
+from kvtransfer.transport import Read, ReadState, Transport
 
 POOL_BLOCKS = 4096
 BLOCK_SIZE = 16
 PROMPTS = (512, 4096, 32_768)
-DESCRIPTORS = (2 << 20, 512 << 10, 64 << 10)
+MOST_SLICED = 4096
+"""Longest prompt whose blocks are read in slices: NIXL takes microseconds for each."""
 REPEATS = 10
 _METADATA = "METADATA "
 _DEADLINE_S = 60.0
 
 
-def llama_pool(device: torch.device, num_blocks: int = POOL_BLOCKS) -> KVPool:
-    """A pool in which block i holds the number i everywhere."""
+def llama_layout() -> KvLayout:
+    """Blocks with the heads of all ranks."""
     shape = SHAPES["llama-3.1-8b"]
-    layout = KvLayout(
+    return KvLayout(
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
@@ -44,16 +48,23 @@ def llama_pool(device: torch.device, num_blocks: int = POOL_BLOCKS) -> KVPool:
         dtype="bfloat16",
         block_bytes=BLOCK_SIZE * shape.kv_bytes_per_token,
     )
-    pool = KVPool(layout, num_blocks, device)
-    numbers = torch.arange(num_blocks, dtype=torch.int16, device=device)
+
+
+def llama_pool(device: torch.device, ranks: int = 1) -> KVPool:
+    """One rank's pool, in which block i holds the number i everywhere."""
+    pool = KVPool(rank_layout(llama_layout(), ranks), POOL_BLOCKS, device)
+    numbers = torch.arange(POOL_BLOCKS, dtype=torch.int16, device=device)
     pool.tensor.view(torch.int16).copy_(numbers.view(-1, 1, 1, 1, 1, 1).expand(pool.tensor.shape))
     return pool
 
 
 def serve(device: torch.device) -> None:
     """Let a pool be read until standard input ends."""
-    transport = NixlTransport(llama_pool(device), token=b"")
-    print(_METADATA + transport.metadata().hex(), flush=True)
+    torch.cuda.set_device(device)
+    pool = llama_pool(device)
+    nixl = NixlTransport(pool, token=b"")
+    transport = GpuTransport(pool, token=b"", elsewhere=nixl)
+    print(_METADATA + transport.metadata().hex(), nixl.metadata().hex(), flush=True)
     sys.stdin.read()
     transport.close()
 
@@ -80,32 +91,54 @@ def copy_rate(num_bytes: int) -> list[float]:
         return [num_bytes / elapsed_s(lambda: target.copy_(source), "cuda") for _ in range(REPEATS)]
 
 
-def read_rates(
-    metadata: bytes, pool: KVPool, descriptor_bytes: int, counts: Sequence[int]
-) -> dict[int, list[float]]:
+def read_rates(transport: Transport, pool: KVPool, counts: Sequence[int]) -> dict[int, list[float]]:
     """Bytes per second of READs of so many blocks; a first READ of each size does not count."""
-    transport = NixlTransport(pool, token=b"", descriptor_bytes=descriptor_bytes)
-    transport.connect("peer", metadata)
-    order = np.random.default_rng(descriptor_bytes)
+    order = np.random.default_rng(0)
     rates: dict[int, list[float]] = {}
-    try:
-        for count in counts:
-            for repeat in range(REPEATS + 1):
-                theirs = order.permutation(POOL_BLOCKS)[:count].tolist()
-                own = order.permutation(pool.num_blocks)[:count].tolist()
-                pool.tensor[own[-1]].zero_()
-                torch.cuda.synchronize()
-                begun = time.perf_counter()
-                finish(transport.read("peer", list(zip(theirs, own, strict=True))))
-                seconds = time.perf_counter() - begun
-                if repeat:
-                    rates.setdefault(count, []).append(count * pool.layout.block_bytes / seconds)
-            found = pool.tensor[own].view(torch.int16)
-            wanted = torch.tensor(theirs, dtype=torch.int16, device=found.device)
-            assert bool((found == wanted.view(-1, 1, 1, 1, 1, 1)).all()), "wrong bytes arrived"
-    finally:
-        transport.close()
+    for count in counts:
+        for repeat in range(REPEATS + 1):
+            theirs = order.permutation(POOL_BLOCKS)[:count].tolist()
+            own = order.permutation(pool.num_blocks)[:count].tolist()
+            pool.tensor[own].fill_(-1)
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            finish(transport.read("peer", list(zip(theirs, own, strict=True))))
+            seconds = time.perf_counter() - begun
+            if repeat:
+                rates.setdefault(count, []).append(count * pool.layout.block_bytes / seconds)
+        found = pool.tensor[own].view(torch.int16)
+        wanted = torch.tensor(theirs, dtype=torch.int16, device=found.device)
+        assert bool((found == wanted.view(-1, 1, 1, 1, 1, 1)).all()), "wrong bytes arrived"
     return rates
+
+
+def add_ways(
+    report: Report, limits: dict[int, float], metadata: Sequence[bytes], ranks: int
+) -> None:
+    """Measure both transports with the pool of one of so many ranks."""
+    pool = llama_pool(torch.device("cuda:0"), ranks)
+    (part,) = plan_slices(
+        llama_layout(), llama_layout(), source_size=1, own_size=ranks, own_rank=ranks - 1
+    )
+    what = "whole blocks" if ranks == 1 else f"heads of one of {ranks} ranks"
+    counts = [tokens // BLOCK_SIZE for tokens in PROMPTS if ranks == 1 or tokens <= MOST_SLICED]
+    ways: dict[str, Transport] = {
+        "gpu": GpuTransport(pool, token=b"", elsewhere=None),
+        "nixl": NixlTransport(pool, token=b""),
+    }
+    for (name, transport), theirs in zip(ways.items(), metadata, strict=True):
+        transport.connect("peer", theirs, part.pieces)
+        try:
+            for count, rates in read_rates(transport, pool, counts).items():
+                tokens = count * BLOCK_SIZE
+                title = f"{name}: READ of {tokens} tokens, {what}"
+                samples = [rate / 1e9 for rate in rates]
+                report.add(title, median(samples), "GB/s", samples=samples)
+                goal = ">= 0.85" if (name, tokens, ranks) == ("gpu", 4096, 1) else ""
+                share = median(rates) / limits[tokens]
+                report.add(f"{title}, share of the limit", share, "x", goal=goal)
+        finally:
+            transport.close()
 
 
 def main() -> None:
@@ -117,35 +150,24 @@ def main() -> None:
     if arguments.serve:
         serve(torch.device(arguments.serve))
         return
-    counts = [tokens // BLOCK_SIZE for tokens in PROMPTS]
     gpu = {"name": torch.cuda.get_device_name(0)}
     settings = {"pool_blocks": POOL_BLOCKS, "repeats": REPEATS}
     report = Report("gpu-kv-transfer", settings, gpu=gpu)
-    block_bytes = BLOCK_SIZE * SHAPES["llama-3.1-8b"].kv_bytes_per_token
     limits = {}
-    for tokens, count in zip(PROMPTS, counts, strict=True):
-        rates = copy_rate(count * block_bytes)
+    for tokens in PROMPTS:
+        rates = copy_rate(tokens * SHAPES["llama-3.1-8b"].kv_bytes_per_token)
         limits[tokens] = median(rates)
         name = f"limit: plain copy of {tokens} tokens"
         report.add(name, limits[tokens] / 1e9, "GB/s", samples=[rate / 1e9 for rate in rates])
-    pool = llama_pool(torch.device("cuda:0"))
     command = [sys.executable, "-m", "benchmarks.gpu_kv_transfer", "--serve", "cuda:1"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout is not None
         line = next((line for line in child.stdout if line.startswith(_METADATA)), "")
-        metadata = bytes.fromhex(line.removeprefix(_METADATA))
-        for size in DESCRIPTORS:
-            for count, rates in read_rates(metadata, pool, size, counts).items():
-                tokens = count * BLOCK_SIZE
-                title = f"READ of {tokens} tokens in {size >> 10} KiB pieces"
-                report.add(
-                    title, median(rates) / 1e9, "GB/s", samples=[rate / 1e9 for rate in rates]
-                )
-                goal = ">= 0.85" if tokens == 4096 else ""
-                share = median(rates) / limits[tokens]
-                report.add(f"{title}, share of the limit", share, "x", goal=goal)
+        metadata = [bytes.fromhex(part) for part in line.removeprefix(_METADATA).split()]
+        for ranks in (1, 2):
+            add_ways(report, limits, metadata, ranks)
         child.communicate(timeout=_DEADLINE_S)
     if arguments.save:
         print(report.save())

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import TransferError
-from kvtransfer.cuda_context import use_gpu
+from kvtransfer.cuda_driver import use_gpu
 from kvtransfer.peer_reads import PeerPool, Peers, QueuedRead
 from kvtransfer.sealing import open_sealed, seal
 from kvtransfer.transport import BlockPieces, BlockPool, Piece
@@ -278,6 +278,43 @@ def _release(handle: Any) -> None:
             handle.release()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NixlReader:
+    """What it takes to read one peer by NIXL."""
+
+    api: ModuleType
+    own: NixlPool
+    peer_id: str
+    peer: NixlPool
+    peer_metadata: bytes
+    descriptor_bytes: int
+
+    @property
+    def pool(self) -> PeerPool:
+        """Size of the peer's pool."""
+        return PeerPool(self.peer.num_blocks, self.peer.block_bytes)
+
+    def channel(self, pieces: Sequence[Piece]) -> NixlChannel:
+        """A channel that reads these pieces of every block.
+
+        Raises:
+            TransferError: they are more than NIXL can number.
+        """
+        cut = cut_pieces(pieces, self.descriptor_bytes)
+        if len(cut) * max(self.own.num_blocks, self.peer.num_blocks) > MAX_DESCRIPTORS:
+            raise TransferError(
+                f"Blocks of peer {self.peer_id} take {len(cut)} descriptors each, more than NIXL "
+                "can number; use a larger descriptor_bytes."
+            )
+        return NixlChannel(
+            self.api,
+            own=self.own,
+            peer=self.peer,
+            peer_metadata=self.peer_metadata,
+            pieces=cut,
+        )
+
+
 class NixlTransport:
     """`transport.Transport` over NIXL's UCX backend."""
 
@@ -323,25 +360,24 @@ class NixlTransport:
 
     def connect(self, peer_id: str, metadata: bytes, pieces: BlockPieces | None = None) -> None:
         """Start connecting. If the peer can't be reached, its READs fail."""
+        reader = self.reader_of(peer_id, metadata)
+        self._peers.add(peer_id, reader.pool, pieces, reader.channel)
+
+    def reader_of(self, peer_id: str, metadata: bytes) -> "NixlReader":
+        """A way to read one peer, not connected yet.
+
+        Raises:
+            TransferError: the metadata are not NIXL's, or not of a holder of the token.
+        """
         content = open_sealed(metadata, self._token, library="NIXL", peer_id=peer_id)
-        peer = NixlPool.unpack(content)
-
-        def open_channel(checked: Sequence[Piece]) -> NixlChannel:
-            cut = cut_pieces(checked, self._descriptor_bytes)
-            if len(cut) * max(self._own.num_blocks, peer.num_blocks) > MAX_DESCRIPTORS:
-                raise TransferError(
-                    f"Blocks of peer {peer_id} take {len(cut)} descriptors each, more than NIXL "
-                    "can number; use a larger descriptor_bytes."
-                )
-            return NixlChannel(
-                self._api,
-                own=self._own,
-                peer=peer,
-                peer_metadata=content[_METADATA.size :],
-                pieces=cut,
-            )
-
-        self._peers.add(peer_id, PeerPool(peer.num_blocks, peer.block_bytes), pieces, open_channel)
+        return NixlReader(
+            api=self._api,
+            own=self._own,
+            peer_id=peer_id,
+            peer=NixlPool.unpack(content),
+            peer_metadata=content[_METADATA.size :],
+            descriptor_bytes=self._descriptor_bytes,
+        )
 
     def read(self, peer_id: str, pairs: Sequence[tuple[int, int]]) -> QueuedRead:
         """Queue a READ behind the peer's earlier ones."""

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from core.errors import DiptychError, TransferError
-from kvtransfer.cuda_context import use_gpu
+from kvtransfer.cuda_driver import use_gpu
 from kvtransfer.rank_transport import RankTransport
 from kvtransfer.select import known_transport, open_transport
 from kvtransfer.transport import BlockPool, Read, ReadState

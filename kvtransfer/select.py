@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from core.errors import ConfigError, TransferError
+from kvtransfer.gpu import GpuTransport
 from kvtransfer.mooncake import MooncakeTransport
 from kvtransfer.nixl import NixlTransport, load_nixl
 from kvtransfer.tcp import TcpTransport
@@ -14,7 +15,7 @@ from kvtransfer.transport import BlockPool, Transport
 
 log = logging.getLogger(__name__)
 
-TransportName = Literal["auto", "nixl", "mooncake", "tcp"]
+TransportName = Literal["auto", "gpu", "nixl", "mooncake", "tcp"]
 
 
 def known_transport(name: str) -> TransportName:
@@ -25,7 +26,7 @@ def known_transport(name: str) -> TransportName:
     """
     if name in get_args(TransportName):
         return cast(TransportName, name)
-    raise ConfigError(f"kv_transport must be auto, nixl, mooncake or tcp, not {name!r}.")
+    raise ConfigError(f"kv_transport must be auto, gpu, nixl, mooncake or tcp, not {name!r}.")
 
 
 def open_transport(
@@ -39,10 +40,11 @@ def open_transport(
     """Make a pool readable by peers, and peers' pools readable from here.
 
     Args:
-        name: auto takes nixl where it works and has a path that copies one-sidedly (device
-            memory, RDMA, or one machine), else tcp, and says why. Over a plain network UCX only
-            emulates READs: slower than tcp, and a reader's death can abort the process it reads
-            (docs/adr/0003-leases.md). It never takes mooncake, whose ports let anyone in.
+        name: auto takes gpu for device memory; for host memory nixl where it works and has a path
+            that copies one-sidedly (RDMA, or one machine), else tcp, and says why. Over a plain
+            network UCX only emulates READs: slower than tcp, and a reader's death can abort the
+            process it reads (docs/adr/0003-leases.md). It never takes mooncake, whose ports let
+            anyone in.
         pool: outlives the transport.
         host: name or IP address of this machine at which peers reach it.
         token: shared secret; peers without it can't read. Empty where there is none.
@@ -55,7 +57,9 @@ def open_transport(
         return TcpTransport(pool, host=_address(host), token=token.encode())
     if name == "mooncake":
         return MooncakeTransport(pool, host=_address(host), token=token.encode())
-    if known_transport(name) == "nixl" or pool.device_id is not None:
+    if name == "gpu" or (name == "auto" and pool.device_id is not None):
+        return _open_gpu(pool, token.encode(), descriptor_bytes)
+    if known_transport(name) == "nixl":
         return NixlTransport(pool, token=token.encode(), descriptor_bytes=descriptor_bytes)
     address = _address(host)
     reason = "this host has no RDMA device and its peers are elsewhere"
@@ -66,6 +70,22 @@ def open_transport(
             reason = error.message
     log.warning("KV moves by tcp instead of nixl: %s", reason)
     return TcpTransport(pool, host=address, token=token.encode())
+
+
+def _open_gpu(pool: BlockPool, token: bytes, descriptor_bytes: int | None) -> GpuTransport:
+    if pool.device_id is None:
+        raise TransferError("kv_transport gpu moves device memory; on a CPU use auto, nixl or tcp.")
+    nixl = None
+    try:
+        nixl = NixlTransport(pool, token=token, descriptor_bytes=descriptor_bytes)
+    except TransferError as error:
+        log.warning("KV moves between GPUs of this host only: %s", error.message)
+    try:
+        return GpuTransport(pool, token=token, elsewhere=nixl)
+    except TransferError:
+        if nixl is not None:
+            nixl.close()
+        raise
 
 
 def could_use_nixl() -> bool:

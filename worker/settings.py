@@ -126,10 +126,10 @@ class WorkerSettings(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Seed of dummy weights.")
 
-    kv_transport: Literal["auto", "nixl", "mooncake", "tcp"] = Field(
+    kv_transport: Literal["auto", "gpu", "nixl", "mooncake", "tcp"] = Field(
         "auto",
-        description="How KV blocks move; auto: nixl where it is installed and copies one-sidedly, "
-        "else tcp; docs/transports.md says what each needs.",
+        description="How KV blocks move; auto: gpu between GPUs, else nixl where it is installed "
+        "and copies one-sidedly, else tcp; docs/transports.md says what each needs.",
     )
 
     descriptor_bytes: ByteSize | None = Field(

@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.kv_layout import KvLayout
+from kvtransfer.gpu import GpuTransport
 from kvtransfer.mooncake_engine import mooncake_environment
 from kvtransfer.nixl import NixlTransport
 from kvtransfer.select import open_transport
 from kvtransfer.transport import Read, ReadState, Transport
+from tests.support.gpu_driver import SharedMemory, SharedMemoryDriver
 from tests.support.process import Process, running
 
 TOKEN = "open sesame"
@@ -40,14 +42,14 @@ def layout(block_bytes: int) -> KvLayout:
 
 
 class HostPool:
-    """A pool in this process's memory."""
-
-    device_id = None
+    """A pool in this process's memory, which others can map as they map a GPU's."""
 
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
         self.layout = layout(block_bytes)
         self.num_blocks = num_blocks
-        self.words = np.zeros((num_blocks, block_bytes // 8), dtype=np.uint64)
+        self.device_id: int | None = None
+        self.memory = SharedMemory(num_blocks * block_bytes)
+        self.words = self.memory.words.reshape(num_blocks, block_bytes // 8)
         self.base_address = self.words.ctypes.data
 
     def fill(self, seed: int) -> None:
@@ -94,6 +96,10 @@ def open_named(transport: str, pool: HostPool, token: str = TOKEN) -> Transport:
     if transport == "nixl+pieces":
         piece = pool.layout.block_bytes // 4
         return NixlTransport(pool, token=token.encode(), descriptor_bytes=piece)
+    if transport == "gpu":
+        pool.device_id = 0
+        driver = SharedMemoryDriver(pool.memory)
+        return GpuTransport(pool, token=token.encode(), elsewhere=None, driver=driver)
     name = transport.partition("+")[0]
     assert name == "tcp" or name == "nixl" or name == "mooncake"
     return open_transport(name, pool, host="127.0.0.1", token=token)

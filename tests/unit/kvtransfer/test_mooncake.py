@@ -35,10 +35,6 @@ POOL = MooncakePool(
 )
 
 
-class DevicePool(HostPool):
-    device_id = 0  # type: ignore[assignment]
-
-
 class FakeEngine:
     """Stands for Mooncake's: a READ is done when `done` says so."""
 
@@ -258,10 +254,16 @@ def test_ipv6_is_refused_with_a_way_out() -> None:
         select.open_transport("mooncake", HostPool(2, 4096), host="::1", token="")
 
 
+def device_pool() -> HostPool:
+    pool = HostPool(2, 4096)
+    pool.device_id = 0
+    return pool
+
+
 def test_device_memory_needs_the_cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvtransfer.mooncake.load_mooncake", lambda: FakeApi(FakeEngine()))
     with pytest.raises(TransferError, match="mooncake-transfer-engine"):
-        MooncakeTransport(DevicePool(2, 4096), host="127.0.0.1", token=b"")
+        MooncakeTransport(device_pool(), host="127.0.0.1", token=b"")
 
 
 def test_accept_looks_up_soon() -> None:

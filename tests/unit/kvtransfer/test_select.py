@@ -11,7 +11,9 @@ from tests.support.kv import HostPool
 
 
 class DevicePool(HostPool):
-    device_id = 0  # type: ignore[assignment]
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        super().__init__(num_blocks, block_bytes)
+        self.device_id = 0
 
 
 def no_nixl() -> None:

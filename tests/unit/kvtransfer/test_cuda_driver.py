@@ -3,7 +3,7 @@ import ctypes
 import pytest
 
 from core.errors import TransferError
-from kvtransfer.cuda_context import use_gpu
+from kvtransfer.cuda_driver import use_gpu
 
 
 class Driver:

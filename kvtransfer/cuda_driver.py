@@ -1,0 +1,225 @@
+"""The few calls of the CUDA driver that moving KV needs, without torch.
+
+For transports, whose threads are their own: UCX finds a GPU by the context that is current in the
+thread, and `gpu_copies` has the GPU copy straight out of another process's memory. One object
+belongs to one thread, but for `export`.
+"""
+
+import ctypes
+from ctypes import POINTER, byref, c_char, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import TransferError
+
+HANDLE_BYTES = 64
+_NOT_READY = 600
+_NON_BLOCKING = 1
+_LAZY_PEER_ACCESS = 1
+_UNIFIED = 4
+_SOURCE_ANY_TIME = 3
+_BESIDE_COMPUTE = 1
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = [("reserved", c_char * HANDLE_BYTES)]
+
+
+class _Location(ctypes.Structure):
+    _fields_ = [("type", c_int), ("id", c_int)]
+
+
+class _CopyAttributes(ctypes.Structure):
+    """CUmemcpyAttributes."""
+
+    _fields_ = [
+        ("source_access_order", c_int),
+        ("source_hint", _Location),
+        ("target_hint", _Location),
+        ("flags", c_uint),
+    ]
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D."""
+
+    _fields_ = [
+        ("source_x", c_size_t),
+        ("source_y", c_size_t),
+        ("source_type", c_int),
+        ("source_host", c_void_p),
+        ("source", c_uint64),
+        ("source_array", c_void_p),
+        ("source_pitch", c_size_t),
+        ("target_x", c_size_t),
+        ("target_y", c_size_t),
+        ("target_type", c_int),
+        ("target_host", c_void_p),
+        ("target", c_uint64),
+        ("target_array", c_void_p),
+        ("target_pitch", c_size_t),
+        ("width", c_size_t),
+        ("height", c_size_t),
+    ]
+
+
+def load_driver() -> Any:
+    """The driver's library.
+
+    Raises:
+        TransferError: there is none.
+    """
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise TransferError(f"The CUDA driver can't be loaded: {error}.") from error
+
+
+def use_gpu(device_id: int) -> None:
+    """Make the GPU's primary context, which torch uses too, current in this thread.
+
+    Raises:
+        TransferError: there is no such GPU, or no driver.
+    """
+    driver = load_driver()
+    device, context = c_int(), c_void_p()
+    # Retained and never released: the pool that lies there needs it until the process ends.
+    steps = (
+        ("cuInit", (c_uint(0),)),
+        ("cuDeviceGet", (byref(device), c_int(device_id))),
+        ("cuDevicePrimaryCtxRetain", (byref(context), device)),
+        ("cuCtxSetCurrent", (context,)),
+    )
+    for name, arguments in steps:
+        if code := getattr(driver, name)(*arguments):
+            raise TransferError(f"GPU {device_id} can't be used: {name} gave CUDA error {code}.")
+
+
+class CudaDriver:
+    """Copies between GPUs' memories, of this process and of others on the same host.
+
+    Every method raises TransferError with CUDA's error code where the driver refuses.
+    """
+
+    def __init__(self) -> None:
+        """Load the library; nothing is asked of a GPU yet."""
+        self._driver = load_driver()
+        self._driver.cuIpcOpenMemHandle_v2.argtypes = [POINTER(c_uint64), _Handle, c_uint]
+
+    def use(self, device_id: int) -> None:
+        """Make a GPU current in this thread."""
+        use_gpu(device_id)
+
+    def export(self, device_id: int, address: int) -> tuple[bytes, int]:
+        """What another process needs to reach the allocation around an address.
+
+        Returns:
+            (handle of the allocation, offset of the address in it).
+        """
+        self.use(device_id)
+        base, size, handle = c_uint64(), c_size_t(), _Handle()
+        self._call("cuMemGetAddressRange_v2", byref(base), byref(size), c_uint64(address))
+        self._call("cuIpcGetMemHandle", byref(handle), base)
+        return bytes(handle), address - base.value
+
+    def open_handle(self, handle: bytes) -> int:
+        """Map another process's allocation; returns its address here."""
+        address = c_uint64()
+        their = _Handle.from_buffer_copy(handle)
+        self._call("cuIpcOpenMemHandle_v2", byref(address), their, c_uint(_LAZY_PEER_ACCESS))
+        return address.value
+
+    def close_handle(self, address: int) -> None:
+        """Unmap what `open_handle` gave."""
+        self._call("cuIpcCloseMemHandle", c_uint64(address))
+
+    def new_stream(self) -> int:
+        """A queue of copies, which waits for no other."""
+        stream = c_void_p()
+        self._call("cuStreamCreate", byref(stream), c_uint(_NON_BLOCKING))
+        assert stream.value is not None
+        return stream.value
+
+    def free_stream(self, stream: int) -> None:
+        """Wait until its copies have ended, then free it."""
+        self._call("cuStreamSynchronize", c_void_p(stream))
+        self._call("cuStreamDestroy_v2", c_void_p(stream))
+
+    def is_idle(self, stream: int) -> bool:
+        """True once every copy that was queued has ended. Never waits."""
+        code = self._driver.cuStreamQuery(c_void_p(stream))
+        if code not in (0, _NOT_READY):
+            raise TransferError(f"The copies failed: CUDA error {code}.")
+        return bool(code == 0)
+
+    def copy(
+        self,
+        targets: NDArray[np.uint64],
+        sources: NDArray[np.uint64],
+        num_bytes: int,
+        stream: int,
+    ) -> None:
+        """Queue a copy of `num_bytes` from each source address to its target, [num_copies].
+
+        They may run in any order. One call for all: 2 MiB each between two H200s moved at 0.91 of
+        the rate of one large copy from four streams, and at 0.59 with a call for each.
+        """
+        count = len(targets)
+        if not count:
+            return
+        if not hasattr(self._driver, "cuMemcpyBatchAsync"):  # drivers before CUDA 12.8
+            for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+                self._call(
+                    "cuMemcpyDtoDAsync_v2",
+                    c_uint64(target),
+                    c_uint64(source),
+                    c_size_t(num_bytes),
+                    c_void_p(stream),
+                )
+            return
+        sizes = np.full(count, num_bytes, dtype=np.uint64)
+        unset = _Location(0, 0)
+        attributes = _CopyAttributes(_SOURCE_ANY_TIME, unset, unset, _BESIDE_COMPUTE)
+        first, failed = c_size_t(0), c_size_t(0)
+        self._call(
+            "cuMemcpyBatchAsync",
+            c_void_p(np.ascontiguousarray(targets).ctypes.data),
+            c_void_p(np.ascontiguousarray(sources).ctypes.data),
+            c_void_p(sizes.ctypes.data),
+            c_size_t(count),
+            byref(attributes),
+            byref(first),
+            c_size_t(1),
+            byref(failed),
+            c_void_p(stream),
+        )
+
+    def copy_rows(
+        self,
+        target: int,
+        source: int,
+        *,
+        width: int,
+        height: int,
+        target_pitch: int,
+        source_pitch: int,
+        stream: int,
+    ) -> None:
+        """Queue a copy of `height` rows of `width` bytes that lie `pitch` bytes apart."""
+        copy = _Copy2D(
+            source_type=_UNIFIED,
+            source=source,
+            source_pitch=source_pitch,
+            target_type=_UNIFIED,
+            target=target,
+            target_pitch=target_pitch,
+            width=width,
+            height=height,
+        )
+        self._call("cuMemcpy2DAsync_v2", byref(copy), c_void_p(stream))
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if code := getattr(self._driver, name)(*arguments):
+            raise TransferError(f"{name} gave CUDA error {code}.")

@@ -1,0 +1,220 @@
+"""One peer's KV pool on a GPU of the same host, read by the GPU's own copy engines.
+
+Both pools are mapped in one process (CUDA IPC), so a READ is a batch of copies over NVLink or PCIe
+that the peer's process takes no part in: frozen or dead, its memory stays until it is unmapped.
+Measured between two H200s with scattered blocks of 2 MiB: 356 GB/s for 4096 tokens of
+Llama-3.1-8B, where UCX, which launches a copy for each block, moves 206 and one large copy 390
+(`benchmarks/gpu_kv_transfer.py`).
+"""
+
+import contextlib
+import struct
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import TransferError
+from kvtransfer.cuda_driver import HANDLE_BYTES, CudaDriver
+from kvtransfer.transport import BlockPool, Piece
+
+_METADATA = struct.Struct(f"<8s16s{HANDLE_BYTES}sQQQI")
+_MAGIC = b"DIPTYCHG"
+_STREAMS = 4
+"""Copies from one stream leave gaps: 317 GB/s with one, 356 with four."""
+_SPINS = 20
+_POLL_S = 0.0001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuPool:
+    """Where a pool lies, for other processes of the host."""
+
+    host: bytes
+    """16 bytes that differ between hosts, and between two starts of one."""
+    handle: bytes
+    """Of the allocation; zeros if it can't be shared."""
+    offset: int
+    num_blocks: int
+    block_bytes: int
+    device_id: int
+
+    @classmethod
+    def of(cls, pool: BlockPool, driver: CudaDriver) -> "GpuPool":
+        """This process's pool, in device memory.
+
+        Raises:
+            TransferError: its memory can't be shared, as with torch's expandable segments.
+        """
+        assert pool.device_id is not None
+        handle, offset = driver.export(pool.device_id, pool.base_address)
+        return cls(
+            host=this_host(),
+            handle=handle,
+            offset=offset,
+            num_blocks=pool.num_blocks,
+            block_bytes=pool.layout.block_bytes,
+            device_id=pool.device_id,
+        )
+
+    def pack(self) -> bytes:
+        """For the metadata."""
+        numbers = (self.offset, self.num_blocks, self.block_bytes, self.device_id)
+        return _METADATA.pack(_MAGIC, self.host, self.handle, *numbers)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> tuple["GpuPool", bytes]:
+        """What `pack` made, and what follows it; raises TransferError for anything else."""
+        try:
+            magic, host, handle, offset, blocks, size, device = _METADATA.unpack_from(data)
+        except struct.error as error:
+            raise TransferError(f"Not the metadata of a pool on a GPU: {error}.") from error
+        if magic != _MAGIC or not (blocks and size):
+            raise TransferError("Not the metadata of a pool on a GPU that this version knows.")
+        pool = cls(
+            host=host,
+            handle=handle,
+            offset=offset,
+            num_blocks=blocks,
+            block_bytes=size,
+            device_id=device,
+        )
+        return pool, data[_METADATA.size :]
+
+
+def this_host() -> bytes:
+    """16 bytes that every process of this host sees, in whatever container, and no other host."""
+    return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Pieces of equal size at equal distances: one rectangular copy per block."""
+
+    first: Piece
+    count: int = 1
+    remote_pitch: int = 0
+    own_pitch: int = 0
+
+
+def as_rows(pieces: Sequence[Piece]) -> tuple[Rows, ...]:
+    """The same bytes in as few rectangles as neighbours allow.
+
+    A rank's heads lie at the same place for every layer, for K and for V: one rectangle.
+    """
+    found: list[Rows] = []
+    for piece in pieces:
+        if found and (joined := _joined(found[-1], piece)) is not None:
+            found[-1] = joined
+        else:
+            found.append(Rows(piece))
+    return tuple(found)
+
+
+def _joined(rows: Rows, piece: Piece) -> Rows | None:
+    first, count = rows.first, rows.count
+    if piece.num_bytes != first.num_bytes:
+        return None
+    remote_pitch = rows.remote_pitch or piece.remote_offset - first.remote_offset
+    own_pitch = rows.own_pitch or piece.own_offset - first.own_offset
+    fits = (
+        min(remote_pitch, own_pitch) >= piece.num_bytes
+        and piece.remote_offset == first.remote_offset + count * remote_pitch
+        and piece.own_offset == first.own_offset + count * own_pitch
+    )
+    return Rows(first, count + 1, remote_pitch, own_pitch) if fits else None
+
+
+class GpuCopyChannel:
+    """Reads the pool of one process of this host; see `peer_reads.Channel`."""
+
+    def __init__(
+        self,
+        driver: CudaDriver,
+        *,
+        own_address: int,
+        own: GpuPool,
+        peer: GpuPool,
+        pieces: Sequence[Piece],
+    ) -> None:
+        """Nothing is mapped yet. `own_address` is where the own pool lies here."""
+        self._driver = driver
+        self._own_address = own_address
+        self._own = own
+        self._peer = peer
+        self._rows = as_rows(pieces)
+        self._interrupted = threading.Event()
+        self._mapped: int | None = None
+        self._streams: list[int] = []
+
+    def open(self) -> None:
+        """Map the peer's memory."""
+        self._driver.use(self._own.device_id)
+        self._mapped = self._driver.open_handle(self._peer.handle)
+        self._streams = [self._driver.new_stream() for _ in range(_STREAMS)]
+
+    def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
+        """Queue the copies and look at them until they are done."""
+        assert self._mapped is not None, "read before open"
+        sources = _addresses(self._mapped + self._peer.offset, remote_ids, self._peer.block_bytes)
+        targets = _addresses(self._own_address, own_ids, self._own.block_bytes)
+        for part, stream in zip(_shares(len(sources), _STREAMS), self._streams, strict=True):
+            for rows in self._rows:
+                self._queue(rows, targets[part], sources[part], stream)
+        looks = 0
+        for stream in self._streams:
+            while not self._driver.is_idle(stream):
+                if self._interrupted.is_set():
+                    raise TransferError("the READ was cut short")
+                looks += 1
+                time.sleep(0 if looks < _SPINS else _POLL_S)
+
+    def interrupt(self) -> None:
+        """Let `read` return; `close` waits for the copies, which need nobody's help to end."""
+        self._interrupted.set()
+
+    def close(self) -> None:
+        """Wait for copies under way, then unmap."""
+        streams, self._streams = self._streams, []
+        for stream in streams:
+            with contextlib.suppress(TransferError):
+                self._driver.free_stream(stream)
+        mapped, self._mapped = self._mapped, None
+        if mapped is not None:
+            with contextlib.suppress(TransferError):
+                self._driver.close_handle(mapped)
+
+    def _queue(
+        self, rows: Rows, targets: NDArray[np.uint64], sources: NDArray[np.uint64], stream: int
+    ) -> None:
+        remote, own, width = rows.first
+        targets, sources = targets + np.uint64(own), sources + np.uint64(remote)
+        if rows.count == 1:
+            self._driver.copy(targets, sources, width, stream)
+            return
+        for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+            self._driver.copy_rows(
+                target,
+                source,
+                width=width,
+                height=rows.count,
+                target_pitch=rows.own_pitch,
+                source_pitch=rows.remote_pitch,
+                stream=stream,
+            )
+
+
+def _addresses(base: int, ids: Sequence[int], block_bytes: int) -> NDArray[np.uint64]:
+    return np.uint64(base) + np.asarray(ids, dtype=np.uint64) * np.uint64(block_bytes)
+
+
+def _shares(count: int, parts: int) -> list[slice]:
+    """Near-equal slices of [0, count)."""
+    ends = [count * i // parts for i in range(parts + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
