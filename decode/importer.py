@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 PROBE_SHARE = 32
 """A probe takes at most this share of the own pool, one block out of so many."""
-_READING_S = 0.0005
+_READING_S = 0.0002
 """Sleep between two looks at READs under way."""
 _WAITING_S = 0.01
 """Sleep while prompts wait for room."""

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from core.errors import TransferError
 
 HANDLE_BYTES = 64
-_NOT_READY = 600
 _NON_BLOCKING = 1
+_BLOCKING = 1
+_UNTIMED = 2
 _LAZY_PEER_ACCESS = 1
 _UNIFIED = 4
 _SOURCE_ANY_TIME = 3
@@ -147,12 +148,15 @@ class CudaDriver:
         self._call("cuStreamSynchronize", c_void_p(stream))
         self._call("cuStreamDestroy_v2", c_void_p(stream))
 
-    def is_idle(self, stream: int) -> bool:
-        """True once every copy that was queued has ended. Never waits."""
-        code = self._driver.cuStreamQuery(c_void_p(stream))
-        if code not in (0, _NOT_READY):
-            raise TransferError(f"The copies failed: CUDA error {code}.")
-        return bool(code == 0)
+    def wait(self, stream: int) -> None:
+        """Sleep until every copy that was queued has ended."""
+        event = c_void_p()
+        self._call("cuEventCreate", byref(event), c_uint(_BLOCKING | _UNTIMED))
+        try:
+            self._call("cuEventRecord", event, c_void_p(stream))
+            self._call("cuEventSynchronize", event)
+        finally:
+            self._call("cuEventDestroy_v2", event)
 
     def copy(
         self,

@@ -53,8 +53,6 @@ class EnginePipe:
         self._sock = sock
         self._sock.setblocking(False)
         self._send_timeout_s = send_timeout_s
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
         self._buffer = bytearray()
 
     def receive(self, timeout_s: float) -> list[ipc_pb2.EngineCommand]:
@@ -63,7 +61,8 @@ class EnginePipe:
         Raises:
             PipeClosedError: the service process is gone.
         """
-        if not self._poll.poll(max(0.0, timeout_s) * 1000):
+        # Not poll(), which rounds up to whole milliseconds; READs are waited for in shorter sleeps.
+        if not select.select([self._sock], [], [], max(0.0, timeout_s))[0]:
             return []
         while True:
             try:

@@ -63,8 +63,8 @@ class SharedMemoryDriver(CudaDriver):
     def free_stream(self, stream: int) -> None:
         pass
 
-    def is_idle(self, stream: int) -> bool:
-        return True
+    def wait(self, stream: int) -> None:
+        pass
 
     def copy(
         self,
