@@ -33,8 +33,10 @@ PROMPTS = (512, 4096, 32_768)
 MOST_SLICED = 4096
 """Longest prompt whose blocks are read in slices: NIXL takes microseconds for each."""
 REPEATS = 10
-_METADATA = "METADATA "
+METADATA = "METADATA "
 _DEADLINE_S = 60.0
+_POLL_S = 0.00002
+"""The thread that reads needs the interpreter in between."""
 
 
 def llama_layout() -> KvLayout:
@@ -58,13 +60,14 @@ def llama_pool(device: torch.device, ranks: int = 1) -> KVPool:
     return pool
 
 
-def serve(device: torch.device) -> None:
+def serve(device: torch.device, *, with_nixl: bool) -> None:
     """Let a pool be read until standard input ends."""
     torch.cuda.set_device(device)
     pool = llama_pool(device)
-    nixl = NixlTransport(pool, token=b"")
+    nixl = NixlTransport(pool, token=b"") if with_nixl else None
     transport = GpuTransport(pool, token=b"", elsewhere=nixl)
-    print(_METADATA + transport.metadata().hex(), nixl.metadata().hex(), flush=True)
+    ways: list[Transport] = [transport] if nixl is None else [transport, nixl]
+    print(METADATA + " ".join(way.metadata().hex() for way in ways), flush=True)
     sys.stdin.read()
     transport.close()
 
@@ -75,7 +78,7 @@ def finish(read: Read) -> float:
     while (state := read.poll()) is ReadState.PENDING:
         if time.perf_counter() > deadline:
             raise RuntimeError("a READ does not end")
-        time.sleep(0)
+        time.sleep(_POLL_S)
     if state is ReadState.FAILED:
         raise RuntimeError(read.error)
     return read.duration_s
@@ -146,9 +149,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--save", action="store_true", help="keep a JSON file in results/")
     parser.add_argument("--serve", metavar="DEVICE", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--nixl", action=argparse.BooleanOptionalAction, default=True, help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(torch.device(arguments.serve))
+        serve(torch.device(arguments.serve), with_nixl=arguments.nixl)
         return
     gpu = {"name": torch.cuda.get_device_name(0)}
     settings = {"pool_blocks": POOL_BLOCKS, "repeats": REPEATS}
@@ -164,8 +170,8 @@ def main() -> None:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout is not None
-        line = next((line for line in child.stdout if line.startswith(_METADATA)), "")
-        metadata = [bytes.fromhex(part) for part in line.removeprefix(_METADATA).split()]
+        line = next((line for line in child.stdout if line.startswith(METADATA)), "")
+        metadata = [bytes.fromhex(part) for part in line.removeprefix(METADATA).split()]
         for ranks in (1, 2):
             add_ways(report, limits, metadata, ranks)
         child.communicate(timeout=_DEADLINE_S)

@@ -2,12 +2,17 @@
 
     python -m benchmarks.gpu_serving [--save] [--systems split aggregated combined]
         [--sizes 4096/512 2048/512] [--rates 2 4 6 8] [--seconds 40] [--trace FILE --faster 2]
+        [--systems vllm --vllm PYTHONPATH]
 
 Each system is `diptych serve` on the same two GPUs with random weights, one after the other:
 
     split       one prefill worker, one decode worker; every prompt is handed over
     aggregated  two workers that serve whole requests, behind the same router
-    combined    as split, but short or mostly cached prompts stay on the decode worker
+    combined    as split, but prompts of up to --local-tokens stay on the decode worker where that
+                is cheaper
+    small-steps as aggregated, with steps of at most 1024 tokens for the sake of the time between
+                tokens
+    vllm        two vLLM servers, requests in turn
 
 Load is open-loop (see `benchmarks.load`), seeds are the same for all, and every size and rate gets
 arrivals of its own, so no cache helps. Goodput counts requests that meet the service level:
@@ -29,12 +34,15 @@ from benchmarks.gpu_shapes import SHAPES
 from benchmarks.load import Arrival, Slo, poisson, run, summary, trace
 from benchmarks.report import Report
 from benchmarks.serving import served_system
+from benchmarks.vllm_replicas import vllm_replicas
 
 SYSTEMS = {
     "split": ("--prefill", "1", "--decode", "1"),
     "aggregated": ("--prefill", "0", "--decode", "2"),
     "combined": ("--prefill", "1", "--decode", "1"),
+    "small-steps": ("--prefill", "0", "--decode", "2", "--max-step-tokens", "1024"),
 }
+VLLM = "vllm"
 LOCAL_PREFILL = "DIPTYCH_ROUTER_LOCAL_PREFILL_MAX_TOKENS"
 
 
@@ -80,25 +88,33 @@ def environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+@contextmanager
+def served(
+    system: str, arguments: argparse.Namespace, folder: Path, longest: int
+) -> Iterator[Sequence[str]]:
+    """One of the systems until the block ends: its URLs."""
+    if system == VLLM:
+        log = folder.parent / "vllm.log"
+        with vllm_replicas(folder, arguments.vllm, longest=longest, log=log) as urls:
+            yield urls
+        return
+    options = ["--model", str(folder), "--load-format", "dummy", *SYSTEMS[system]]
+    options += ["--max-model-len", str(longest + 1), *shlex.split(arguments.serve)]
+    local = arguments.local_tokens if system == "combined" else 0
+    with environment(LOCAL_PREFILL, str(local)), served_system(options) as (url, _):
+        yield [url]
+
+
 def measure(
-    report: Report,
-    system: str,
-    options: Sequence[str],
-    loads: Sequence[tuple[str, list[Arrival]]],
-    local_tokens: int,
+    report: Report, system: str, urls: Sequence[str], loads: Sequence[tuple[str, list[Arrival]]]
 ) -> None:
     """All loads on one system."""
-    local = local_tokens if system == "combined" else 0
-    with (
-        environment(LOCAL_PREFILL, str(local)),
-        served_system([*options, *SYSTEMS[system]]) as (url, _),
-    ):
-        asyncio.run(run(url, loads[0][1][:8], clients=1))
-        for name, arrivals in loads:
-            found = summary(asyncio.run(run(url, arrivals)), Slo())
-            print(f"== {system}, {name}", flush=True)
-            for figure, value in found.items():
-                report.add(f"{name}: {system}, {figure}", float(value), unit(figure))
+    asyncio.run(run(urls, loads[0][1][:8], clients=len(urls)))
+    for name, arrivals in loads:
+        found = summary(asyncio.run(run(urls, arrivals)), Slo())
+        print(f"== {system}, {name}", flush=True)
+        for figure, value in found.items():
+            report.add(f"{name}: {system}, {figure}", float(value), unit(figure))
 
 
 def unit(figure: str) -> str:
@@ -114,7 +130,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", choices=[*SYSTEMS, VLLM], default=list(SYSTEMS))
     parser.add_argument("--sizes", nargs="*", default=["4096/512", "2048/512"])
     parser.add_argument("--rates", type=float, nargs="+", default=[2, 4, 6, 8])
     parser.add_argument("--seconds", type=float, default=40, help="of arrivals, per load")
@@ -123,22 +139,23 @@ def main() -> None:
     parser.add_argument("--faster", type=float, default=1.0, help="than the trace was")
     parser.add_argument("--longest", type=int, default=16_384, help="prompt taken of the trace")
     parser.add_argument("--local-tokens", type=int, default=512, help="prompts kept in combined")
+    parser.add_argument("--vllm", default="", metavar="PYTHONPATH", help="where vLLM is")
     parser.add_argument("--serve", default="", help="more options of `diptych serve`, one string")
     parser.add_argument("--save", action="store_true", help="keep a JSON file in results/")
     parser.add_argument("--out", type=Path, help="keep it in this folder")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.model]
     kept = ("model", "sizes", "rates", "seconds", "faster", "local_tokens", "serve")
-    report = Report("gpu-serving", {key: getattr(arguments, key) for key in kept}, gpu=gpu())
+    settings = {key: getattr(arguments, key) for key in kept}
     loads = list(workloads(arguments, shape.vocab_size))
     longest = max(len(each.prompt) + each.output_tokens for _, load in loads for each in load)
     with tempfile.TemporaryDirectory() as name:
         folder = shape.write(Path(name) / arguments.model)
         write_tokenizer(folder, shape.vocab_size)
-        options = ["--model", str(folder), "--load-format", "dummy"]
-        options += ["--max-model-len", str(longest + 1), *shlex.split(arguments.serve)]
         for system in arguments.systems:
-            measure(report, system, options, loads, arguments.local_tokens)
+            report = Report(f"gpu-serving-{system}", settings, gpu=gpu())
+            with served(system, arguments, folder, longest) as urls:
+                measure(report, system, urls, loads)
             if arguments.save or arguments.out:
                 print(report.save(arguments.out) if arguments.out else report.save())
 

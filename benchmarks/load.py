@@ -109,14 +109,23 @@ def trace(
     ], left_out
 
 
-async def run(url: str, arrivals: Sequence[Arrival], *, clients: int = 4) -> list[Outcome]:
+async def run(
+    urls: Sequence[str], arrivals: Sequence[Arrival], *, clients: int = 4
+) -> list[Outcome]:
     """Send all arrivals in their own time, and wait for what comes of them.
+
+    Args:
+        urls: where to, in turn.
+        arrivals: what and when.
+        clients: processes that send; a multiple of the number of URLs.
 
     Raises:
         RuntimeError: a client process failed.
     """
     shares = [arrivals[number::clients] for number in range(clients)]
-    found = await asyncio.gather(*(_client(url, share) for share in shares if share))
+    found = await asyncio.gather(
+        *(_client(urls[i % len(urls)], share) for i, share in enumerate(shares) if share)
+    )
     return sorted((each for part in found for each in part), key=lambda each: each.at_s)
 
 

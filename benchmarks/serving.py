@@ -79,7 +79,7 @@ async def stream(client: httpx.AsyncClient, prompt: Sequence[int], max_tokens: i
     times = [time.perf_counter()]
     async with client.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
-        request_id = response.headers["x-request-id"]
+        request_id = response.headers.get("x-request-id", "")
         async for line in response.aiter_lines():
             if line.startswith("data: {") and '"token_ids"' in line:
                 tokens = json.loads(line[6:])["choices"][0]["token_ids"]

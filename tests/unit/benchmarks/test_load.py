@@ -72,6 +72,6 @@ def test_percentiles_are_values_that_were_seen() -> None:
 
 async def test_a_client_that_reaches_nobody_says_so_for_each_request() -> None:
     arrivals = [Arrival(at_s=0.01 * i, prompt=[1], output_tokens=2) for i in range(3)]
-    outcomes = await run("http://127.0.0.1:9", arrivals, clients=2)
+    outcomes = await run(["http://127.0.0.1:9"], arrivals, clients=2)
     assert [each.at_s for each in outcomes] == [0.0, 0.01, 0.02]
     assert all("ConnectError" in each.error for each in outcomes)
