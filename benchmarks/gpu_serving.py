@@ -94,7 +94,7 @@ def served(
 ) -> Iterator[Sequence[str]]:
     """One of the systems until the block ends: its URLs."""
     if system == VLLM:
-        log = folder.parent / "vllm.log"
+        log = (arguments.out or folder.parent) / "vllm.log"
         with vllm_replicas(folder, arguments.vllm, longest=longest, log=log) as urls:
             yield urls
         return
