@@ -16,6 +16,8 @@ from core.errors import TransferError
 
 HANDLE_BYTES = 64
 _NON_BLOCKING = 1
+_BLOCKING = 1
+_UNTIMED = 2
 _LAZY_PEER_ACCESS = 1
 _UNIFIED = 4
 _SOURCE_ANY_TIME = 3
@@ -143,15 +145,18 @@ class CudaDriver:
 
     def free_stream(self, stream: int) -> None:
         """Wait until its copies have ended, then free it."""
-        self.wait(stream)
+        self._call("cuStreamSynchronize", c_void_p(stream))
         self._call("cuStreamDestroy_v2", c_void_p(stream))
 
     def wait(self, stream: int) -> None:
-        """Wait until every copy that was queued has ended, without the interpreter's lock.
-
-        The driver spins where there are cores to spare: sleeping for an interrupt took 50 us more.
-        """
-        self._call("cuStreamSynchronize", c_void_p(stream))
+        """Sleep until every copy that was queued has ended."""
+        event = c_void_p()
+        self._call("cuEventCreate", byref(event), c_uint(_BLOCKING | _UNTIMED))
+        try:
+            self._call("cuEventRecord", event, c_void_p(stream))
+            self._call("cuEventSynchronize", event)
+        finally:
+            self._call("cuEventDestroy_v2", event)
 
     def copy(
         self,

@@ -2,7 +2,7 @@
 
 Both pools are mapped in one process (CUDA IPC), so a READ is a batch of copies over NVLink or PCIe
 that the peer's process takes no part in: frozen or dead, its memory stays until it is unmapped.
-Measured between two H200s with scattered blocks of 2 MiB: 373 GB/s for 4096 tokens of
+Measured between two H200s with scattered blocks of 2 MiB: 325 GB/s for 4096 tokens of
 Llama-3.1-8B, where UCX, which launches a copy for each block, moves 206 and one large copy 390
 (`benchmarks/gpu_kv_transfer.py`).
 """
@@ -25,7 +25,7 @@ from kvtransfer.transport import BlockPool, Piece
 _METADATA = struct.Struct(f"<8s16s{HANDLE_BYTES}sQQQI")
 _MAGIC = b"DIPTYCHG"
 _STREAMS = 4
-"""Copies from one stream leave gaps: 315 GB/s with one, 367 with two, and 356 to 373 with three to eight."""
+"""Copies from one stream leave gaps: 315 GB/s with one, 367 with two, 356 to 373 with more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
