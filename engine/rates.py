@@ -4,8 +4,13 @@ Owned by `Engine`. Recent steps count more than old ones; nothing is known befor
 its kind, and then the rate is 0.
 """
 
+import math
+
 DECAY = 0.9
-"""Weight of the past at each new step: about ten steps are remembered."""
+"""Weight of the past at each new decode step or copy: about ten are remembered."""
+PREFILL_MEMORY_TOKENS = 4096
+"""Prompt tokens that are remembered, about. Not steps: a few short chunks, each of which takes a
+whole step, would make out that prompts are computed slowly."""
 MIN_PREFILL_TOKENS = 16
 """Shorter prefill steps measure the overhead of a step, not the rate of computing."""
 
@@ -22,8 +27,9 @@ class StepRates:
         """Take one step into account."""
         if num_prefill_tokens >= max(MIN_PREFILL_TOKENS, num_decode_tokens):
             # Tokens and seconds decay apart, so that a long step weighs more than a short one.
-            self._prefill_tokens = self._prefill_tokens * DECAY + num_prefill_tokens
-            self._prefill_s = self._prefill_s * DECAY + duration_s
+            past = math.exp(-num_prefill_tokens / PREFILL_MEMORY_TOKENS)
+            self._prefill_tokens = self._prefill_tokens * past + num_prefill_tokens
+            self._prefill_s = self._prefill_s * past + duration_s
         elif num_decode_tokens and not num_prefill_tokens:
             past = self._decode_step_s or duration_s
             self._decode_step_s = past * DECAY + duration_s * (1 - DECAY)

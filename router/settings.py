@@ -108,10 +108,10 @@ class RouterSettings(BaseModel):
         "is computed there, without a transfer; 0: never.",
     )
     default_prefill_tokens_per_s: float = Field(
-        2000.0, gt=0, description="Prefill rate assumed of a worker that has not measured its own."
+        2000.0, gt=0, description="Prefill rate assumed while no worker has measured its own."
     )
     default_decode_step_s: Seconds = Field(
-        0.03, gt=0, description="Decode step assumed of a worker that has not measured its own."
+        0.03, gt=0, description="Decode step assumed while no worker has measured its own."
     )
     transfer_bytes_per_s: float = Field(
         1e9,

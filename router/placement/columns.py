@@ -97,6 +97,22 @@ class WorkerColumns:
         return found
 
     @property
+    def prefill_rates(self) -> Column:
+        """Prompt tokens per second of every row, measured or typical."""
+        return _known(self["prefill_rate"], self.typical_prefill_rate)
+
+    @property
+    def decode_steps_s(self) -> Column:
+        """Seconds of a decode step of every row, measured or typical."""
+        steps = self["step_s"]
+        return _known(steps, _typical(steps, self._settings.decode_step_s))
+
+    @property
+    def typical_prefill_rate(self) -> float:
+        """Of a worker that has not computed a prompt yet: most likely that of those that have."""
+        return _typical(self["prefill_rate"], self._settings.prefill_tokens_per_s)
+
+    @property
     def alike(self) -> bool:
         """True if no two workers that were ever there differ in kind."""
         return len(self._kinds) <= 1
@@ -120,9 +136,9 @@ class WorkerColumns:
             info.max_model_len,
             layout.block_size,
             layout.block_bytes,
-            load.prefill_tokens_per_s or self._settings.prefill_tokens_per_s,
+            load.prefill_tokens_per_s,
             view.idle_at,
-            load.decode_step_s or self._settings.decode_step_s,
+            load.decode_step_s,
             load.running + load.waiting + view.sent_requests,
             max(1, info.max_num_seqs),
             free if info.num_blocks else np.inf,
@@ -182,3 +198,14 @@ class WorkerColumns:
     def _note_fastest(self, importer: int) -> None:
         """No link of this worker is faster; the one that is may be that of one that has gone."""
         self._table["fastest_link"][importer] = self._links[:, importer].max()
+
+
+def _typical(column: Column, default: float) -> float:
+    """Median of what was measured; `default` if nothing was."""
+    measured = column[column > 0]
+    return float(np.median(measured)) if len(measured) else default
+
+
+def _known(column: Column, typical: float) -> Column:
+    known: Column = np.where(column > 0, column, typical)
+    return known

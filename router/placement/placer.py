@@ -92,7 +92,6 @@ class Placer:
         local_prefill_max_tokens: int = 0,
         prediction_ttl_s: float = 60.0,
     ) -> None:
-        self._settings = settings
         self._local_prefill_max_tokens = local_prefill_max_tokens
         self._index = PrefixIndex(prediction_ttl_s=prediction_ttl_s)
         self._columns = WorkerColumns(settings)
@@ -133,8 +132,7 @@ class Placer:
         """A load report arrived; what it already includes is not counted twice."""
         member = self._members.get(worker)
         if member is not None:
-            rate = load.prefill_tokens_per_s or self._settings.prefill_tokens_per_s
-            member.report(load, now, rate)
+            member.report(load, now, self._prefill_rate(load))
             self._refresh(worker)
 
     def apply(self, worker: str, change: CacheChange) -> Applied:
@@ -193,13 +191,14 @@ class Placer:
             tokens = prompt.num_tokens - placement.cached_tokens if worker == computes else 0
             blocks = -(-prompt.num_tokens // member.info.layout.block_size)
             sent = _Sent(now, tokens, int(worker == placement.worker), blocks)
-            member.send(
-                sent, member.load.prefill_tokens_per_s or self._settings.prefill_tokens_per_s
-            )
+            member.send(sent, self._prefill_rate(member.load))
             self._refresh(worker)
         # Two workers that are a pair count blocks alike.
         self._index.predict(chosen, hashes_for(self._members[computes].info), now)
         return placement
+
+    def _prefill_rate(self, load: WorkerLoad) -> float:
+        return load.prefill_tokens_per_s or self._columns.typical_prefill_rate
 
     def _outlook(self, now: float) -> Outlook:
         return Outlook(

@@ -70,7 +70,7 @@ class Prices:
 
     def _price_prefill(self, popularity: float) -> None:
         columns, outlook = self.columns, self.outlook
-        rate = np.maximum(columns["prefill_rate"], 1e-9)
+        rate = columns.prefill_rates
         backlog_s = cost.backlog_s(columns["idle_at"], outlook.now)
         prefill_s = cost.prefill_s(self.uncached, rate)
         self.prefill = {
@@ -83,7 +83,7 @@ class Prices:
         columns = self.columns
         tokens = min(prompt.max_new_tokens, self.outlook.output_tokens)
         batch, places = columns["batch"], np.maximum(columns["places"], 1)
-        decode_s = cost.decode_s(tokens, columns["step_s"], batch, places)
+        decode_s = cost.decode_s(tokens, columns.decode_steps_s, batch, places)
         growth = cost.growth_blocks(batch, self.outlook.output_tokens, block_size)
         needed = np.ceil((prompt.num_tokens + tokens - self.cached) / block_size)
         self.decode = {

@@ -80,8 +80,22 @@ def test_decode_that_holds_the_prefix_saves_the_transfer() -> None:
 )
 def test_burdened_decode_worker_is_passed_over(burden: dict[str, object]) -> None:
     views = (make_view("p", "prefill"), make_view("a", "decode", **burden))
-    assert place(*views, make_view("b", "decode")).worker == "b"
+    assert place(*views, make_view("b", "decode", decode_step_s=0.01)).worker == "b"
     assert place(*views).worker == "a"
+
+
+def test_a_worker_that_measured_nothing_is_taken_for_one_of_the_others() -> None:
+    """By default it would seem slow beside GPUs, and decode never compute a prompt itself."""
+    busy = make_view("p0", "prefill", prefill_tokens_per_s=50_000.0, backlog_tokens=50_000)
+    slow = make_view("p1", "prefill", prefill_tokens_per_s=2000.0, backlog_tokens=50_000)
+    fast = make_view("p2", "prefill", prefill_tokens_per_s=60_000.0, backlog_tokens=60_000)
+    placement = place(busy, slow, fast, make_view("d", "decode"), local=4096)
+    assert placement.mode is Mode.LOCAL
+    (terms,) = [c.terms for c in placement.candidates if c.part == "local"]
+    assert terms["prefill_s"] == pytest.approx(PROMPT.num_tokens / 50_000)
+    assert place(busy, slow, fast, make_view("d", "decode", prefill_tokens_per_s=50.0)).mode is (
+        Mode.DISAGGREGATED
+    )
 
 
 def test_equal_workers_take_turns() -> None:
