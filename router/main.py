@@ -138,7 +138,11 @@ async def dispatcher_on_fleet(
         ConfigError: no worker is named, or TLS files are missing.
     """
     credentials = Credentials.from_settings(
-        token=token, ca=settings.tls_ca, cert=settings.tls_cert, key=settings.tls_key
+        token=token,
+        ca=settings.tls_ca,
+        cert=settings.tls_cert,
+        key=settings.tls_key,
+        server_name=settings.tls_server_name,
     )
     router_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     fleet = Fleet(

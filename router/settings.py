@@ -60,6 +60,10 @@ class RouterSettings(BaseModel):
     tls_ca: str | None = Field(
         None, description="PEM file of the CA that workers' certificates must come from."
     )
+    tls_server_name: str | None = Field(
+        None,
+        description="Name that workers' certificates bear; default: the address of each.",
+    )
 
     max_in_flight: int = Field(
         1024, ge=1, description="Most requests on workers at once; one more waits in the queue."

@@ -62,6 +62,7 @@ class Credentials:
         ca: str | None = None,
         cert: str | None = None,
         key: str | None = None,
+        server_name: str | None = None,
     ) -> "Credentials":
         """Build from the text of settings, where an empty string means unset."""
         return cls(
@@ -69,6 +70,7 @@ class Credentials:
             ca=Path(ca) if ca else None,
             cert=Path(cert) if cert else None,
             key=Path(key) if key else None,
+            server_name=server_name or None,
         )
 
     @property

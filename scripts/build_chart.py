@@ -1,9 +1,9 @@
 """Make what is made of the Helm chart: `python scripts/build_chart.py [FOLDER]`.
 
-Writes, under `FOLDER` or the repository: the chart's values.schema.json and docs/kubernetes-values.md
-out of its values.yaml and the settings of each process, and what every profile renders to
-(tests/deploy/golden). `make chart` runs it on the repository, tests on an empty folder to see that
-what is committed is fresh.
+Writes, under `FOLDER` or the repository: the chart's values.schema.json and
+docs/kubernetes-values.md out of its values.yaml and the settings of each process, and what every
+profile renders to (tests/deploy/golden). `make chart` runs it on the repository, tests on an empty
+folder to see that what is committed is fresh.
 """
 
 import json
@@ -26,14 +26,17 @@ SCHEMA = CHART / "values.schema.json"
 REFERENCE = Path("docs/kubernetes-values.md")
 GOLDEN = Path("tests/deploy/golden")
 PROFILES = ("cpu", "single-node", "pd-rdma", "multinode")
-GOLDEN_FLAGS = ("--set", "grpc.auth.token=golden", "--kube-version", "1.35.0")
+GOLDEN_FLAGS = (
+    *("--set", "grpc.auth.token=golden", "--set", "router.apiKeys.existingSecret=golden"),
+    *("--kube-version", "1.35.0"),
+)
 """Makes a rendering that is the same each time: what would be random is given."""
 
 _HEAD = """\
 # Values of the Helm chart
 
-Made from `deploy/helm/diptych/values.yaml` by `make chart`. [kubernetes.md](kubernetes.md) says how to
-install; `helm show values deploy/helm/diptych` prints the same with its comments.
+Made from `deploy/helm/diptych/values.yaml` by `make chart`. [kubernetes.md](kubernetes.md) says how
+to install; `helm show values deploy/helm/diptych` prints the same with its comments.
 """
 
 
@@ -95,7 +98,9 @@ def reference(values: list[Value]) -> str:
     parts = [_HEAD]
     for heading, rows in tables.items():
         title = f"\n## {heading}\n" if heading else ""
-        parts.append("\n".join([title, "| value | default | meaning |", "|---|---|---|", *rows, ""]))
+        parts.append(
+            "\n".join([title, "| value | default | meaning |", "|---|---|---|", *rows, ""])
+        )
     return "\n".join(parts).replace("\n\n\n", "\n\n")
 
 

@@ -1,13 +1,13 @@
 """What deploy/helm/diptych/values.yaml says of each value: default, purpose, and what it may be.
 
 `scripts/build_chart.py` makes the chart's schema and its reference from it. The comment lines right
-above a key are read: `# -- text` is its purpose, `# @schema ...` narrows or replaces the schema that
-follows from its default:
+above a key are read: `# -- text` is its purpose, `# @schema ...` narrows or replaces the schema
+that follows from its default:
 
-    strings              a mapping of strings          model            any part of the value `model`
-    object               any mapping                   pools            a mapping of pools
-    list                 a list of mappings            settings:NAME    the settings of a process
-    {...}                JSON, merged into the schema of the default
+    strings    a mapping of strings         model            any part of the value `model`
+    object     any mapping                  pools            a mapping of pools
+    list       a list of mappings           settings:NAME    the settings of a process
+    {...}      JSON, merged into the schema of the default
 """
 
 import json
@@ -60,6 +60,7 @@ def read_values(text: str) -> list[Value]:
         UndocumentedValueError: a key that is no group has no `# --` line.
     """
     node = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert node is not None, "values.yaml is never empty"
     values = list(_walk(node, yaml.safe_load(text), text.splitlines(), ()))
     for value in values:
         if not value.text and not value.is_group and value.path != ("pools",):
@@ -97,7 +98,9 @@ def _comment(lines: list[str], line: int) -> tuple[str, str]:
     return " ".join(text), hint
 
 
-def schema_of(values: list[Value], above: tuple[str, ...], settings: Mapping[str, Schema]) -> Schema:
+def schema_of(
+    values: list[Value], above: tuple[str, ...], settings: Mapping[str, Schema]
+) -> Schema:
     """Strict schema of the keys below `above`.
 
     Args:

@@ -63,6 +63,7 @@ def credentials_of(settings: WorkerSettings) -> Credentials:
         cert=settings.tls_cert,
         key=settings.tls_key,
         ca=settings.tls_ca,
+        server_name=settings.tls_server_name,
     )
 
 

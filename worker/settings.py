@@ -65,6 +65,10 @@ class WorkerSettings(BaseModel):
     tls_ca: str | None = Field(
         None, description="PEM file of the CA that peers' certificates must come from."
     )
+    tls_server_name: str | None = Field(
+        None,
+        description="Name that peers' certificates bear; default: the address of each.",
+    )
     insecure: bool = Field(
         False, description="Allow a port beyond loopback with neither token nor TLS."
     )

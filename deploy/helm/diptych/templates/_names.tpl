@@ -115,3 +115,20 @@ workers.{{ include "diptych.fullname" . }}
 {{- define "diptych.apiKeysSecret" -}}
 {{- .Values.router.apiKeys.existingSecret | default (printf "%s-api-keys" (include "diptych.fullname" .)) -}}
 {{- end }}
+
+{{/* Where one plain key is, for what must get in itself; empty if none is needed or known. */}}
+{{- define "diptych.plainKeySecret" -}}
+{{- if .Values.router.apiKeys.enabled -}}
+{{- if .Values.router.apiKeys.existingSecret -}}
+{{ .Values.router.apiKeys.plainKeySecret }}
+{{- else -}}
+{{ include "diptych.apiKeysSecret" . }}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* Of a pool's Deployment or LeaderWorkerSet. The controller of the latter makes a Service of its name,
+which must not be the pool's own. Arguments: root, name, pool. */}}
+{{- define "diptych.poolWorkload" -}}
+{{ include "diptych.fullname" .root }}-{{ .name }}{{ if gt (int .pool.nodes) 1 }}-group{{ end }}
+{{- end }}

@@ -164,7 +164,7 @@ spec:
         {{- if ne .part "single" }}
         - --nodes=$(LWS_GROUP_SIZE)
         - --node-rank=$(LWS_WORKER_INDEX)
-        - --leader-address=$(LWS_LEADER_ADDRESS)
+        - --leader-address=$(LWS_LEADER_ADDRESS):9001
         {{- end }}
         {{- range $pool.extraArgs }}
         - {{ . | quote }}
@@ -185,10 +185,12 @@ spec:
         {{- with $pool.extraEnv }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
+      {{- if ne .part "follower" }}
       ports:
         - {name: grpc, containerPort: 9001}
         - {name: metrics, containerPort: 9101}
       {{- include "diptych.workerProbes" . | nindent 6 }}
+      {{- end }}
       {{- with include "diptych.preStop" (dict "root" $root "seconds" $pool.preStopSeconds) }}
       {{- . | nindent 6 }}
       {{- end }}
@@ -243,12 +245,12 @@ spec:
 
 {{/*
 Alive is an engine loop that turns, which only /healthz knows; ready is a worker that would admit. The
-long wait for the model belongs to the startup probe alone. Followers answer neither: they end with
-their leader. Arguments: those of workerPod.
+long wait for the model belongs to the startup probe alone. Followers are not probed: the leader watches
+them, and ends if it loses one. Arguments: those of workerPod.
 */}}
 {{- define "diptych.workerProbes" -}}
 startupProbe:
-  {{- if or .root.Values.grpc.tls.enabled (eq .part "follower") }}
+  {{- if .root.Values.grpc.tls.enabled }}
   httpGet: {path: /readyz, port: metrics}
   {{- else }}
   grpc: {port: 9001}
