@@ -18,7 +18,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do 
 PACKAGES := core telemetry rpc engine kvtransfer worker prefill decode router diptych
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat test check lint type imports fmt proto proto-check bench install clean distclean
+.PHONY: help serve chat test check lint type imports fmt proto proto-check chart bench install clean distclean
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -37,7 +37,7 @@ check: lint type imports proto-check ## Everything that needs no test run: lint,
 lint: $(VENV)/.installed-dev ## Style, format and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell $(PACKAGES) benchmarks proto scripts tests docs *.md
+	$(BIN)/codespell $(PACKAGES) benchmarks deploy proto scripts tests docs *.md
 
 type: $(VENV)/.installed-dev ## Types, strictly
 	$(BIN)/mypy
@@ -57,6 +57,9 @@ proto-check: $(VENV)/.installed-dev ## Are the stubs in rpc/v1 those of proto/?
 	$(BIN)/python scripts/generate_stubs.py "$$fresh" && \
 	diff -r -x __init__.py -x __pycache__ "$$fresh/rpc/v1" rpc/v1 || \
 	{ echo 'rpc/v1 is stale: run make proto and commit the result.'; exit 1; }
+
+chart: $(VENV)/.installed-dev ## Make what is made of the Helm chart: schema, reference of values, golden renderings
+	PYTHONPATH=. $(BIN)/python scripts/build_chart.py
 
 bench: $(VENV)/.installed-dev ## Benchmarks against Hugging Face transformers; minutes
 	$(BIN)/python -m benchmarks.local_system $(ARGS)

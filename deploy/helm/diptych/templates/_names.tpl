@@ -67,7 +67,7 @@ matchExpressions:
 {{- $pool := mergeOverwrite (deepCopy .root.Values.poolDefaults) (deepCopy $own) -}}
 {{- $_ := set $pool "model" (mergeOverwrite (deepCopy .root.Values.model) (deepCopy $pool.model)) -}}
 {{- if not $pool.tensorParallelSize -}}
-{{- $_ := set $pool "tensorParallelSize" (max 1 (mul $pool.gpus $pool.nodes)) -}}
+{{- $_ := set $pool "tensorParallelSize" (mul (max 1 $pool.gpus) $pool.nodes) -}}
 {{- end -}}
 {{- toJson $pool -}}
 {{- end }}
