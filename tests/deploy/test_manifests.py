@@ -112,6 +112,16 @@ NOTHING: Manifest = {
 IMAGE_VOLUME: Manifest = {
     "model": {"source": "image", "image": {"reference": "r.example/m:1", "path": "/m/model.gguf"}}
 }
+CONTROLLER: Manifest = {
+    "pools": {
+        "prefill": {"role": "prefill", "autoscaling": {"enabled": True, "kind": "controller"}},
+        "decode": {
+            "role": "decode",
+            "nodes": 2,
+            "autoscaling": {"enabled": True, "kind": "controller"},
+        },
+    }
+}
 CASES: dict[str, tuple[str | None, Manifest]] = {
     **{profile: (profile, GOLDEN_KEYS) for profile in PROFILES},
     "defaults": (None, {}),
@@ -119,6 +129,7 @@ CASES: dict[str, tuple[str | None, Manifest]] = {
     "everything": (None, EVERYTHING),
     "nothing": (None, NOTHING),
     "image-volume": (None, IMAGE_VOLUME),
+    "controller": (None, CONTROLLER),
     "names-like-numbers": (None, {"fullnameOverride": "d", "commonLabels": {"build": "12345"}}),
 }
 
@@ -217,18 +228,28 @@ def test_no_secret_is_outside_of_secrets(rendering: Rendering) -> None:
             assert not [secret for secret in secrets if secret in text], each["metadata"]["name"]
 
 
-def test_accounts_can_do_nothing_but_watch_endpoints(rendering: Rendering) -> None:
+WATCH_ENDPOINTS = {
+    "apiGroups": ["discovery.k8s.io"],
+    "resources": ["endpointslices"],
+    "verbs": ["get", "list", "watch"],
+}
+
+
+def test_accounts_can_do_the_least(rendering: Rendering) -> None:
+    """Routers watch endpoints; the autoscaler scales its pools, by name; workers nothing."""
+    workloads = {each["metadata"]["name"]: each["kind"].lower() for each in rendering.manifests}
     for role in rendering.of("Role"):
         for rule in role["rules"]:
-            assert rule == {
-                "apiGroups": ["discovery.k8s.io"],
-                "resources": ["endpointslices"],
-                "verbs": ["get", "list", "watch"],
-            }
+            if role["metadata"]["name"].endswith("-router"):
+                assert rule == WATCH_ENDPOINTS
+            else:
+                (name,) = rule["resourceNames"]
+                assert rule["verbs"] == ["get", "patch"]
+                assert rule["resources"] == [f"{workloads[name]}s/scale"]
     assert not rendering.of("ClusterRole")
     for name, pod in rendering.pods():
         has_rights = pod["automountServiceAccountToken"]
-        assert not has_rights or name.endswith("-router"), name
+        assert not has_rights or name.endswith(("-router", "-autoscaler")), name
         assert pod["enableServiceLinks"] is False, name
 
 
@@ -245,7 +266,7 @@ def test_selectors_find_their_pods(rendering: Rendering) -> None:
         selector = selector.get("matchLabels", selector)
         found = [name for name, labels in pods.items() if selector.items() <= labels.items()]
         assert len(found) == 1, each["metadata"]["name"]
-        assert found[0].removesuffix("-group") == each["metadata"]["name"]
+        assert found[0].removesuffix("-group") == each["metadata"]["name"].removesuffix("s")
 
 
 @pytest.mark.parametrize("name", CASES)

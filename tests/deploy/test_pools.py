@@ -93,8 +93,8 @@ def test_worker_on_several_nodes_is_a_group_with_a_leader() -> None:
         "--leader-address=$(LWS_LEADER_ADDRESS):9001",
     ]
     assert settings_of(rendering, "decode")["tensor_parallel_size"] == 16
-    assert "readinessProbe" in leader
-    assert "readinessProbe" not in follower
+    assert leader["startupProbe"]["grpc"] == {"port": 9001}
+    assert follower["startupProbe"]["httpGet"]["port"] == "metrics"
     selector = rendering.one("Service", "-decode")["spec"]["selector"]
     assert selector["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
     # Its controller makes a Service of the same name as the group, which must not be ours.
@@ -185,6 +185,33 @@ def test_changed_settings_restart_the_pool_and_no_other() -> None:
     assert {name for name in before if before[name] != after[name]} == {"demo-diptych-prefill"}
 
 
+def test_scrapes_name_what_queries_select_by() -> None:
+    """Rules, dashboards and triggers tell releases and pools apart by these labels."""
+    rendering = render({"metrics": {"podMonitor": {"enabled": True}}})
+    for name, labels in (("-workers", {"release", "pool"}), ("-router", {"release"})):
+        (endpoint,) = rendering.one("PodMonitor", name)["spec"]["podMetricsEndpoints"]
+        assert endpoint["port"] == "metrics"
+        assert {each["targetLabel"] for each in endpoint["relabelings"]} == labels
+
+
+def test_controller_is_told_of_its_pools() -> None:
+    scaling = {"enabled": True, "kind": "controller", "maxReplicas": 6}
+    values = {
+        "prefill": {"role": "prefill", "autoscaling": scaling | {"targetBusyShare": 0.5}},
+        "decode": {"role": "decode", "nodes": 2, "autoscaling": scaling},
+    }
+    rendering = render({"pools": values})
+    assert settings_of(rendering, "autoscaler") == {
+        **{"router": "http://demo-diptych-routers:8000", "namespace": NAMESPACE},
+        **{"prefill": "deployment/demo-diptych-prefill", "prefill_min": 1, "prefill_max": 6},
+        **{"decode": "leaderworkerset/demo-diptych-decode-group", "decode_min": 1},
+        **{"decode_max": 6, "backlog_s": 0.5, "busy": 0.5, "kv": 0.75, "batch": 0.8},
+        **{"down_after_s": 300, "host": "0.0.0.0", "metrics_port": 9101, "log_format": "json"},
+    }
+    assert rendering.one("Service", "-routers")["spec"]["clusterIP"] == "None"
+    assert not [s for s in render().of("Service") if s["metadata"]["name"].endswith("-routers")]
+
+
 @pytest.mark.parametrize("kind", ["hpa", "keda"])
 def test_autoscaler_owns_the_number_of_replicas(kind: str) -> None:
     scaling = {"enabled": True, "kind": kind, "targetItlSeconds": 0.05}
@@ -209,7 +236,7 @@ def test_scaler_asks_for_its_own_pool_only() -> None:
     scaling = {"enabled": True, "kind": "keda"}
     values = {"decode": {"role": "decode", "autoscaling": scaling}}
     triggers = render({"pools": values}).one("ScaledObject", "-decode")["spec"]["triggers"]
-    labels = '{namespace="llm",app_kubernetes_io_instance="demo",diptych_io_pool="decode"}'
+    labels = '{namespace="llm",release="demo",pool="decode"}'
     assert [each["metadata"]["query"] for each in triggers] == [
         f"avg(diptych_kv_cache_usage_ratio{labels})",
         f"avg(diptych_batch_usage_ratio{labels})",

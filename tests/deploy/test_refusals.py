@@ -9,6 +9,10 @@ from router.settings import RouterSettings
 from tests.support.helm import Manifest, refusal
 
 
+CONTROLLER = {"enabled": True, "kind": "controller"}
+SCALED = {"autoscaling": CONTROLLER}
+
+
 def pool(**values: object) -> Manifest:
     return {"pools": {"decode": {"role": "decode", **values}}}
 
@@ -54,6 +58,11 @@ def router(**values: object) -> Manifest:
         (pool(rdma={"runAsRoot": True}), "Set rdma.enabled"),
         (pool(affinity={"podAffinity": {"a": "b"}}) | {"sameZone": {"mode": "required"}}, "Remove"),
         (pool(autoscaling={"enabled": True, "minReplicas": 9}), "Raise maxReplicas"),
+        (pool(autoscaling=CONTROLLER) | router(apiKeys={"enabled": True}), "Use hpa or keda"),
+        (
+            {"pools": {"decode": {"role": "decode"}, "two": {"role": "decode", **SCALED}}},
+            "several pools of that role",
+        ),
         (pool(terminationGracePeriodSeconds=30), "Set at least 65"),
         ({"pools": {"Fast": {"role": "decode"}}}, "lower-case letters"),
         ({"pools": {"router": {"role": "decode"}}}, "such as router-pool"),

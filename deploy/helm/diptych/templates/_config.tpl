@@ -19,6 +19,7 @@ served_model_name: {{ . | quote }}
 {{- end }}
 host: {{ .Values.router.config.host | default "0.0.0.0" | quote }}
 port: 8000
+metrics_port: 9101
 {{- if include "diptych.discovers" . }}
 discovery: kubernetes
 kubernetes_namespace: {{ .Release.Namespace | quote }}

@@ -132,3 +132,13 @@ which must not be the pool's own. Arguments: root, name, pool. */}}
 {{- define "diptych.poolWorkload" -}}
 {{ include "diptych.fullname" .root }}-{{ .name }}{{ if gt (int .pool.nodes) 1 }}-group{{ end }}
 {{- end }}
+
+{{/* Not empty if `diptych autoscale` scales a pool. */}}
+{{- define "diptych.controlled" -}}
+{{- range $name, $own := .Values.pools -}}
+{{- if $own -}}
+{{- $scaling := (include "diptych.pool" (dict "root" $ "name" $name) | fromJson).autoscaling -}}
+{{- if and $scaling.enabled (eq $scaling.kind "controller") }}true{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- end }}

@@ -57,9 +57,11 @@ lifecycle:
 {{- end -}}
 {{- end }}
 
-{{/* What SIGTERM and preStop need, and 15 s in which processes end. Argument: router or a pool. */}}
+{{/* What SIGTERM and preStop need, 15 s in which processes end, and as much for those that wait for them
+on other nodes. Argument: router or a pool. */}}
 {{- define "diptych.gracePeriod" -}}
-{{- .terminationGracePeriodSeconds | default (add .preStopSeconds .drainTimeoutSeconds 15) -}}
+{{- $end := ternary 30 15 (gt (int .nodes) 1) -}}
+{{- .terminationGracePeriodSeconds | default (add .preStopSeconds .drainTimeoutSeconds $end) -}}
 {{- end }}
 
 {{/* Where pods may run. Arguments: place (router or pool), selector, affinity. */}}
@@ -185,12 +187,10 @@ spec:
         {{- with $pool.extraEnv }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
-      {{- if ne .part "follower" }}
       ports:
         - {name: grpc, containerPort: 9001}
         - {name: metrics, containerPort: 9101}
       {{- include "diptych.workerProbes" . | nindent 6 }}
-      {{- end }}
       {{- with include "diptych.preStop" (dict "root" $root "seconds" $pool.preStopSeconds) }}
       {{- . | nindent 6 }}
       {{- end }}
@@ -245,12 +245,12 @@ spec:
 
 {{/*
 Alive is an engine loop that turns, which only /healthz knows; ready is a worker that would admit. The
-long wait for the model belongs to the startup probe alone. Followers are not probed: the leader watches
-them, and ends if it loses one. Arguments: those of workerPod.
+long wait for the model belongs to the startup probe alone. A kubelet has no certificate for a gRPC port
+with TLS, and a follower serves nobody by gRPC. Arguments: those of workerPod.
 */}}
 {{- define "diptych.workerProbes" -}}
 startupProbe:
-  {{- if .root.Values.grpc.tls.enabled }}
+  {{- if or .root.Values.grpc.tls.enabled (eq .part "follower") }}
   httpGet: {path: /readyz, port: metrics}
   {{- else }}
   grpc: {port: 9001}
