@@ -202,11 +202,22 @@ def test_controller_is_told_of_its_pools() -> None:
     }
     rendering = render({"pools": values})
     assert settings_of(rendering, "autoscaler") == {
-        **{"router": "http://demo-diptych-routers:8000", "namespace": NAMESPACE},
-        **{"prefill": "deployment/demo-diptych-prefill", "prefill_min": 1, "prefill_max": 6},
-        **{"decode": "leaderworkerset/demo-diptych-decode-group", "decode_min": 1},
-        **{"decode_max": 6, "backlog_s": 0.5, "busy": 0.5, "kv": 0.75, "batch": 0.8},
-        **{"down_after_s": 300, "host": "0.0.0.0", "metrics_port": 9101, "log_format": "json"},
+        "router": "http://demo-diptych-routers:8000",
+        "namespace": NAMESPACE,
+        "prefill": "deployment/demo-diptych-prefill",
+        "prefill_min": 1,
+        "prefill_max": 6,
+        "decode": "leaderworkerset/demo-diptych-decode-group",
+        "decode_min": 1,
+        "decode_max": 6,
+        "backlog_s": 0.5,
+        "busy": 0.5,
+        "kv": 0.75,
+        "batch": 0.8,
+        "down_after_s": 300,
+        "host": "0.0.0.0",
+        "metrics_port": 9101,
+        "log_format": "json",
     }
     assert rendering.one("Service", "-routers")["spec"]["clusterIP"] == "None"
     assert not [s for s in render().of("Service") if s["metadata"]["name"].endswith("-routers")]

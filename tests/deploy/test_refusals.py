@@ -8,7 +8,6 @@ from prefill.settings import PrefillSettings
 from router.settings import RouterSettings
 from tests.support.helm import Manifest, refusal
 
-
 CONTROLLER = {"enabled": True, "kind": "controller"}
 SCALED = {"autoscaling": CONTROLLER}
 
