@@ -266,7 +266,20 @@ def test_selectors_find_their_pods(rendering: Rendering) -> None:
         selector = selector.get("matchLabels", selector)
         found = [name for name, labels in pods.items() if selector.items() <= labels.items()]
         assert len(found) == 1, each["metadata"]["name"]
-        assert found[0].removesuffix("-group") == each["metadata"]["name"].removesuffix("s")
+        name = each["metadata"]["name"].replace("-diptych-routers", "-diptych-router")
+        assert found[0].removesuffix("-group") == name
+
+
+def test_dashboards_and_rules_arrive_as_they_are() -> None:
+    on = {"enabled": True}
+    rendering = render({"metrics": {"dashboards": on, "prometheusRule": on}})
+    for path in (ROOT / CHART / "dashboards").glob("*.json"):
+        found = rendering.one("ConfigMap", f"-dashboard-{path.stem}")
+        assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+        assert found["data"][path.name].rstrip() == path.read_text().rstrip()
+    for path in (ROOT / CHART / "rules").glob("*.yaml"):
+        found = rendering.one("PrometheusRule", f"-{path.stem}")
+        assert found["spec"] == yaml.safe_load(path.read_text())
 
 
 @pytest.mark.parametrize("name", CASES)
