@@ -134,6 +134,10 @@ CASES: dict[str, tuple[str | None, Manifest]] = {
 }
 
 
+KUBERNETES = ("1.27", "1.30", "1.37")
+"""Beside KUBE: the oldest that the chart allows, the first with sleep as a hook, the newest known."""
+
+
 @pytest.fixture(scope="module", params=CASES)
 def rendering(request: pytest.FixtureRequest) -> Rendering:
     profile, values = CASES[request.param]
@@ -169,6 +173,13 @@ def test_objects_are_valid(rendering: Rendering) -> None:
             kubernetes_validate.validate(each, KUBE, strict=True)
         assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", each["metadata"]["name"])
         assert "namespace" not in each["metadata"]
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_objects_are_valid_for_other_versions(version: str) -> None:
+    for each in render(EVERYTHING, kube=f"{version}.0").manifests:
+        if each["kind"] not in CUSTOM:
+            kubernetes_validate.validate(each, version, strict=True)
 
 
 def test_pods_of_a_group_are_valid(rendering: Rendering) -> None:
