@@ -87,6 +87,20 @@ def test_processes_take_their_settings(
             assert settings.worker_id == settings.node == "invented"
 
 
+def test_autoscaler_takes_its_settings(tmp_path: Path) -> None:
+    module = pytest.importorskip("diptych.autoscale.settings")
+    scaled = {"autoscaling": {"enabled": True, "kind": "controller", "targetItlSeconds": 0.04}}
+    pools = {"prefill": {"role": "prefill"} | scaled, "decode": {"role": "decode"} | scaled}
+    config = render({"pools": pools}).one("ConfigMap", "-autoscaler")["data"]["config.yaml"]
+    (tmp_path / "config.yaml").write_text(config)
+    argv = ["--config", str(tmp_path / "config.yaml")]
+    settings = load(
+        module.AutoscaleSettings, argv, prog="autoscale", env_prefix="DIPTYCH_AUTOSCALE_"
+    )
+    assert settings.itl_s == 0.04
+    assert settings.prefill == "deployment/demo-diptych-prefill"
+
+
 @pytest.mark.parametrize("role", CLASSES)
 def test_real_command_takes_the_cpu_profile(role: str, tmp_path: Path) -> None:
     words, env, config = processes(render(profile="cpu"))[f"Deployment/demo-diptych-{role}"]
