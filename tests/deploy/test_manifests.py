@@ -135,7 +135,7 @@ CASES: dict[str, tuple[str | None, Manifest]] = {
 
 
 KUBERNETES = ("1.27", "1.30", "1.37")
-"""Beside KUBE: the oldest that the chart allows, the first with sleep as a hook, the newest known."""
+"""Beside KUBE: the oldest that the chart allows, the first with sleep as a hook, the newest."""
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -293,11 +293,10 @@ def test_dashboards_and_rules_arrive_as_they_are() -> None:
         assert found["spec"] == yaml.safe_load(path.read_text())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"self-signed"}))
 def test_oldest_helm_renders_the_same(name: str) -> None:
+    """But for certificates, which are random."""
     profile, values = CASES[name]
-    if name == "self-signed":
-        pytest.skip("is random")
     fixed = {"grpc": {"auth": {"token": TOKEN}}} | values if name != "nothing" else values
 
     def sorted_objects(release: str) -> list[Manifest]:
