@@ -112,6 +112,11 @@ def test_rdma_adds_devices_and_the_right_to_pin_memory() -> None:
     assert "add" not in container(pool({}))["securityContext"]["capabilities"]
 
 
+def test_namespace_of_the_node_is_shared_only_if_told() -> None:
+    assert "hostIPC" not in pool({})
+    assert pool({"hostIPC": True})["hostIPC"] is True
+
+
 @pytest.mark.parametrize(
     ("values", "seconds"),
     [

@@ -138,6 +138,9 @@ spec:
   # Variables that Kubernetes adds for Services would be taken for settings, and refused.
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ include "diptych.gracePeriod" $pool }}
+  {{- if $pool.hostIPC }}
+  hostIPC: true
+  {{- end }}
   {{- with $root.Values.imagePullSecrets }}
   imagePullSecrets:
     {{- toYaml . | nindent 4 }}
