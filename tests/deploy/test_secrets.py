@@ -1,17 +1,19 @@
 """Secrets that the chart makes are what the processes take."""
 
 import base64
-import ssl
 from pathlib import Path
 
-import grpc
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 
+from core.errors import UnavailableError
+from decode.settings import DecodeSettings
 from rpc.auth import Credentials
-from rpc.channel import open_channel
-from rpc.server import build_server
+from tests.support.fake_worker import FakeWorker, expected
 from tests.support.helm import Manifest, render, settings_of
+from tests.support.router_fleet import make_request, router_on, run
+from worker.process import credentials_of
 
 
 def secret(name: str, values: Manifest) -> Manifest:
@@ -50,35 +52,31 @@ def test_nothing_is_made_where_something_exists() -> None:
         assert f"secretName: {name}\n" in text
 
 
-async def test_generated_certificate_joins_router_and_worker(tmp_path: Path) -> None:
-    """One certificate for all: dialled by an address that it does not bear, by its name."""
-    values = {"grpc": {"tls": {"enabled": True}}}
-    rendering = render(values)
-    found = rendering.one("Secret", "-grpc-tls")["data"]
-    for name, content in found.items():
+async def test_generated_certificate_joins_routers_and_workers(tmp_path: Path) -> None:
+    """One certificate for all: they are reached at addresses that it does not bear."""
+    rendering = render({"grpc": {"tls": {"enabled": True}}})
+    for name, content in rendering.one("Secret", "-grpc-tls")["data"].items():
         (tmp_path / name).write_bytes(base64.b64decode(content))
-    files = {"ca": tmp_path / "ca.crt", "cert": tmp_path / "tls.crt", "key": tmp_path / "tls.key"}
-    server = build_server(Credentials(**files), services=[])
-    port = server.bind("127.0.0.1", 0)
-    await server.start()
-    name = settings_of(rendering, "router")["tls_server_name"]
-    assert name == settings_of(rendering, "decode")["tls_server_name"]
-    ready = {}
+    router, worker = (
+        {key: str(value).replace("/etc/diptych/tls", str(tmp_path)) for key, value in each.items()}
+        for each in (settings_of(rendering, "router"), settings_of(rendering, "decode"))
+    )
+    tls = {key: router[key] for key in ("tls_ca", "tls_cert", "tls_key", "tls_server_name")}
+    assert tls.items() <= worker.items()
+    decode = FakeWorker(role="decode", worker_id="d")
+    decode.credentials = credentials_of(DecodeSettings.model_validate(tls))
+    assert decode.credentials.server_name == "workers.demo-diptych"
+    await decode.start()
     try:
-        for asked in (name, None):
-            client = Credentials(**files, server_name=asked)
-            async with open_channel(f"127.0.0.1:{port}", client) as channel:
-                check = channel.unary_unary("/grpc.health.v1.Health/Check")
-                try:
-                    await check(b"", timeout=3)
-                    ready[asked] = True
-                except grpc.aio.AioRpcError as error:
-                    assert error.code() is grpc.StatusCode.UNAVAILABLE
-                    ready[asked] = False
+        async with router_on([decode], **tls) as dispatcher:
+            assert await run(dispatcher, make_request([5, 6], 4)) == expected([5, 6], 4)
+        registry = CollectorRegistry()
+        other = tls | {"tls_server_name": "127.0.0.1"}
+        async with router_on([decode], registry=registry, attach=False, **other) as dispatcher:
+            with pytest.raises(UnavailableError):
+                await run(dispatcher, make_request([5, 6], 4, timeout_s=1.0))
     finally:
-        await server.stop(0)
-    assert ready == {name: True, None: False}
-    assert ssl.create_default_context(cafile=str(files["ca"])).get_ca_certs()
+        await decode.stop()
 
 
 def test_generated_api_key_opens_the_door() -> None:

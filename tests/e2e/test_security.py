@@ -54,13 +54,12 @@ def test_every_call_without_the_token_is_refused(tiny_llama: Path, token: str | 
 
 def test_mutual_tls_on_every_link(tiny_llama: Path, tmp_path: Path) -> None:
     authority = trustme.CA()
-    # One certificate for workers whose addresses nobody knows beforehand, as pods' are.
-    leaf = authority.issue_cert("workers.example")
+    leaf = authority.issue_cert("127.0.0.1")
     ca, cert, key = (tmp_path / name for name in ("ca.pem", "cert.pem", "key.pem"))
     authority.cert_pem.write_to_path(ca)
     leaf.private_key_pem.write_to_path(key)
     leaf.cert_chain_pems[0].write_to_path(cert)
-    tls = {"tls_ca": ca, "tls_cert": cert, "tls_key": key, "tls_server_name": "workers.example"}
+    tls = {"tls_ca": ca, "tls_cert": cert, "tls_key": key}
     with cluster(tiny_llama, worker=tls, router=tls, wait=False) as system:
         wait_until(
             lambda: system.num_attached("prefill") and system.num_attached("decode"),

@@ -73,6 +73,8 @@ class FakeWorker:
     epoch: int = 1
     block_size: int = 4
     max_model_len: int = 4096
+    credentials: Credentials = field(default_factory=Credentials)
+    """What it asks of routers, and proves itself with."""
     running: bool = True
     """False: tokens come only from `step()`."""
     reporting: bool = True
@@ -113,7 +115,7 @@ class FakeWorker:
         return list(self._sequences)
 
     async def start(self) -> None:
-        self._server = RpcServer(Credentials(), services=["diptych.v1.Worker"])
+        self._server = RpcServer(self.credentials, services=["diptych.v1.Worker"])
         worker_pb2_grpc.add_WorkerServicer_to_server(_Servicer(self), self._server.grpc_server)
         self.port = self._server.bind("127.0.0.1", self.port)
         await self._server.start()
