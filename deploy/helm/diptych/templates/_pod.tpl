@@ -29,8 +29,10 @@ runAsUser: 0
 {{- end }}
 {{- end }}
 
-{{/* The root file system is read-only: whatever a library caches goes to volumes. */}}
+{{/* The root file system is read-only: whatever a library caches goes to volumes. Some ask for the user's
+name, which no file in the image knows. */}}
 {{- define "diptych.homeEnv" -}}
+- {name: USER, value: diptych}
 - {name: HOME, value: /cache}
 - {name: XDG_CACHE_HOME, value: /cache}
 - {name: TMPDIR, value: /tmp}
