@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from core.errors import InvalidRequestError
 from core.sampling import StructuredOutput
+from router.access.caller import Caller
 from router.admission import Priority
 from router.api.answer import Answer, AnswerFacts, Usage
 from router.api.caller import caller_key, priority_of
@@ -44,7 +45,7 @@ class Dialect(Protocol):
     prompt_field: str
     """Field that errors about the prompt name."""
 
-    def read(self, data: Mapping[str, Any]) -> TextRequest:
+    def read(self, data: Mapping[str, Any], caller: Caller) -> TextRequest:
         """Check the fields of a body.
 
         Raises:
@@ -139,13 +140,14 @@ async def make_job(
         InvalidRequestError: the request can't be served as it is.
         UnavailableError: no worker has said yet what it serves.
     """
-    model = parts.model(request.model)
+    model = parts.model(request.model, exchange.caller)
     if not request.stream and "stream_options" in request.model_fields_set:
         raise InvalidRequestError(
             "stream_options is only for streams; set stream to true or leave it out.",
             param="stream_options",
         )
     # Refused before the work of tokenizing.
+    priority = priority_of(exchange.caller, exchange.headers)
     wanted_tokens(request)
     wanted_prompt_logprobs(request)
     prompts = await dialect.prompts(request, parts.text)
@@ -168,8 +170,9 @@ async def make_job(
         trace=exchange.identity.trace,
         tokenized_at=parts.clock(),
         deadline=deadline,
-        key=caller_key(exchange.headers, request.user),
-        priority=priority_of(exchange.headers),
+        caller=exchange.caller,
+        key=caller_key(exchange.caller, exchange.headers, request.user),
+        priority=priority,
     )
     choices: list[Choice] = []
     for prompt in prompts:
@@ -193,6 +196,7 @@ class _Planner:
     trace: TraceContext | None
     tokenized_at: float
     deadline: float
+    caller: Caller
     key: str
     priority: Priority
 
@@ -233,7 +237,7 @@ class _Planner:
                 deadline=self.deadline,
                 received_at=self.received_at,
                 tokenized_at=self.tokenized_at,
-                cache_salt=_salt(request),
+                cache_salt=self.parts.salt.of(self.caller.tenant, _salt(request)),
                 key=self.key,
                 priority=self.priority,
                 trace=self.trace,
