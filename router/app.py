@@ -5,7 +5,6 @@ x-request-id, every error has OpenAI's shape, and no input makes a 500.
 """
 
 import logging
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,11 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from core.clock import Clock, monotonic
 from core.errors import ErrorCode
 from router.access.caller import Access
 from router.access.door import Door
-from router.access.salt import TenantSalt
 from router.api.chat import ChatDialect
 from router.api.completions import CompletionDialect
 from router.api.errors import ClientDisconnectedError, HttpError, error_answer
@@ -66,8 +63,6 @@ def create_app(
     observed: Observed,
     registry: CollectorRegistry,
     door: Door | None = None,
-    salt: TenantSalt | None = None,
-    clock: Clock = monotonic,
 ) -> "HttpApp":
     """Put the HTTP side together.
 
@@ -79,13 +74,12 @@ def create_app(
         settings: what the operator decided.
         observed: what /v1/fleet and /v1/requests show.
         registry: gets the metrics of the API; GET /metrics shows all of it.
-        door: says who may come in; default: everyone.
-        salt: keeps tenants' cached blocks apart; default: under a secret of its own.
-        clock: the router's monotonic clock, the one that deadlines are on.
+        door: says who may come in, and has the clock that deadlines are on; default: everyone.
 
     Returns:
         An ASGI application.
     """
+    door = door or Door(None)
     parts = ApiParts(
         generator=generator,
         text=text,
@@ -93,8 +87,8 @@ def create_app(
         metrics=ApiMetrics(registry),
         recent=RecentRequests(settings.recent_requests),
         gate=Gate(settings.max_in_flight),
-        salt=salt or TenantSalt(secrets.token_bytes(32)),
-        clock=clock,
+        salt=door.salt,
+        clock=door.clock,
     )
     operations = Operations(parts, registry=registry, started_at=lambda: int(time.time()))
     observation = Observation(observed)
@@ -182,16 +176,15 @@ def create_app(
             _get("/console", page.index, "A page to look at.", access=Access.PAGE),
             _get("/console/{file}", page.part, "Parts of that page.", access=Access.PAGE),
         ]
-    return HttpApp(routes, door or Door(None, clock), clock)
+    return HttpApp(routes, door)
 
 
 class HttpApp:
     """Dispatches requests to endpoints and answers for those that fail."""
 
-    def __init__(self, routes: Sequence[Route], door: Door, clock: Clock) -> None:
+    def __init__(self, routes: Sequence[Route], door: Door) -> None:
         self._router = Router(routes=routes, redirect_slashes=False)
         self.door = door
-        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -201,7 +194,7 @@ class HttpApp:
         headers = dict(scope["headers"])
         exchange = Exchange(
             identity=identify(headers),
-            received_at=self._clock(),
+            received_at=self.door.clock(),
             headers=headers,
             path_params={},
             receive=receive,

@@ -1,7 +1,7 @@
 """One HTTP connection with bounds that uvicorn leaves to a proxy: its head, its time, its number.
 
-uvicorn makes one of these per connection. Refusals have the shape of the API's errors. Body size and
-time are the endpoints' business (router/api/exchange.py), as soon as one reads the body.
+uvicorn makes one of these per connection. Refusals have the shape of the API's errors. Size and
+time of bodies are the business of the endpoints that read them (router/api/exchange.py).
 """
 
 import asyncio
@@ -20,7 +20,7 @@ class ConnectionLimits:
 
     max_connections: int = 4096
     head_timeout_s: float = 10.0
-    """From the first byte of a request, or the opening of the connection, to the end of its head."""
+    """From a request's first byte, or the opening of the connection, to the end of its head."""
     head_bytes: int = 64 << 10
     """Request line and headers together."""
     max_headers: int = 128

@@ -11,7 +11,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import metadata
@@ -53,6 +53,7 @@ from router.watched import LOOK_EVERY_S
 from rpc.auth import Credentials
 from rpc.channel import open_channel
 from telemetry.logs import setup
+from telemetry.metrics import serve_metrics
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +89,18 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
         ConfigError: the port is taken, a file can't be used, or settings do not fit each other.
     """
     key_file = KeyFile(Path(settings.api_keys)) if settings.api_keys else None
-    door = Door(key_file.read() if key_file else None, monotonic)
+    door = _door(settings, key_file, token)
     certificate = server_certificate(settings.http_tls_cert, settings.http_tls_key)
-    salt_secret = settings.cache_secret.get_secret_value() if settings.cache_secret else None
     listener = listen(settings.host, settings.port)
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
-    async with dispatcher_on_fleet(settings, registry, token) as (dispatcher, fleet):
+    running: list[Dispatcher] = []
+    async with (
+        _metrics_port(settings, registry, lambda: any(each.ready for each in running)),
+        dispatcher_on_fleet(settings, registry, token) as (dispatcher, fleet),
+    ):
+        running.append(dispatcher)
         # Nothing in here raises ConfigError: the task group inside would wrap it.
         app = create_app(
             generator=dispatcher,
@@ -103,7 +108,6 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
             facts={"version": _version(), **settings.facts()},
             text=text,
             door=door,
-            salt=tenant_salt(salt_secret, token, keyed=door.keyed),
             settings=ApiSettings(
                 served_model_name=settings.served_model_name,
                 default_timeout_s=settings.request_timeout_s,
@@ -132,6 +136,35 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
             await server.serve(sockets=[listener])
             stop.cancel()
             follow.cancel()
+
+
+def _door(settings: RouterSettings, key_file: KeyFile | None, token: str | None) -> Door:
+    if key_file is None:
+        return Door(None)
+    secret = settings.cache_secret.get_secret_value() if settings.cache_secret else token
+    return Door(key_file.read(), salt=tenant_salt(secret))
+
+
+@asynccontextmanager
+async def _metrics_port(
+    settings: RouterSettings, registry: CollectorRegistry, ready: Callable[[], bool]
+) -> AsyncIterator[None]:
+    """The port for probes and metrics alone, if one was asked for."""
+    if settings.metrics_port is None:
+        yield
+        return
+    host = settings.metrics_host or settings.host
+    try:
+        server = await serve_metrics(registry, host, settings.metrics_port, ready=ready)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.strerror}. Choose another metrics_host or metrics_port."
+        ) from None
+    log.info("metrics on port %d", server.sockets[0].getsockname()[1])
+    try:
+        yield
+    finally:
+        server.close()
 
 
 @asynccontextmanager

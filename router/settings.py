@@ -76,6 +76,16 @@ class RouterSettings(BaseModel):
         description="PEM file of the HTTP port's certificate chain; read again when it changes.",
     )
     http_tls_key: str | None = Field(None, description="PEM file of that certificate's key.")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port that shows /metrics, /healthz and /readyz in plain HTTP, without keys; 0 "
+        "takes a free one. Default: none; the HTTP port has them as /metrics, /health and /ready.",
+    )
+    metrics_host: str | None = Field(
+        None, description="Address that the metrics port binds to; default: that of `host`."
+    )
     max_connections: int = Field(
         4096, ge=1, description="Most open HTTP connections; one more is answered 503."
     )

@@ -1,7 +1,7 @@
 """The certificate of the HTTP port, taken anew when its files are renewed.
 
-Certificates of today live for weeks and are renewed under a running server. Connections that are open
-go on under the certificate that they began with; each later one gets the new one.
+Certificates of today live for weeks and are renewed under a running server. Connections that are
+open go on under the certificate that they began with; each later one gets the new one.
 """
 
 import logging

@@ -2,8 +2,8 @@
 
 Requests and tokens come out of buckets that refill evenly and hold a minute's worth. A prompt is
 counted when its request is taken, output as it is generated: a bucket may go into debt by what was
-running, and is then closed until the debt is paid, so that nothing has to be reserved for outputs of
-unknown length. Each router process counts for itself. Pure: time comes from a clock that is given.
+running, and is then closed until the debt is paid, so that nothing has to be reserved for outputs
+of unknown length. Each router process counts for itself. Pure: time comes from a given clock.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """Who sent a request, and what that lets them do.
 
-The door makes a Caller per request; endpoints ask it. A tenant is what shares: cached blocks, turns in
-the queue, stored responses and the sight of each other's requests. No request is without a caller;
-where the router asks for no keys, everyone is ANYONE.
+The door finds the Caller of a request; endpoints ask it. A tenant is what shares: cached blocks,
+turns in the queue, stored responses and the sight of each other's requests. No request is without
+a caller; where the router asks for no keys, everyone is ANYONE.
 """
 
 from dataclasses import dataclass

@@ -5,13 +5,15 @@ endpoint but those of probes sees a request of unknown origin; no message or log
 """
 
 import binascii
+import secrets
 from base64 import b64decode
 from collections.abc import Mapping
 
-from core.clock import Clock
+from core.clock import Clock, monotonic
 from router.access.allowance import Allowance, Limits
 from router.access.caller import ANYONE, Access, Caller
 from router.access.keys import KeyEntry, Keys
+from router.access.salt import TenantSalt
 from router.api.errors import Headers, HttpError
 
 MAX_KEY_BYTES = 512
@@ -23,19 +25,23 @@ _BASIC: Headers = [(b"www-authenticate", b'Basic realm="diptych", charset="UTF-8
 class Door:
     """Lets requests in."""
 
-    def __init__(self, keys: Keys | None, clock: Clock) -> None:
-        """`keys`: None lets everyone in."""
-        self._clock = clock
+    def __init__(
+        self, keys: Keys | None, *, salt: TenantSalt | None = None, clock: Clock = monotonic
+    ) -> None:
+        """Let in whoever bears one of some keys.
+
+        Args:
+            keys: None lets everyone in.
+            salt: keeps cached blocks of tenants apart; default: under a secret of its own.
+            clock: the router's monotonic clock, the one that deadlines are on.
+        """
+        self.salt = salt or TenantSalt(secrets.token_bytes(32))
+        self.clock = clock
         self._keys: Keys | None = None
         self._callers: dict[str, Caller] = {}
         self._allowances: dict[str, Allowance] = {}
         if keys is not None:
             self.change(keys)
-
-    @property
-    def keyed(self) -> bool:
-        """True if keys are asked for."""
-        return self._keys is not None
 
     def change(self, keys: Keys) -> None:
         """Use other keys from now on; who is known under the same limits keeps what is left."""
@@ -45,7 +51,7 @@ class Door:
             if entry.limited:
                 before = known.get(entry.name)
                 same = before is not None and before.limits == limits
-                allowance = before if same else Allowance(entry.name, limits, self._clock)
+                allowance = before if same else Allowance(entry.name, limits, self.clock)
                 assert allowance is not None
                 self._allowances[entry.name] = allowance
         self._callers = {entry.name: entry.caller() for entry in keys.entries}

@@ -1,7 +1,7 @@
 """API keys: how they are made, how they are kept, how the file of them is read.
 
-A key is 256 random bits, so nothing can be guessed from its SHA-256 and a slow hash would protect
-nothing more; it would only let a flood of wrong keys occupy the router. The file holds digests alone.
+A key is 256 random bits, so it can't be guessed from its SHA-256. A slow hash would protect nothing
+more; it would only let a flood of wrong keys occupy the router. The file holds digests alone.
 Looking a key up compares under a secret of this process, so that how long it takes says nothing of
 the digests that are there.
 """
@@ -48,7 +48,7 @@ class KeyEntry(BaseModel):
     def _checked_hash(cls, value: str) -> str:
         if _HASH.fullmatch(value) is None:
             raise ValueError(
-                "must be sha256: and 64 hexadecimal digits; `diptych keys new --name NAME` makes one"
+                "must be sha256: and 64 hexadecimal digits, as `diptych keys new` makes it"
             )
         return value
 

@@ -1,9 +1,10 @@
 """What keeps the cached blocks of tenants apart: the salt that a request's block hashes start from.
 
-The salt is a keyed digest of the tenant and of what the client itself asked to be kept apart by. Its
-key is a secret of the deployment, the same on all its routers, so that nobody outside can compute the
-hash of another tenant's block, nor look for tokens of their own that would hash to it: xxh3 is fast,
-but no cryptographic hash, and owes its safety here to the secret that every chain starts from.
+The salt is a keyed digest of the tenant and of what the client itself asked to be kept apart by.
+Its key is a secret of the deployment, the same on all its routers, so that nobody outside can
+compute the hash of another tenant's block, nor look for tokens of their own that would hash to it:
+xxh3 is fast, but no cryptographic hash, and owes its safety here to the secret at the start of
+every chain.
 """
 
 import hmac
@@ -34,20 +35,12 @@ class TenantSalt:
         return hmac.digest(self._key, framed, "sha256").hex()
 
 
-def tenant_salt(secret: str | None, auth_token: str | None, *, keyed: bool) -> TenantSalt:
-    """From what the operator set.
-
-    Args:
-        secret: the setting for this; else the token that all processes share serves.
-        auth_token: of gRPC.
-        keyed: there are API keys, so salts are needed.
-    """
-    shared = secret or auth_token
-    if shared is None:
-        if keyed:
-            _log.warning(
-                "neither cache_secret nor auth_token is set: block hashes get a secret of this "
-                "process, and other routers won't find what is cached for this one's callers"
-            )
+def tenant_salt(secret: str | None) -> TenantSalt:
+    """Under the deployment's secret; None: under one of this process alone."""
+    if secret is None:
+        _log.warning(
+            "neither cache_secret nor auth_token is set: block hashes get a secret of this process "
+            "alone, and other routers won't find what is cached for this one's callers"
+        )
         return TenantSalt(secrets.token_bytes(32))
-    return TenantSalt(shared.encode())
+    return TenantSalt(secret.encode())

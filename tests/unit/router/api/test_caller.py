@@ -14,7 +14,11 @@ def test_key_is_that_of_the_secret_and_never_shows_it() -> None:
 
 
 def test_without_a_secret_the_user_counts() -> None:
-    assert caller_key(ANYONE, {}, "alice") == caller_key(ANYONE, {}, "alice") != caller_key(ANYONE, {}, "bob")
+    assert (
+        caller_key(ANYONE, {}, "alice")
+        == caller_key(ANYONE, {}, "alice")
+        != caller_key(ANYONE, {}, "bob")
+    )
     assert caller_key(ANYONE, {}, None) == ""
 
 
