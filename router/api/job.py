@@ -20,7 +20,7 @@ from router.api.exchange import Exchange
 from router.api.output import Output, OutputRules
 from router.api.parts import ApiParts
 from router.api.prompt_scores import PromptScores, check_size
-from router.api.requests import TextRequest
+from router.api.requests import CompletionRequest, TextRequest
 from router.api.sampling import (
     check_token_ids,
     choice_seed,
@@ -150,13 +150,8 @@ async def make_job(
     priority = priority_of(exchange.caller, exchange.headers)
     wanted_tokens(request)
     wanted_prompt_logprobs(request)
+    _check_choices(request, parts.settings.max_choices)
     prompts = await dialect.prompts(request, parts.text)
-    if len(prompts) * request.n > parts.settings.max_choices:
-        raise InvalidRequestError(
-            f"{len(prompts)} prompts with n={request.n} make {len(prompts) * request.n} choices; "
-            f"this server takes at most {parts.settings.max_choices} in one request.",
-            param="n",
-        )
     token_ids = [prompt.token_ids for prompt in prompts]
     check_size(token_ids, wanted_prompt_logprobs(request), request.n)
     unique = uuid.uuid4().hex if exchange.identity.client_gave_id else exchange.request_id
@@ -263,6 +258,16 @@ class _Planner:
             logprobs=wanted_logprobs(request) is not None,
             token_ids=request.return_token_ids,
             discard=discard,
+        )
+
+
+def _check_choices(request: TextRequest, most: int) -> None:
+    prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
+    if prompts * request.n > most:
+        raise InvalidRequestError(
+            f"{prompts} prompts with n={request.n} make {prompts * request.n} choices; this server "
+            f"takes at most {most} in one request.",
+            param="n",
         )
 
 

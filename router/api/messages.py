@@ -16,6 +16,9 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 )
 
 
+MAX_MESSAGES = 8192
+
+
 class FunctionCall(Strict):
     """What an earlier answer called."""
 
@@ -87,7 +90,7 @@ def _object_of(arguments: str) -> Any:
     # A template writes them as JSON; a string would be quoted once more.
     try:
         value = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
     return value if isinstance(value, dict) else arguments
 
@@ -100,6 +103,8 @@ def parse_messages(value: Any) -> tuple[Message, ...]:
     """
     if not isinstance(value, list) or not value:
         raise wrong("must be a list of at least one message")
+    if len(value) > MAX_MESSAGES:
+        raise wrong(f"takes at most {MAX_MESSAGES} messages")
     return tuple(_message(item, f"messages[{i}]") for i, item in enumerate(value))
 
 
