@@ -68,6 +68,7 @@ def http_server(
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=int(shutdown_s) + 1,
             ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
         )

@@ -151,6 +151,7 @@ async def make_job(
     wanted_tokens(request)
     wanted_prompt_logprobs(request)
     _check_choices(request, parts.settings.max_choices)
+    _check_ids(request, model, dialect.prompt_field)
     prompts = await dialect.prompts(request, parts.text)
     token_ids = [prompt.token_ids for prompt in prompts]
     check_size(token_ids, wanted_prompt_logprobs(request), request.n)
@@ -269,6 +270,14 @@ def _check_choices(request: TextRequest, most: int) -> None:
             f"takes at most {most} in one request.",
             param="n",
         )
+
+
+def _check_ids(request: TextRequest, model: ServedModel, param: str) -> None:
+    """Refuse token ids beyond the context before anything is done with them."""
+    prompts = request.prompt if isinstance(request, CompletionRequest) else ()
+    for prompt in prompts:
+        if not isinstance(prompt, str) and len(prompt) > model.max_model_len:
+            output_limit(0, None, prompt_tokens=len(prompt), model=model, param=param)
 
 
 def _salt(request: TextRequest) -> str:

@@ -14,9 +14,8 @@ from router.api.parsing import known_fields, validate
 UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
 )
-
-
 MAX_MESSAGES = 8192
+"""And text parts of one."""
 
 
 class FunctionCall(Strict):
@@ -40,6 +39,8 @@ def _content(value: Any) -> str:
         return value
     if not isinstance(value, list) or not value:
         raise wrong("must be a string or a list of text parts")
+    if len(value) > MAX_MESSAGES:
+        raise wrong(f"takes at most {MAX_MESSAGES} parts")
     texts = []
     for i, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None

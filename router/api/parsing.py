@@ -5,6 +5,7 @@ unless its value asks for nothing; an unknown one is refused with the nearest na
 """
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -23,13 +24,26 @@ Source: own judgement: JSON schemas of real tools have a dozen levels; libraries
 give up at 250.
 """
 
+MAX_CONTAINERS = 100_000
+"""Most arrays and objects in a body. Each takes microseconds to check, in which others wait; real
+bodies hold a dozen for each of their messages and tools."""
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        InvalidRequestError: it is not one, or is nested too deeply.
+        InvalidRequestError: it is not one, is nested too deeply, or holds too much.
     """
+    opened = body.count(b"[") + body.count(b"{")
+    if opened > MAX_CONTAINERS:
+        outside = _STRING.sub(b"", body)
+        opened = outside.count(b"[") + outside.count(b"{")
+        if opened > MAX_CONTAINERS:
+            raise InvalidRequestError(
+                f"The body holds {opened} arrays and objects; at most {MAX_CONTAINERS} are taken."
+            )
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -38,7 +52,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         raise InvalidRequestError(
             f"The body must be a JSON object, not {_json_kind(data)}.", param=None
         )
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _deeper_than(data, MAX_DEPTH):
+    if opened > MAX_DEPTH and _deeper_than(data, MAX_DEPTH):
         raise InvalidRequestError(f"The body is nested more than {MAX_DEPTH} levels deep.")
     return data
 

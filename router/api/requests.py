@@ -29,6 +29,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_IDS = 1024
 MAX_BIASES = 4096
+MAX_KWARGS = 64
+MAX_DETOKENIZED = 1 << 20
 MAX_NAME_CHARS = 512
 """Longest name of a model, a user or the like."""
 
@@ -183,7 +185,7 @@ class ConversationFields(Effort):
     ] = ToolChoice("auto")
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=MAX_KWARGS)
     add_special_tokens: bool = False
 
     @property
@@ -264,7 +266,7 @@ class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
     model: Name | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(max_length=MAX_DETOKENIZED)]
     skip_special_tokens: bool = False
 
 

@@ -1,5 +1,8 @@
 """POST /tokenize and /detokenize: the tokenizer as requests see it."""
 
+import asyncio
+from functools import partial
+
 import orjson
 
 from core.errors import InvalidRequestError
@@ -49,9 +52,8 @@ class TokenEndpoints:
         self._parts.model(request.model, exchange.caller)
         if not all(0 <= token_id < 2**32 for token_id in request.tokens):
             raise InvalidRequestError("tokens must be in [0, 2**32).", param="tokens")
-        text = self._parts.text.decode(
-            request.tokens, skip_special_tokens=request.skip_special_tokens
-        )
+        decode = partial(self._parts.text.decode, skip_special_tokens=request.skip_special_tokens)
+        text = await asyncio.to_thread(decode, request.tokens)
         await exchange.answer(orjson.dumps({"prompt": text}))
 
     async def _body(self, exchange: Exchange) -> bytes:

@@ -11,7 +11,7 @@ from core.sampling import StructuredOutput
 from router.api.fields import wrong
 from router.api.messages import MAX_MESSAGES, Message
 from router.api.parsing import known_fields, known_names, validate
-from router.api.requests import ChatRequest, Effort, SamplingFields
+from router.api.requests import MAX_KWARGS, ChatRequest, Effort, SamplingFields
 from router.api.responses import schemas
 from router.api.responses.items import messages_of
 from router.api.structured import parse_response_format
@@ -109,7 +109,7 @@ class ResponsesBody(SamplingFields):
     text: Annotated[
         StructuredOutput | None, PlainValidator(_text), WithJsonSchema(schemas.TEXT)
     ] = None
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=MAX_KWARGS)
     stream_options: Annotated[
         Any, PlainValidator(_stream_options), WithJsonSchema(schemas.STREAM_OPTIONS)
     ] = None

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from core.errors import InvalidRequestError
 from router.access.door import Door
-from router.api.parsing import MAX_DEPTH
+from router.api.parsing import MAX_CONTAINERS, MAX_DEPTH, parse_json
 from router.api.settings import ApiSettings
 from router.app import create_app
 from router.text.loading import text_processor
@@ -276,6 +277,17 @@ def test_numbers_and_lengths_of_things_are_bounded() -> None:
         ("/v1/completions", "prompt", ["a"] * 129),
         ("/v1/responses", "input", [{"role": "user", "content": "a"}] * 5000),
         ("/abort_request", "rid", ["r"] * 1025),
+        ("/v1/chat/completions", "chat_template_kwargs", {f"k{i}": 1 for i in range(65)}),
     ):
         answer = asyncio.run(post(path, orjson.dumps(VALID[path] | {field: value})))
         assert answer.status_code in (400, 413), (field, answer.text[:200])
+
+
+def test_arrays_and_objects_are_counted_outside_of_strings_only() -> None:
+    prompt = '[{"\\' * 20_000
+    read = parse_json(orjson.dumps({"prompt": prompt * 3}))
+    assert read == {"prompt": prompt * 3}
+    for inner in ("[]", "{}", '["[\\\\",{}]'):
+        count = MAX_CONTAINERS // inner.count(inner[0]) + 1
+        with pytest.raises(InvalidRequestError, match="arrays and objects"):
+            parse_json(b'{"prompt":[' + b",".join([inner.encode()] * count) + b"]}")
