@@ -22,7 +22,7 @@ from router.access.caller import Access
 from router.access.door import Door
 from router.api.chat import ChatDialect
 from router.api.completions import CompletionDialect
-from router.api.errors import ClientDisconnectedError, HttpError, error_answer
+from router.api.errors import ClientDisconnectedError, ErrorAnswer, HttpError, error_answer
 from router.api.exchange import Endpoint, Exchange
 from router.api.generate import TextEndpoint
 from router.api.identity import identify
@@ -176,15 +176,16 @@ def create_app(
             _get("/console", page.index, "A page to look at.", access=Access.PAGE),
             _get("/console/{file}", page.part, "Parts of that page.", access=Access.PAGE),
         ]
-    return HttpApp(routes, door)
+    return HttpApp(routes, door, parts.metrics)
 
 
 class HttpApp:
     """Dispatches requests to endpoints and answers for those that fail."""
 
-    def __init__(self, routes: Sequence[Route], door: Door) -> None:
+    def __init__(self, routes: Sequence[Route], door: Door, metrics: ApiMetrics) -> None:
         self._router = Router(routes=routes, redirect_slashes=False)
         self.door = door
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -207,7 +208,9 @@ class HttpApp:
         except ClientDisconnectedError:
             _log.info("client left", extra=exchange.log_fields)
         except Exception as error:
-            await _answer_error(_translated(error, scope), exchange)
+            answer = await _answer_error(_translated(error, scope), exchange)
+            if answer.status in _REFUSED:
+                self._metrics.refusals.labels(answer.code).inc()
 
 
 class _EndpointApp:
@@ -250,12 +253,13 @@ def _route(
 _get = partial(_route, "GET")
 _post = partial(_route, "POST")
 _ADMIN, _OPEN = Access.ADMIN, Access.OPEN
+_REFUSED = (401, 403, 429)
 _STREAMED = ("application/json", "text/event-stream")
 _METRICS = ("text/plain", "application/openmetrics-text")
 _TOKENIZE = (TokenizeTextRequest, TokenizeChatRequest)
 
 
-async def _answer_error(error: Exception, exchange: Exchange) -> None:
+async def _answer_error(error: Exception, exchange: Exchange) -> ErrorAnswer:
     answer = error_answer(error)
     if answer.status >= 500:
         unforeseen = answer.code == ErrorCode.INTERNAL
@@ -268,6 +272,7 @@ async def _answer_error(error: Exception, exchange: Exchange) -> None:
         )
     if not exchange.started:
         await exchange.answer(answer.json(), status=answer.status, headers=answer.headers)
+    return answer
 
 
 def _translated(error: Exception, scope: Scope) -> Exception:

@@ -172,6 +172,7 @@ async def test_limits_answer_429_with_openai_s_headers() -> None:
             answer = await post("free")
             assert answer.status_code == 200
             assert not any(name.startswith("x-ratelimit") for name in answer.headers)
+        assert served.metric("diptych_router_refusals_total", code="rate_limit_exceeded") == 2
 
 
 async def test_requests_at_once_and_that_they_can_still_be_aborted() -> None:
