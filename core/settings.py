@@ -118,6 +118,17 @@ def load_or_exit(
         raise SystemExit(2) from None
 
 
+def secret_names(cls: type[BaseModel]) -> frozenset[str]:
+    """Names of the settings that are secrets."""
+    return frozenset(name for name, field in cls.model_fields.items() if _is_secret(field))
+
+
+def secret_values(settings: BaseModel) -> list[str]:
+    """The secrets that are set, for whatever must not let them out."""
+    found = [getattr(settings, name) for name in secret_names(type(settings))]
+    return [secret.get_secret_value() for secret in found if secret is not None]
+
+
 def dump(settings: BaseModel) -> str:
     """The settings as YAML that `--config` reads, except that secrets are masked."""
     values = settings.model_dump(mode="json")

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from core.settings import load_or_exit
+from core.settings import load_or_exit, secret_values
 from decode.links import DecodeExtension
 from decode.settings import DecodeSettings
 from telemetry.logs import setup
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     settings = load_or_exit(
         DecodeSettings, argv, prog="diptych decode", env_prefix="DIPTYCH_DECODE_"
     )
-    setup(settings.log_level, settings.log_format, "decode")
+    setup(settings.log_level, settings.log_format, "decode", secrets=secret_values(settings))
     role = RoleProcesses(
         name="decode",
         engine_module="decode.engine_process",

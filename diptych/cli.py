@@ -30,6 +30,7 @@ COMMANDS: dict[str, _Command] = {
     "router": _Command("router.main", "router", "the HTTP endpoint in front of the workers"),
     "prefill": _Command("prefill.main", "worker", "a worker that computes prompts"),
     "decode": _Command("decode.main", "worker", "a worker that generates tokens"),
+    "keys": _Command("diptych.keys", "router", "make API keys for the HTTP endpoint"),
     "chat": _Command("diptych.chat.main", "router", "talk to an endpoint in the terminal"),
 }
 

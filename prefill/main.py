@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from core.settings import load_or_exit
+from core.settings import load_or_exit, secret_values
 from prefill.service import PrefillExtension
 from prefill.settings import PrefillSettings
 from telemetry.logs import setup
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     settings = load_or_exit(
         PrefillSettings, argv, prog="diptych prefill", env_prefix="DIPTYCH_PREFILL_"
     )
-    setup(settings.log_level, settings.log_format, "prefill")
+    setup(settings.log_level, settings.log_format, "prefill", secrets=secret_values(settings))
     role = RoleProcesses(
         name="prefill",
         engine_module="prefill.engine_process",

@@ -7,6 +7,7 @@ x-request-id, every error has OpenAI's shape, and no input makes a 500.
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from http import HTTPStatus
 
@@ -16,11 +17,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from core.clock import Clock, monotonic
 from core.errors import ErrorCode
+from router.access.caller import Access
+from router.access.door import Door
 from router.api.chat import ChatDialect
 from router.api.completions import CompletionDialect
-from router.api.errors import ClientDisconnectedError, HttpError, error_answer
+from router.api.errors import ClientDisconnectedError, ErrorAnswer, HttpError, error_answer
 from router.api.exchange import Endpoint, Exchange
 from router.api.generate import TextEndpoint
 from router.api.identity import identify
@@ -60,7 +62,7 @@ def create_app(
     settings: ApiSettings,
     observed: Observed,
     registry: CollectorRegistry,
-    clock: Clock = monotonic,
+    door: Door | None = None,
 ) -> "HttpApp":
     """Put the HTTP side together.
 
@@ -72,11 +74,12 @@ def create_app(
         settings: what the operator decided.
         observed: what /v1/fleet and /v1/requests show.
         registry: gets the metrics of the API; GET /metrics shows all of it.
-        clock: the router's monotonic clock, the one that deadlines are on.
+        door: says who may come in, and has the clock that deadlines are on; default: everyone.
 
     Returns:
         An ASGI application.
     """
+    door = door or Door(None)
     parts = ApiParts(
         generator=generator,
         text=text,
@@ -84,7 +87,8 @@ def create_app(
         metrics=ApiMetrics(registry),
         recent=RecentRequests(settings.recent_requests),
         gate=Gate(settings.max_in_flight),
-        clock=clock,
+        salt=door.salt,
+        clock=door.clock,
     )
     operations = Operations(parts, registry=registry, started_at=lambda: int(time.time()))
     observation = Observation(observed)
@@ -101,6 +105,7 @@ def create_app(
             "Answers a conversation.",
             ChatRequest,
             produces=_STREAMED,
+            metered=True,
         ),
         _post(
             "/v1/completions",
@@ -108,6 +113,7 @@ def create_app(
             "Goes on with text.",
             CompletionRequest,
             produces=_STREAMED,
+            metered=True,
         ),
         _post(
             "/v1/responses",
@@ -115,6 +121,7 @@ def create_app(
             "Answers a conversation in items.",
             ResponsesBody,
             produces=_STREAMED,
+            metered=True,
         ),
         _get("/v1/responses/{id}", responses.get, "A stored response."),
         _route("DELETE", "/v1/responses/{id}", responses.delete, "Forgets a stored response."),
@@ -125,28 +132,40 @@ def create_app(
             "Goes on with text or token ids.",
             NativeBody,
             produces=_STREAMED,
+            metered=True,
         ),
         _post("/abort_request", native.abort, "Ends requests with what they have.", AbortBody),
-        _post("/flush_cache", native.flush_cache, "Empties every worker's prefix cache."),
+        _post(
+            "/flush_cache",
+            native.flush_cache,
+            "Empties every worker's prefix cache.",
+            access=_ADMIN,
+        ),
         _get("/get_model_info", native.model_info, "The served model."),
-        _get("/get_server_info", native.server_info, "This router and its workers."),
+        _get("/get_server_info", native.server_info, "This router and its workers.", access=_ADMIN),
         *(
-            _post(path, tokens.tokenize, "Token ids of text or of a conversation.", *_TOKENIZE)
+            _post(path, tokens.tokenize, "Token ids of text or a chat.", *_TOKENIZE, metered=True)
             for path in ("/tokenize", "/v1/tokenize")
         ),
         *(
-            _post(path, tokens.detokenize, "Text of token ids.", DetokenizeRequest)
+            _post(path, tokens.detokenize, "Text of token ids.", DetokenizeRequest, metered=True)
             for path in ("/detokenize", "/v1/detokenize")
         ),
         _get("/v1/models", operations.models, "Every served model."),
         _get("/v1/models/{name:path}", operations.model, "One served model."),
-        _get("/v1/requests", observation.requests, "The latest requests."),
-        _get("/v1/fleet", observation.fleet, "Workers, what they do, and their links."),
+        _get("/v1/requests", observation.requests, "The latest requests.", access=_ADMIN),
+        _get("/v1/fleet", observation.fleet, "Workers, their work, their links.", access=_ADMIN),
         _get("/v1/requests/{id:path}/timeline", operations.timeline, "Where the time went."),
         _get("/v1/requests/{id:path}/explain", operations.explain, "Why it went where it went."),
-        _get("/health", operations.health, "The process lives."),
-        _get("/ready", operations.ready, "A request would be admitted."),
-        _get("/metrics", operations.metrics, "Prometheus metrics.", produces=_METRICS),
+        _get("/health", operations.health, "The process lives.", access=_OPEN),
+        _get("/ready", operations.ready, "A request would be admitted.", access=_OPEN),
+        _get(
+            "/metrics",
+            operations.metrics,
+            "Prometheus metrics.",
+            produces=_METRICS,
+            access=_ADMIN,
+        ),
     ]
     version = str(facts.get("version", "unknown"))
     document = OpenApi(tuple(routes), version=version)
@@ -154,18 +173,19 @@ def create_app(
     if settings.console:
         page = ConsolePage()
         routes += [
-            _get("/console", page.index, "A page to look at."),
-            _get("/console/{file}", page.part, "Parts of that page."),
+            _get("/console", page.index, "A page to look at.", access=Access.PAGE),
+            _get("/console/{file}", page.part, "Parts of that page.", access=Access.PAGE),
         ]
-    return HttpApp(routes, clock)
+    return HttpApp(routes, door, parts.metrics)
 
 
 class HttpApp:
     """Dispatches requests to endpoints and answers for those that fail."""
 
-    def __init__(self, routes: Sequence[Route], clock: Clock) -> None:
+    def __init__(self, routes: Sequence[Route], door: Door, metrics: ApiMetrics) -> None:
         self._router = Router(routes=routes, redirect_slashes=False)
-        self._clock = clock
+        self.door = door
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -175,7 +195,7 @@ class HttpApp:
         headers = dict(scope["headers"])
         exchange = Exchange(
             identity=identify(headers),
-            received_at=self._clock(),
+            received_at=self.door.clock(),
             headers=headers,
             path_params={},
             receive=receive,
@@ -188,20 +208,29 @@ class HttpApp:
         except ClientDisconnectedError:
             _log.info("client left", extra=exchange.log_fields)
         except Exception as error:
-            await _answer_error(_translated(error, scope), exchange)
+            answer = await _answer_error(_translated(error, scope), exchange)
+            if answer.status in _REFUSED:
+                self._metrics.refusals.labels(answer.code).inc()
 
 
 class _EndpointApp:
-    """An endpoint as starlette wants it."""
+    """An endpoint as starlette wants it, behind the door."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, access: Access, *, metered: bool) -> None:
         self._endpoint = endpoint
+        self._access = access
+        self._metered = metered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["exchange"]
+        app: HttpApp = scope["app"]
+        exchange.caller = app.door.admit(exchange.headers, self._access)
         exchange.path_params = scope["path_params"]
         exchange.query = scope["query_string"]
-        await self._endpoint(exchange)
+        if self._metered:
+            exchange.allowance = app.door.allowance(exchange.caller)
+        with exchange.allowance.request() if exchange.allowance is not None else nullcontext():
+            await self._endpoint(exchange)
 
 
 def _route(
@@ -211,20 +240,26 @@ def _route(
     summary: str,
     *bodies: type[BaseModel],
     produces: Sequence[str] = ("application/json",),
+    access: Access = Access.KEY,
+    metered: bool = False,
 ) -> ApiRoute:
-    route = ApiRoute(path, _EndpointApp(endpoint), methods=[method])
+    """`metered`: requests count against the limits of their key."""
+    app = _EndpointApp(endpoint, access, metered=metered)
+    route = ApiRoute(path, app, methods=[method])
     route.summary, route.bodies, route.produces = summary, bodies, produces
     return route
 
 
 _get = partial(_route, "GET")
 _post = partial(_route, "POST")
+_ADMIN, _OPEN = Access.ADMIN, Access.OPEN
+_REFUSED = (401, 403, 429)
 _STREAMED = ("application/json", "text/event-stream")
 _METRICS = ("text/plain", "application/openmetrics-text")
 _TOKENIZE = (TokenizeTextRequest, TokenizeChatRequest)
 
 
-async def _answer_error(error: Exception, exchange: Exchange) -> None:
+async def _answer_error(error: Exception, exchange: Exchange) -> ErrorAnswer:
     answer = error_answer(error)
     if answer.status >= 500:
         unforeseen = answer.code == ErrorCode.INTERNAL
@@ -237,6 +272,7 @@ async def _answer_error(error: Exception, exchange: Exchange) -> None:
         )
     if not exchange.started:
         await exchange.answer(answer.json(), status=answer.status, headers=answer.headers)
+    return answer
 
 
 def _translated(error: Exception, scope: Scope) -> Exception:

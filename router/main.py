@@ -11,12 +11,12 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 
-import uvicorn
 import uvloop
 from prometheus_client import (
     CollectorRegistry,
@@ -28,13 +28,18 @@ from prometheus_client import (
 from core.clock import monotonic
 from core.errors import ConfigError
 from core.modelfile.resolve import resolve_model
-from core.settings import load_or_exit
+from core.settings import load_or_exit, secret_values
+from router.access.door import Door
+from router.access.key_file import KeyFile
+from router.access.salt import tenant_salt
 from router.api.settings import ApiSettings
 from router.app import create_app
 from router.dispatch import Dispatcher
 from router.fleet.discovery import static_members
 from router.fleet.fleet import Fleet
 from router.fleet.link import LinkSettings
+from router.http_protocol import ConnectionLimits
+from router.http_server import HttpServer, http_server, listen
 from router.metrics import FleetMetrics
 from router.observer import Observer
 from router.placement.cost import CostSettings
@@ -43,14 +48,15 @@ from router.settings import RouterSettings
 from router.spans import open_spans
 from router.text.loading import load_text
 from router.text.processor import TextProcessor
+from router.tls import ServerCertificate, server_certificate
+from router.watched import LOOK_EVERY_S
 from rpc.auth import Credentials
 from rpc.channel import open_channel
 from telemetry.logs import setup
+from telemetry.metrics import serve_metrics
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 2048
-"""Connections that may wait to be accepted."""
 FLUSH_S = 2.0
 """Time that answers have to reach their clients once the last request has ended."""
 
@@ -61,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         RouterSettings, argv, prog="diptych router", env_prefix="DIPTYCH_ROUTER_"
     )
     token = settings.auth_token.get_secret_value() if settings.auth_token else None
-    setup(settings.log_level, settings.log_format, "router", secrets=[token] if token else [])
+    setup(settings.log_level, settings.log_format, "router", secrets=secret_values(settings))
     try:
         text = load_text(
             resolve_model(settings.model, log.info),
@@ -80,52 +86,85 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
     """Serve until a signal.
 
     Raises:
-        ConfigError: the port is taken, or a setting does not fit another.
+        ConfigError: the port is taken, a file can't be used, or settings do not fit each other.
     """
+    key_file = KeyFile(Path(settings.api_keys)) if settings.api_keys else None
+    door = _door(settings, key_file, token)
+    certificate = server_certificate(settings.http_tls_cert, settings.http_tls_key)
     listener = listen(settings.host, settings.port)
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
-    async with dispatcher_on_fleet(settings, registry, token) as (dispatcher, fleet):
+    running: list[Dispatcher] = []
+    async with (
+        _metrics_port(settings, registry, lambda: any(each.ready for each in running)),
+        dispatcher_on_fleet(settings, registry, token) as (dispatcher, fleet),
+    ):
+        running.append(dispatcher)
         # Nothing in here raises ConfigError: the task group inside would wrap it.
         app = create_app(
             generator=dispatcher,
             fleet=fleet,
-            facts={
-                "version": _version(),
-                **settings.model_dump(mode="json", exclude={"auth_token", "tls_key"}),
-            },
+            facts={"version": _version(), **settings.facts()},
             text=text,
+            door=door,
             settings=ApiSettings(
                 served_model_name=settings.served_model_name,
                 default_timeout_s=settings.request_timeout_s,
                 max_in_flight=settings.max_in_flight + settings.max_queued,
                 recent_requests=settings.timelines,
                 console=settings.console,
+                body_limit_bytes=settings.max_body,
+                body_timeout_s=settings.body_timeout_s,
             ),
             observed=Observer(fleet, dispatcher),
             registry=registry,
         )
-        server = _Server(
-            uvicorn.Config(
-                app,
-                loop="none",
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=int(settings.shutdown_grace_s + FLUSH_S) + 1,
-            )
+        server = http_server(
+            app,
+            limits=ConnectionLimits(
+                max_connections=settings.max_connections, head_timeout_s=settings.head_timeout_s
+            ),
+            certificate=certificate,
+            shutdown_s=settings.shutdown_grace_s + FLUSH_S,
         )
         host, port = listener.getsockname()[:2]
-        log.info("listening on http://%s:%d", host, port)
+        log.info("listening on %s://%s:%d", "https" if certificate else "http", host, port)
         async with asyncio.TaskGroup() as group:
+            follow = group.create_task(_follow_files(door, key_file, certificate))
             stop = group.create_task(_stop_on_signal(server, dispatcher, settings.shutdown_grace_s))
             await server.serve(sockets=[listener])
             stop.cancel()
+            follow.cancel()
+
+
+def _door(settings: RouterSettings, key_file: KeyFile | None, token: str | None) -> Door:
+    if key_file is None:
+        return Door(None)
+    secret = settings.cache_secret.get_secret_value() if settings.cache_secret else token
+    return Door(key_file.read(), salt=tenant_salt(secret))
+
+
+@asynccontextmanager
+async def _metrics_port(
+    settings: RouterSettings, registry: CollectorRegistry, ready: Callable[[], bool]
+) -> AsyncIterator[None]:
+    """The port for probes and metrics alone, if one was asked for."""
+    if settings.metrics_port is None:
+        yield
+        return
+    host = settings.metrics_host or settings.host
+    try:
+        server = await serve_metrics(registry, host, settings.metrics_port, ready=ready)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.strerror}. Choose another metrics_host or metrics_port."
+        ) from None
+    log.info("metrics on port %d", server.sockets[0].getsockname()[1])
+    try:
+        yield
+    finally:
+        server.close()
 
 
 @asynccontextmanager
@@ -179,30 +218,19 @@ async def dispatcher_on_fleet(
             await asyncio.to_thread(spans.close)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket.
-
-    Raises:
-        ConfigError: the port is taken, or the host is not one of this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise ConfigError(
-            f"Can't listen on {host}:{port}: {error.strerror}. Choose another host or port."
-        ) from None
+async def _follow_files(
+    door: Door, key_file: KeyFile | None, certificate: ServerCertificate | None
+) -> None:
+    """Take over API keys and certificates that are replaced."""
+    while True:
+        await asyncio.sleep(LOOK_EVERY_S)
+        if key_file is not None:
+            await key_file.follow(door)
+        if certificate is not None:
+            certificate.follow()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers, which would end the process before the links."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def _stop_on_signal(server: uvicorn.Server, dispatcher: Dispatcher, grace_s: float) -> None:
+async def _stop_on_signal(server: HttpServer, dispatcher: Dispatcher, grace_s: float) -> None:
     first, second = asyncio.Event(), asyncio.Event()
 
     def note() -> None:

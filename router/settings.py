@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
-from core.settings import Seconds
+from core.settings import ByteSize, Seconds, secret_names
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[^\s:\[\]]+):(\d{1,5})")
 
@@ -63,6 +63,44 @@ class RouterSettings(BaseModel):
     tls_server_name: str | None = Field(
         None,
         description="Name that workers' certificates bear; default: the address of each.",
+    )
+
+    api_keys: str | None = Field(
+        None,
+        description="YAML file of the API keys that clients need, made by `diptych keys new`; read "
+        "again when it changes. Default: no keys are needed.",
+    )
+    cache_secret: SecretStr | None = Field(
+        None,
+        description="With API keys: what keeps tenants' cached blocks apart, the same on every "
+        "router; default: auth_token.",
+    )
+    http_tls_cert: str | None = Field(
+        None,
+        description="PEM file of the HTTP port's certificate chain; read again when it changes.",
+    )
+    http_tls_key: str | None = Field(None, description="PEM file of that certificate's key.")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port that shows /metrics, /healthz and /readyz in plain HTTP, without keys; 0 "
+        "takes a free one. Default: none; the HTTP port has them as /metrics, /health and /ready.",
+    )
+    metrics_host: str | None = Field(
+        None, description="Address that the metrics port binds to; default: that of `host`."
+    )
+    max_connections: int = Field(
+        4096, ge=1, description="Most open HTTP connections; one more is answered 503."
+    )
+    max_body: ByteSize = Field(
+        ByteSize(16 << 20), description="Largest body of a request; a larger one is answered 413."
+    )
+    head_timeout_s: Seconds = Field(
+        10.0, gt=0, description="Time that a request's headers have to arrive."
+    )
+    body_timeout_s: Seconds = Field(
+        30.0, gt=0, description="Time that a request's body has to arrive."
     )
 
     max_in_flight: int = Field(
@@ -155,3 +193,8 @@ class RouterSettings(BaseModel):
         "info", description="Least severe messages to log."
     )
     log_format: Literal["console", "json"] = Field("console", description="Form of log lines.")
+
+    def facts(self) -> dict[str, object]:
+        """The settings for others to see: without secrets, nor where they are kept."""
+        hidden = {name for name in type(self).model_fields if name.endswith(("_key", "_keys"))}
+        return self.model_dump(mode="json", exclude=hidden.union(secret_names(type(self))))

@@ -16,6 +16,7 @@ import xxhash
 from prometheus_client import CollectorRegistry
 
 from core.clock import monotonic
+from core.settings import secret_values
 from engine.build import build_executor
 from engine.engine import Engine
 from engine.executor import Executor, ExecutorLostError
@@ -47,7 +48,8 @@ def run_engine(fd: int, settings_class: type[S], build_role: Callable[[S], Build
     pipe = EnginePipe(socket.socket(fileno=fd))
     try:
         settings = settings_class.model_validate_json(_await_start(pipe))
-        setup(settings.log_level, settings.log_format, f"engine-{settings.worker_id}")
+        name = f"engine-{settings.worker_id}"
+        setup(settings.log_level, settings.log_format, name, secrets=secret_values(settings))
         loop = _build(settings, build_role(settings), pipe)
     except PipeClosedError:
         return 0

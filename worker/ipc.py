@@ -6,15 +6,20 @@ gone.
 """
 
 import asyncio
+import logging
 import select
 import socket
 import struct
 from collections.abc import AsyncIterator
+from typing import TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from rpc.v1 import ipc_pb2
 
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Message)
 _HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 256 << 20
 """Bounds a corrupt length; a snapshot of 10 million cached blocks needs 160 MB."""
@@ -44,6 +49,14 @@ def _frame_length(header: bytes) -> int:
     if length > MAX_FRAME_BYTES:
         raise PipeClosedError(f"frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
     return int(length)
+
+
+def _decode(kind: type[M], body: bytes) -> M:
+    """Both ends come from one installation: what can't be read is damage, and ends the pipe."""
+    try:
+        return kind.FromString(body)
+    except DecodeError as error:
+        raise PipeClosedError(f"a frame of {len(body)} bytes is no {kind.__name__}") from error
 
 
 class EnginePipe:
@@ -84,7 +97,7 @@ class EnginePipe:
             end = body + _frame_length(bytes(self._buffer[offset:body]))
             if len(self._buffer) < end:
                 break
-            commands.append(ipc_pb2.EngineCommand.FromString(bytes(self._buffer[body:end])))
+            commands.append(_decode(ipc_pb2.EngineCommand, bytes(self._buffer[body:end])))
             offset = end
         del self._buffer[:offset]
         return commands
@@ -137,9 +150,13 @@ class ServicePipe:
             try:
                 header = await self._reader.readexactly(_HEADER.size)
                 body = await self._reader.readexactly(_frame_length(header))
+                event = _decode(ipc_pb2.EngineEvent, body)
             except (asyncio.IncompleteReadError, ConnectionError):
                 return
-            yield ipc_pb2.EngineEvent.FromString(body)
+            except PipeClosedError as error:
+                log.error("the engine's pipe can't be used any more: %s", error)
+                return
+            yield event
 
     def close(self) -> None:
         """Close this end; the engine process ends when it sees that."""

@@ -4,11 +4,12 @@ Speaks the OpenAI chat API, so it works against any server that does.
 """
 
 import json
+import ssl
 from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import httpx
 
-from core.errors import DiptychError, UnavailableError
+from core.errors import ConfigError, DiptychError, UnavailableError
 
 Message = Mapping[str, str]
 _CONNECT_TIMEOUT_S = 5.0
@@ -17,13 +18,28 @@ _CONNECT_TIMEOUT_S = 5.0
 class ChatClient:
     """Asks one endpoint. Use as a context manager."""
 
-    def __init__(self, base_url: str, *, timeout_s: float, api_key: str | None = None) -> None:
-        """`timeout_s`: longest silence of the server, in seconds."""
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        timeout_s: float,
+        api_key: str | None = None,
+        trust: ssl.SSLContext | None = None,
+    ) -> None:
+        """Talk to `base_url`.
+
+        Args:
+            base_url: where it is, with or without /v1.
+            timeout_s: longest silence of the server, in seconds.
+            api_key: sent as a bearer token.
+            trust: whose certificates to accept; default: those that this machine trusts.
+        """
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._http = httpx.Client(
             base_url=self.base_url,
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            verify=trust or True,
             trust_env=False,
         )
 
@@ -68,12 +84,32 @@ class ChatClient:
             raise self._unreachable(error) from None
 
     def _unreachable(self, error: httpx.HTTPError) -> DiptychError:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return UnavailableError(
+                f"The certificate of {self.base_url} is not from a CA that is trusted here. Name "
+                "the file of its CA with --ca."
+            )
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return UnavailableError(
                 f"Nothing answers at {self.base_url}. Start it with `diptych serve`, or name "
                 "another endpoint with --url."
             )
         return UnavailableError(f"The connection to {self.base_url} broke: {error!r}.")
+
+
+def trusted(ca: str | None) -> ssl.SSLContext | None:
+    """Trust in the CA of a file alone; None for what this machine trusts.
+
+    Raises:
+        ConfigError: the file is not there, or holds no certificate.
+    """
+    if not ca:
+        return None
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as error:  # ssl's own errors are among them
+        reason = error.strerror or "it holds no certificate"
+        raise ConfigError(f"--ca {ca} can't be used: {reason}.") from None
 
 
 def _pieces(lines: Iterator[str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from core.errors import DiptychError
 from core.settings import Seconds, load_or_exit
-from diptych.chat.client import ChatClient, Message
+from diptych.chat.client import ChatClient, Message, trusted
 
 _HELP = "/clear forgets the conversation, /exit ends, Ctrl-C stops an answer."
 
@@ -27,7 +27,12 @@ class ChatSettings(BaseModel):
     temperature: float = Field(0.2, ge=0, le=100, description="0 takes the likeliest token.")
     max_tokens: int = Field(512, ge=1, description="Longest answer, in tokens.")
     seed: int | None = Field(None, description="Makes answers repeatable; default: random.")
-    api_key: SecretStr | None = Field(None, description="Sent as a bearer token.")
+    api_key: SecretStr | None = Field(None, description="API key, sent as a bearer token.")
+    ca: str | None = Field(
+        None,
+        description="PEM file of the CA that the endpoint's certificate must come from; default: "
+        "those that this machine trusts.",
+    )
     timeout_s: Seconds = Field(120.0, gt=0, description="Longest silence of the endpoint.")
 
     def sampling(self) -> dict[str, object]:
@@ -79,7 +84,12 @@ def main(argv: Sequence[str]) -> int:
     """Chat until /exit or the end of input; returns the exit status."""
     settings = load_or_exit(ChatSettings, argv, prog="diptych chat", env_prefix="DIPTYCH_CHAT_")
     key = settings.api_key.get_secret_value() if settings.api_key else None
-    with ChatClient(settings.url, timeout_s=settings.timeout_s, api_key=key) as client:
+    try:
+        trust = trusted(settings.ca)
+    except DiptychError as error:
+        print(f"diptych chat: {error}", file=sys.stderr)
+        return 2
+    with ChatClient(settings.url, timeout_s=settings.timeout_s, api_key=key, trust=trust) as client:
         try:
             model = settings.model or client.model_name()
         except DiptychError as error:

@@ -24,7 +24,7 @@ from core.settings import load_or_exit
 from diptych.cluster.console import Screen
 from diptych.cluster.gpus import device_of, visible_gpus
 from diptych.cluster.logfiles import ChildLog, make_log_folder
-from diptych.cluster.plan import ClusterPlan, free_ports, plan_cluster, settle_port
+from diptych.cluster.plan import ClusterPlan, free_ports, num_ports, plan_cluster, settle_port
 from diptych.cluster.settings import ServeSettings, serve_settings_class
 from diptych.cluster.supervisor import ClusterFailedError, RestartPolicy, Supervisor
 
@@ -67,7 +67,7 @@ def prepare(settings: ServeSettings, screen: Screen) -> tuple[ClusterPlan, Path]
         settings.model_copy(update={"port": port}),
         model_path=model_path,
         token=secrets.token_urlsafe(_TOKEN_BYTES),
-        ports=free_ports(2 * (settings.prefill + settings.decode)),
+        ports=free_ports(num_ports(settings)),
         parent_pid=os.getpid(),
         num_gpus=0 if device_of(settings) == "cpu" else visible_gpus(),
     )
@@ -142,17 +142,17 @@ async def _until_ready(plan: ClusterPlan) -> None:
     """Wait until the router admits requests and every worker of the plan is attached to it."""
     workers = sum(child.role != "router" for child in plan.children)
     while True:
-        if await asyncio.to_thread(_all_attached, plan.base_url, workers):
+        if await asyncio.to_thread(_all_attached, plan.children[-1].metrics_url, workers):
             return
         await asyncio.sleep(_PROBE_INTERVAL_S)
 
 
-def _all_attached(base_url: str, workers: int) -> bool:
-    if _get(f"{base_url}/ready") is None:
+def _all_attached(metrics_url: str, workers: int) -> bool:
+    if _get(metrics_url.removesuffix("metrics") + "readyz") is None:
         return False
     attached = sum(
         sample.value
-        for family in text_string_to_metric_families(_get(f"{base_url}/metrics") or "")
+        for family in text_string_to_metric_families(_get(metrics_url) or "")
         for sample in family.samples
         if sample.name == "diptych_router_workers" and sample.labels["state"] == "ready"
     )

@@ -40,8 +40,10 @@ class ClusterPlan:
     """All processes, in the order in which they start."""
 
     children: tuple[ChildSpec, ...]
+    """The router is the last."""
     model_name: str
     base_url: str
+    """Of the HTTP endpoint."""
     console: bool
     """The router serves its page."""
 
@@ -61,7 +63,7 @@ def plan_cluster(
         settings: what the user asked for; `port` must not be 0.
         model_path: the resolved model, the same for all.
         token: shared secret of this cluster.
-        ports: two free loopback ports for each worker.
+        ports: free loopback ports, `num_ports` of them.
         parent_pid: the launcher's, whose end ends every child.
         num_gpus: that workers can use.
 
@@ -105,7 +107,9 @@ def plan_cluster(
                 )
             )
             addresses[role].append(f"{LOOPBACK}:{port}")
-    base_url = f"http://{_reachable(settings.host)}:{settings.port}"
+    scheme = "https" if settings.http_tls_cert else "http"
+    base_url = f"{scheme}://{_reachable(settings.host)}:{settings.port}"
+    metrics_port = next(unused)
     router = ChildSpec(
         name="router",
         role="router",
@@ -113,11 +117,14 @@ def plan_cluster(
             "router",
             f"--host={settings.host}",
             f"--port={settings.port}",
+            f"--metrics-host={LOOPBACK}",
+            f"--metrics-port={metrics_port}",
+            *_http_options(settings),
             "--console" if settings.console else "--no-console",
             *(f"--{role}={','.join(found)}" for role, found in addresses.items() if found),
         ),
         env=environment("router"),
-        metrics_url=f"{base_url}/metrics",
+        metrics_url=f"http://{LOOPBACK}:{metrics_port}/metrics",
     )
     return ClusterPlan(
         children=(*workers, router),
@@ -125,6 +132,17 @@ def plan_cluster(
         base_url=base_url,
         console=settings.console,
     )
+
+
+def num_ports(settings: ServeSettings) -> int:
+    """Ports that a cluster needs besides its HTTP port: two for each worker, one for the router."""
+    return 2 * (settings.prefill + settings.decode) + 1
+
+
+def _http_options(settings: ServeSettings) -> list[str]:
+    names = ("api_keys", "http_tls_cert", "http_tls_key")
+    given = {name.replace("_", "-"): getattr(settings, name) for name in names}
+    return [f"--{name}={value}" for name, value in given.items() if value]
 
 
 def threads_per_worker(cores: int, num_workers: int) -> int:

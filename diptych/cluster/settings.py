@@ -29,6 +29,15 @@ class ServeSettings(BaseModel):
         "127.0.0.1", description="Address of the HTTP endpoint; workers stay on loopback."
     )
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
+    api_keys: str | None = Field(
+        None,
+        description="YAML file of the API keys that clients need, made by `diptych keys new`. "
+        "Default: no keys are needed.",
+    )
+    http_tls_cert: str | None = Field(
+        None, description="PEM file of the HTTP endpoint's certificate chain."
+    )
+    http_tls_key: str | None = Field(None, description="PEM file of that certificate's key.")
     console: bool = Field(True, description="Serve the page at /console.")
     ready_timeout_s: Seconds = Field(
         600.0, gt=0, description="Time that the workers have to load the model."

@@ -61,6 +61,8 @@ class AnswerFacts:
     model: str
     """Name that clients use."""
     token_bytes: TokenBytes
+    tenant: str = ""
+    """Who may read it later, where it is kept."""
 
 
 class Answer(Protocol):

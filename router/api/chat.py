@@ -5,6 +5,7 @@ from typing import Any
 
 from core.errors import InvalidRequestError
 from core.sampling import StructuredOutput
+from router.access.caller import Caller
 from router.api.answer import Answer, AnswerFacts
 from router.api.calls_or_answer import calls_or_answer
 from router.api.chat_answer import ChatAnswer
@@ -24,7 +25,7 @@ class ChatDialect:
     id_prefix = "chatcmpl-"
     prompt_field = "messages"
 
-    def read(self, data: Mapping[str, Any]) -> TextRequest:
+    def read(self, data: Mapping[str, Any], caller: Caller) -> TextRequest:
         """Check the fields of a body."""
         return read(ChatRequest, data)
 

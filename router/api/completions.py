@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.sampling import StructuredOutput
+from router.access.caller import Caller
 from router.api.answer import Answer, AnswerFacts
 from router.api.choice import Prompt
 from router.api.completion_answer import CompletionAnswer
@@ -19,7 +20,7 @@ class CompletionDialect:
     id_prefix = "cmpl-"
     prompt_field = "prompt"
 
-    def read(self, data: Mapping[str, Any]) -> TextRequest:
+    def read(self, data: Mapping[str, Any], caller: Caller) -> TextRequest:
         """Check the fields of a body."""
         return read(CompletionRequest, data)
 

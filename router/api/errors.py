@@ -10,7 +10,12 @@ from core.errors import DiptychError, ErrorCode, InvalidRequestError, Overloaded
 
 Headers = list[tuple[bytes, bytes]]
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 class ClientDisconnectedError(Exception):
@@ -43,7 +48,7 @@ class ModelNotFoundError(HttpError):
         super().__init__(
             404,
             "model_not_found",
-            f"The model {name!r} is not served here; served: {served!r}.",
+            f"The model {name[:128]!r} is not served here; served: {served!r}.",
             param="model",
         )
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from core.errors import ErrorCode
+from router.access.allowance import Allowance
+from router.access.caller import ANYONE, Caller
 from router.api.errors import ClientDisconnectedError, Headers, HttpError
 from router.api.identity import RequestIdentity
 
@@ -31,6 +33,10 @@ class Exchange:
     path_params: dict[str, Any]
     receive: Receive
     send: Send
+    caller: Caller = ANYONE
+    """Whose it is; known once the door has let it in."""
+    allowance: Allowance | None = None
+    """What the caller may still do, if that is limited and this counts."""
     query: bytes = b""
     """What follows the question mark of the URL."""
     started: bool = False
@@ -57,6 +63,7 @@ class Exchange:
             (b"content-type", content_type),
             (b"x-request-id", self.request_id.encode("ascii")),
             *headers,
+            *(self.allowance.headers() if self.allowance is not None else ()),
         ]
         await self.send(
             {"type": "http.response.start", "status": status, "headers": message_headers}

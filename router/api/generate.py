@@ -77,21 +77,25 @@ class TextEndpoint:
             raise
 
     async def _serve(self, exchange: Exchange, body: bytes, stream: EventStream) -> None:
-        request = self._dialect.read(parse_json(body))
+        request = self._dialect.read(parse_json(body), exchange.caller)
         deadline = exchange.received_at + self._timeout_s(exchange)
         async with self._cut_off(deadline):
             job = await make_job(self._parts, self._dialect, request, exchange, deadline)
+            prompt_tokens = job.usage().prompt_tokens
+            if exchange.allowance is not None:
+                exchange.allowance.take_prompt(prompt_tokens)
             names = [choice.request.request_id for choice in job.choices]
             aliases = self._dialect.aliases(request)
             known_as = {exchange.request_id: names, job.answer_id: names, **job.named(aliases)}
             for name, parts in known_as.items():
-                self._parts.recent.remember(name, parts)
-            self._parts.metrics.prompt_tokens.inc(job.usage().prompt_tokens)
+                self._parts.recent.remember(exchange.caller.tenant, name, parts)
+            self._parts.metrics.prompt_tokens.inc(prompt_tokens)
             facts = AnswerFacts(
                 answer_id=job.answer_id,
                 created=int(time.time()),
                 model=self._parts.served_name,
                 token_bytes=self._parts.text.token_bytes,
+                tenant=exchange.caller.tenant,
             )
             answer = self._dialect.answer(request, facts)
             if request.stream:
@@ -158,6 +162,8 @@ class TextEndpoint:
                         if reports:
                             scores.tell(generation.prompt_logprobs)
                         await scores.told()
+                    if exchange.allowance is not None:
+                        exchange.allowance.take_output(len(tokens))
                     await deliver(output.take(tokens))
                     timer.arrived(clock())
                     if output.stopped:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from core.errors import InvalidRequestError
 from core.sampling import StructuredOutput
+from router.access.caller import Caller
 from router.admission import Priority
 from router.api.answer import Answer, AnswerFacts, Usage
 from router.api.caller import caller_key, priority_of
@@ -19,7 +20,7 @@ from router.api.exchange import Exchange
 from router.api.output import Output, OutputRules
 from router.api.parts import ApiParts
 from router.api.prompt_scores import PromptScores, check_size
-from router.api.requests import TextRequest
+from router.api.requests import CompletionRequest, TextRequest
 from router.api.sampling import (
     check_token_ids,
     choice_seed,
@@ -44,7 +45,7 @@ class Dialect(Protocol):
     prompt_field: str
     """Field that errors about the prompt name."""
 
-    def read(self, data: Mapping[str, Any]) -> TextRequest:
+    def read(self, data: Mapping[str, Any], caller: Caller) -> TextRequest:
         """Check the fields of a body.
 
         Raises:
@@ -139,22 +140,19 @@ async def make_job(
         InvalidRequestError: the request can't be served as it is.
         UnavailableError: no worker has said yet what it serves.
     """
-    model = parts.model(request.model)
+    model = parts.model(request.model, exchange.caller)
     if not request.stream and "stream_options" in request.model_fields_set:
         raise InvalidRequestError(
             "stream_options is only for streams; set stream to true or leave it out.",
             param="stream_options",
         )
     # Refused before the work of tokenizing.
+    priority = priority_of(exchange.caller, exchange.headers)
     wanted_tokens(request)
     wanted_prompt_logprobs(request)
+    _check_choices(request, parts.settings.max_choices)
+    _check_ids(request, model, dialect.prompt_field)
     prompts = await dialect.prompts(request, parts.text)
-    if len(prompts) * request.n > parts.settings.max_choices:
-        raise InvalidRequestError(
-            f"{len(prompts)} prompts with n={request.n} make {len(prompts) * request.n} choices; "
-            f"this server takes at most {parts.settings.max_choices} in one request.",
-            param="n",
-        )
     token_ids = [prompt.token_ids for prompt in prompts]
     check_size(token_ids, wanted_prompt_logprobs(request), request.n)
     unique = uuid.uuid4().hex if exchange.identity.client_gave_id else exchange.request_id
@@ -168,8 +166,9 @@ async def make_job(
         trace=exchange.identity.trace,
         tokenized_at=parts.clock(),
         deadline=deadline,
-        key=caller_key(exchange.headers, request.user),
-        priority=priority_of(exchange.headers),
+        caller=exchange.caller,
+        key=caller_key(exchange.caller, exchange.headers, request.user),
+        priority=priority,
     )
     choices: list[Choice] = []
     for prompt in prompts:
@@ -193,6 +192,7 @@ class _Planner:
     trace: TraceContext | None
     tokenized_at: float
     deadline: float
+    caller: Caller
     key: str
     priority: Priority
 
@@ -233,7 +233,7 @@ class _Planner:
                 deadline=self.deadline,
                 received_at=self.received_at,
                 tokenized_at=self.tokenized_at,
-                cache_salt=_salt(request),
+                cache_salt=self.parts.salt.of(self.caller.tenant, _salt(request)),
                 key=self.key,
                 priority=self.priority,
                 trace=self.trace,
@@ -260,6 +260,24 @@ class _Planner:
             token_ids=request.return_token_ids,
             discard=discard,
         )
+
+
+def _check_choices(request: TextRequest, most: int) -> None:
+    prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
+    if prompts * request.n > most:
+        raise InvalidRequestError(
+            f"{prompts} prompts with n={request.n} make {prompts * request.n} choices; this server "
+            f"takes at most {most} in one request.",
+            param="n",
+        )
+
+
+def _check_ids(request: TextRequest, model: ServedModel, param: str) -> None:
+    """Refuse token ids beyond the context before anything is done with them."""
+    prompts = request.prompt if isinstance(request, CompletionRequest) else ()
+    for prompt in prompts:
+        if not isinstance(prompt, str) and len(prompt) > model.max_model_len:
+            output_limit(0, None, prompt_tokens=len(prompt), model=model, param=param)
 
 
 def _salt(request: TextRequest) -> str:

@@ -14,6 +14,8 @@ from router.api.parsing import known_fields, validate
 UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
 )
+MAX_MESSAGES = 8192
+"""And text parts of one."""
 
 
 class FunctionCall(Strict):
@@ -37,6 +39,8 @@ def _content(value: Any) -> str:
         return value
     if not isinstance(value, list) or not value:
         raise wrong("must be a string or a list of text parts")
+    if len(value) > MAX_MESSAGES:
+        raise wrong(f"takes at most {MAX_MESSAGES} parts")
     texts = []
     for i, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -87,7 +91,7 @@ def _object_of(arguments: str) -> Any:
     # A template writes them as JSON; a string would be quoted once more.
     try:
         value = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
     return value if isinstance(value, dict) else arguments
 
@@ -100,6 +104,8 @@ def parse_messages(value: Any) -> tuple[Message, ...]:
     """
     if not isinstance(value, list) or not value:
         raise wrong("must be a list of at least one message")
+    if len(value) > MAX_MESSAGES:
+        raise wrong(f"takes at most {MAX_MESSAGES} messages")
     return tuple(_message(item, f"messages[{i}]") for i, item in enumerate(value))
 
 

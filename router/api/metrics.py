@@ -62,6 +62,13 @@ class ApiMetrics:
             registry=registry,
         )
 
+        self.refusals = Counter(
+            "diptych_router_refusals_total",
+            "Requests answered 401, 403 or 429, by the error's code.",
+            ["code"],
+            registry=registry,
+        )
+
     def of(self, endpoint: str) -> "EndpointMetrics":
         """The series of one endpoint that are observed per token, looked up once."""
         return EndpointMetrics(

@@ -37,12 +37,15 @@ _REQUEST_ID = {
 }
 _RAISED = {
     "400": "A field is wrong, unknown or not served; `param` names it.",
+    "401": "The API key is missing or unknown.",
+    "403": "The API key does not allow this.",
     "404": "There is no such model, response or request.",
     "408": "The body did not arrive in time.",
     "409": "It has ended already.",
     "413": "The body is too large.",
     "415": "The body is not JSON in UTF-8.",
     "429": "Too many requests; Retry-After says when to come back.",
+    "431": "The headers are too large.",
     "500": "The router failed; its log says why.",
     "502": "A worker was lost, or KV could not be moved.",
     "503": "No worker can serve this now.",

@@ -49,14 +49,16 @@ class Operations:
         await exchange.answer(encode(self._registry), content_type=content_type.encode())
 
     async def models(self, exchange: Exchange) -> None:
-        """Every served model."""
-        await exchange.answer(orjson.dumps({"object": "list", "data": [self._model()]}))
+        """Every served model that the caller may use."""
+        served = [self._model()] if exchange.caller.may_use(self._parts.served_name) else []
+        await exchange.answer(orjson.dumps({"object": "list", "data": served}))
 
     async def model(self, exchange: Exchange) -> None:
         """One served model."""
         name = exchange.path_params["name"]
         if name != self._parts.served_name:
             raise ModelNotFoundError(name, self._parts.served_name)
+        self._parts.model(name, exchange.caller)
         await exchange.answer(orjson.dumps(self._model()))
 
     async def timeline(self, exchange: Exchange) -> None:
@@ -77,7 +79,7 @@ class Operations:
         look_up: Callable[[str], dict[str, object] | None],
     ) -> None:
         name = exchange.path_params["id"]
-        parts = [look_up(part) for part in self._parts.recent.parts(name)]
+        parts = [look_up(part) for part in self._parts.recent.parts(exchange.caller, name)]
         found = [part for part in parts if part is not None]
         if not found:
             raise HttpError(

@@ -5,6 +5,7 @@ unless its value asks for nothing; an unknown one is refused with the nearest na
 """
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,13 +17,33 @@ from router.api.unserved import HINTS
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
+MAX_DEPTH = 100
+"""Deepest nesting of arrays and objects in a body.
+
+Source: own judgement: JSON schemas of real tools have a dozen levels; libraries that pass values on
+give up at 250.
+"""
+
+MAX_CONTAINERS = 100_000
+"""Most arrays and objects in a body. Each takes microseconds to check, in which others wait; real
+bodies hold a dozen for each of their messages and tools."""
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        InvalidRequestError: it is not one.
+        InvalidRequestError: it is not one, is nested too deeply, or holds too much.
     """
+    opened = body.count(b"[") + body.count(b"{")
+    if opened > MAX_CONTAINERS:
+        outside = _STRING.sub(b"", body)
+        opened = outside.count(b"[") + outside.count(b"{")
+        if opened > MAX_CONTAINERS:
+            raise InvalidRequestError(
+                f"The body holds {opened} arrays and objects; at most {MAX_CONTAINERS} are taken."
+            )
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -31,6 +52,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
         raise InvalidRequestError(
             f"The body must be a JSON object, not {_json_kind(data)}.", param=None
         )
+    if opened > MAX_DEPTH and _deeper_than(data, MAX_DEPTH):
+        raise InvalidRequestError(f"The body is nested more than {MAX_DEPTH} levels deep.")
     return data
 
 
@@ -97,12 +120,28 @@ def validate(model: type[Parsed], data: Mapping[str, Any], *, where: str = "") -
     raise InvalidRequestError(f"{param}: {message}; got {_short(first['input'])}.", param=param)
 
 
+def _deeper_than(data: Any, depth: int) -> bool:
+    """Level by level, since recursion is what has to be kept within bounds."""
+    level = [data]
+    for _ in range(depth):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, list | dict)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _same(value: Any, off: Any) -> bool:
     return type(value) is type(off) and value == off
 
 
 def _unknown(name: str, known: Iterable[str], where: str) -> InvalidRequestError:
-    near = difflib.get_close_matches(name, list(known), n=1)
+    # Looking for what is like a name takes time with its length.
+    near = difflib.get_close_matches(name[:64], list(known), n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     shown = name if len(name) <= 64 else f"{name[:64]}…"
     return InvalidRequestError(f"Unknown field {where}{shown}{hint}", param=f"{where}{shown}")

@@ -27,6 +27,15 @@ from router.api.unserved import UNSERVED
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
+MAX_STOP_IDS = 1024
+MAX_BIASES = 4096
+MAX_KWARGS = 64
+MAX_DETOKENIZED = 1 << 20
+MAX_NAME_CHARS = 512
+"""Longest name of a model, a user or the like."""
+
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
+StopIds = Annotated[list[int], Field(max_length=MAX_STOP_IDS)]
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -41,6 +50,8 @@ def _stops(value: Any) -> tuple[str, ...]:
 def _biases(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
         raise wrong("must be an object of token ids and numbers")
+    if len(value) > MAX_BIASES:
+        raise wrong(f"takes at most {MAX_BIASES} token ids")
     biases = {}
     for token_id, bias in value.items():
         if not token_id.isascii() or not token_id.isdigit() or len(token_id) > 10:
@@ -77,6 +88,7 @@ BIASES_SCHEMA = {
     "type": "object",
     "patternProperties": {"^[0-9]{1,10}$": {"type": "number", "minimum": -100, "maximum": 100}},
     "additionalProperties": False,
+    "maxProperties": MAX_BIASES,
 }
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPTS_SCHEMA = {
@@ -108,7 +120,7 @@ def _stream_options(value: Any) -> Any:
 class SamplingFields(Strict):
     """What every endpoint that generates takes under the same names."""
 
-    model: str | None = None
+    model: Name | None = None
     stream: bool = False
     min_tokens: int = 0
     temperature: float = 1.0
@@ -123,15 +135,15 @@ class SamplingFields(Strict):
         dict[int, float], PlainValidator(_biases), WithJsonSchema(BIASES_SCHEMA)
     ] = Field(default_factory=dict)
     stop: Annotated[tuple[str, ...], PlainValidator(_stops), WithJsonSchema(STOPS_SCHEMA)] = ()
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: StopIds = Field(default_factory=list)
     include_stop_str_in_output: bool = False
     no_stop_trim: bool = False
     """Another name of the one before."""
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
     """Taken for what it hints at: placement goes by the prompt itself."""
     cache_salt: str = Field(default="", max_length=256)
     extra_key: str = Field(default="", max_length=256)
@@ -173,7 +185,7 @@ class ConversationFields(Effort):
     ] = ToolChoice("auto")
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=MAX_KWARGS)
     add_special_tokens: bool = False
 
     @property
@@ -237,7 +249,7 @@ TextRequest = ChatRequest | CompletionRequest
 class TokenizeTextRequest(Strict):
     """Body of POST /tokenize with a prompt."""
 
-    model: str | None = None
+    model: Name | None = None
     prompt: str
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -246,15 +258,15 @@ class TokenizeTextRequest(Strict):
 class TokenizeChatRequest(ConversationFields):
     """Body of POST /tokenize with messages."""
 
-    model: str | None = None
+    model: Name | None = None
     return_token_strs: bool = False
 
 
 class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
-    model: str | None = None
-    tokens: list[int]
+    model: Name | None = None
+    tokens: Annotated[list[int], Field(max_length=MAX_DETOKENIZED)]
     skip_special_tokens: bool = False
 
 

@@ -1,5 +1,8 @@
 """POST /tokenize and /detokenize: the tokenizer as requests see it."""
 
+import asyncio
+from functools import partial
+
 import orjson
 
 from core.errors import InvalidRequestError
@@ -22,13 +25,13 @@ class TokenEndpoints:
         request: TokenizeTextRequest | TokenizeChatRequest
         if "messages" in data:
             request = read(TokenizeChatRequest, data)
-            model = self._parts.model(request.model)
+            model = self._parts.model(request.model, exchange.caller)
             ids = await self._parts.text.encode(
                 render(request, self._parts.text), add_special_tokens=request.add_special_tokens
             )
         else:
             request = read(TokenizeTextRequest, data)
-            model = self._parts.model(request.model)
+            model = self._parts.model(request.model, exchange.caller)
             ids = await self._parts.text.encode(
                 request.prompt, add_special_tokens=request.add_special_tokens
             )
@@ -46,12 +49,11 @@ class TokenEndpoints:
     async def detokenize(self, exchange: Exchange) -> None:
         """Text of token ids."""
         request = read(DetokenizeRequest, parse_json(await self._body(exchange)))
-        self._parts.model(request.model)
+        self._parts.model(request.model, exchange.caller)
         if not all(0 <= token_id < 2**32 for token_id in request.tokens):
             raise InvalidRequestError("tokens must be in [0, 2**32).", param="tokens")
-        text = self._parts.text.decode(
-            request.tokens, skip_special_tokens=request.skip_special_tokens
-        )
+        decode = partial(self._parts.text.decode, skip_special_tokens=request.skip_special_tokens)
+        text = await asyncio.to_thread(decode, request.tokens)
         await exchange.answer(orjson.dumps({"prompt": text}))
 
     async def _body(self, exchange: Exchange) -> bytes:

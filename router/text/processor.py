@@ -16,6 +16,11 @@ from router.text.vocabulary import Vocabulary
 INLINE_CHARS = 4096
 """Longer text is encoded in a thread: this much takes about a millisecond."""
 
+HUGE_CHARS = 1 << 18
+"""Above this, texts are encoded two at a time: each takes a core for a second and more, and no
+other prompt should wait for a free thread because of them."""
+_HUGE_AT_ONCE = 2
+
 
 class TextProcessor:
     """Encodes prompts, renders chats and decodes outputs as transformers would."""
@@ -41,6 +46,7 @@ class TextProcessor:
         self._tokenizer = tokenizer
         self._template = chat_template
         self._vocabulary = Vocabulary(tokenizer)
+        self._huge = asyncio.Semaphore(_HUGE_AT_ONCE)
         self.tool_format = tool_format
         self.reasons = reasons
         self._added = {
@@ -65,8 +71,11 @@ class TextProcessor:
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in it become their ids."""
         if len(text) <= INLINE_CHARS:
-            return self._encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) <= HUGE_CHARS:
+            return await asyncio.to_thread(self._encode, text, add_special_tokens)
+        async with self._huge:
+            return await asyncio.to_thread(self._encode, text, add_special_tokens)
 
     def render_chat(
         self,
@@ -130,4 +139,10 @@ class TextProcessor:
         return self._vocabulary.token_bytes(token_id)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Of the ways to encode, those of batches let other threads run meanwhile; this one does not
+        # note which characters a token stands for either.
+        (encoding,) = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
+        ids: list[int] = encoding.ids
+        return ids

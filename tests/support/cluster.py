@@ -101,6 +101,8 @@ class Cluster:
     port: int
     prefill: list[Worker]
     decode: list[Worker]
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Sent with what this asks the router itself."""
 
     @property
     def url(self) -> str:
@@ -121,7 +123,7 @@ class Cluster:
         )
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=10)
+        return httpx.get(self.url + path, timeout=10, headers=dict(self.headers))
 
     @property
     def log(self) -> str:
@@ -212,6 +214,8 @@ def cluster(
     prefill_worker: Settings | Sequence[Settings] | None = None,
     decode_worker: Settings | Sequence[Settings] | None = None,
     router: Mapping[str, object] | None = None,
+    router_env: Mapping[str, str] | None = None,
+    headers: Mapping[str, str] | None = None,
     wait: bool = True,
 ) -> Iterator[Cluster]:
     """Start a system and end it, checking that it left no block behind.
@@ -225,6 +229,8 @@ def cluster(
         prefill_worker: settings of prefill workers alone; or of each, one worker for each.
         decode_worker: the same of decode workers.
         router: settings of the router, by field name.
+        router_env: settings of the router that are secret, by the name of their variable.
+        headers: of the requests by which it learns how the system is.
         wait: wait until all is ready.
     """
     with ExitStack() as stack:
@@ -241,7 +247,9 @@ def cluster(
         for one in [*pools["prefill"], *pools["decode"]]:
             stack.callback(one.stack.close)
             one.start()
-        yield stack.enter_context(routed(model, **pools, router=router, wait=wait))
+        yield stack.enter_context(
+            routed(model, **pools, router=router, router_env=router_env, headers=headers, wait=wait)
+        )
 
 
 @contextmanager
@@ -251,6 +259,8 @@ def routed(
     prefill: list[Worker],
     decode: list[Worker],
     router: Mapping[str, object] | None = None,
+    router_env: Mapping[str, str] | None = None,
+    headers: Mapping[str, str] | None = None,
     wait: bool = True,
 ) -> Iterator[Cluster]:
     """A router in front of workers that were started already; others may be in front of them too.
@@ -263,9 +273,9 @@ def routed(
         if workers:
             options[role] = ",".join(one.address for one in workers)
     command = [sys.executable, "-m", "router", *_flags(options)]
-    env = {"DIPTYCH_ROUTER_AUTH_TOKEN": TOKEN}
+    env = {"DIPTYCH_ROUTER_AUTH_TOKEN": TOKEN, **(router_env or {})}
     with running(command, name="router", env=env) as process:
-        system = Cluster(process, port, prefill, decode)
+        system = Cluster(process, port, prefill, decode, headers or {})
         if wait:
             system.wait_ready()
         yield system

@@ -8,19 +8,22 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import httpx
-import uvicorn
 from prometheus_client import CollectorRegistry
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from core.errors import DiptychError, UnavailableError
 from core.finish import FinishReason
 from core.tokens import PromptLogprobs, TokenLogprobs
+from router.access.door import Door
 from router.api.settings import ApiSettings
 from router.app import create_app
 from router.generation import GenerationEnd, GenerationRequest, ServedModel, Token
+from router.http_protocol import ConnectionLimits
+from router.http_server import http_server
 from router.text.loading import text_processor
 from router.text.processor import TextProcessor
 from router.text.vocabulary import byte_characters
+from router.tls import ServerCertificate
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -279,6 +282,9 @@ async def serve(
     settings: ApiSettings | None = None,
     text: TextProcessor | None = None,
     observed: ScriptedView | None = None,
+    door: Door | None = None,
+    limits: ConnectionLimits | None = None,
+    certificate: ServerCertificate | None = None,
 ) -> AsyncIterator[Served]:
     """Run the router's app under uvicorn on loopback."""
     registry = CollectorRegistry()
@@ -290,16 +296,19 @@ async def serve(
         settings=settings or ApiSettings(),
         observed=observed or ScriptedView(),
         registry=registry,
+        door=door,
     )
     with closing_socket() as listener:
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+        server = http_server(
+            app, limits=limits or ConnectionLimits(), certificate=certificate, shutdown_s=0
         )
         running = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             await until(lambda: server.started)
             host, port = listener.getsockname()
-            yield Served(f"http://{host}:{port}", generator, registry)
+            yield Served(
+                f"{'https' if certificate else 'http'}://{host}:{port}", generator, registry
+            )
         finally:
             server.should_exit = True
             await running

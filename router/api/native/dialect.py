@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from router.access.caller import Caller
 from router.api.answer import Answer, AnswerFacts
 from router.api.choice import Prompt
 from router.api.completions import CompletionDialect
@@ -20,7 +21,7 @@ class NativeDialect(CompletionDialect):
     name = "generate"
     id_prefix = "gen-"
 
-    def read(self, data: Mapping[str, Any]) -> TextRequest:
+    def read(self, data: Mapping[str, Any], caller: Caller) -> TextRequest:
         """Check the fields of a body."""
         return read_native(data)
 

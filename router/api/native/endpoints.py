@@ -7,6 +7,7 @@ import orjson
 from pydantic import PlainValidator, WithJsonSchema
 
 from core.errors import InvalidRequestError
+from router.access.door import forbidden
 from router.api.exchange import Exchange
 from router.api.fields import Strict
 from router.api.native.request import NAMES_SCHEMA, parse_names
@@ -44,10 +45,14 @@ class NativeEndpoints:
         data = parse_json(await self._body(exchange))
         body = validate(AbortBody, known_fields(data, AbortBody, {"abort_message": ()}))
         generator = self._parts.generator
+        if body.abort_all and not exchange.caller.admin:
+            raise forbidden(exchange.caller, "ends requests of others too", param="abort_all")
         if body.abort_all:
             aborted = generator.abort_all()
         elif body.rid:
-            names = {part for rid in body.rid for part in self._parts.recent.parts(rid)}
+            names = {
+                part for rid in body.rid for part in self._parts.recent.parts(exchange.caller, rid)
+            }
             aborted = sum([generator.abort(name) for name in names])
         else:
             raise InvalidRequestError("Send rid, or abort_all: true.", param="rid")

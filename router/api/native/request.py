@@ -13,7 +13,9 @@ from router.api.requests import (
     BIASES_SCHEMA,
     STOPS_SCHEMA,
     CompletionRequest,
+    Name,
     SamplingFields,
+    StopIds,
     parse_prompts,
 )
 from router.api.structured import GrammarField, RegexField, SchemaField
@@ -68,7 +70,7 @@ class NativeSampling(Strict):
     repetition_penalty: float = 1.0
     logit_bias: Annotated[Any, WithJsonSchema(BIASES_SCHEMA)] = None
     stop: Annotated[Any, WithJsonSchema(STOPS_SCHEMA)] = None
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: StopIds = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
@@ -109,12 +111,17 @@ def _by_own_names(sampling: NativeSampling) -> dict[str, Any]:
 
 
 _NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 128}
-NAMES_SCHEMA = {"anyOf": [_NAME_SCHEMA, {"type": "array", "items": _NAME_SCHEMA}]}
+MAX_NAMES = 1024
+NAMES_SCHEMA = {
+    "anyOf": [_NAME_SCHEMA, {"type": "array", "items": _NAME_SCHEMA, "maxItems": MAX_NAMES}]
+}
 
 
 def parse_names(value: Any) -> tuple[str, ...]:
     """One name or several."""
     names = [value] if isinstance(value, str) else value
+    if isinstance(names, list) and len(names) > MAX_NAMES:
+        raise wrong(f"takes at most {MAX_NAMES} names")
     if not isinstance(names, list) or not all(
         isinstance(name, str) and 0 < len(name) <= 128 for name in names
     ):
@@ -133,7 +140,7 @@ _SAMPLING_SCHEMA = {
 class NativeBody(Strict):
     """Body of POST /generate."""
 
-    model: str | None = None
+    model: Name | None = None
     text: Annotated[tuple[str, ...], PlainValidator(parse_prompts)] | None = None
     input_ids: Annotated[tuple[tuple[int, ...], ...], PlainValidator(parse_prompts)] | None = None
     sampling_params: Annotated[

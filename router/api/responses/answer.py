@@ -84,7 +84,8 @@ class ResponsesAnswer:
             _BYTES_PER_MESSAGE + len(message.model_dump_json()) for message in messages
         )
         self._store.keep(
-            self._facts.answer_id, StoredResponse(body=body, messages=messages, size=size)
+            self._facts.answer_id,
+            StoredResponse(tenant=self._facts.tenant, body=body, messages=messages, size=size),
         )
 
     def _response(self, status: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import orjson
 
 from core.errors import ErrorCode
+from router.access.caller import Caller
 from router.api.answer import Answer, AnswerFacts
 from router.api.chat import ChatDialect
 from router.api.errors import HttpError
@@ -27,12 +28,12 @@ class ResponsesDialect(ChatDialect):
     def __init__(self, store: ResponseStore) -> None:
         self._store = store
 
-    def read(self, data: Mapping[str, Any]) -> TextRequest:
+    def read(self, data: Mapping[str, Any], caller: Caller) -> TextRequest:
         """Check the fields of a body and find the response that it goes on from."""
         body = read_body(data)
         if body.previous_response_id is None:
             return as_chat(body, ())
-        previous = self._store.get(body.previous_response_id, param="previous_response_id")
+        previous = self._store.get(body.previous_response_id, caller, param="previous_response_id")
         return as_chat(body, previous.messages)
 
     def answer(self, request: TextRequest, facts: AnswerFacts) -> Answer:
@@ -50,24 +51,25 @@ class ResponseEndpoints:
 
     async def get(self, exchange: Exchange) -> None:
         """A response that has ended."""
-        await exchange.answer(self._store.get(exchange.path_params["id"]).body)
+        stored = self._store.get(exchange.path_params["id"], exchange.caller)
+        await exchange.answer(stored.body)
 
     async def delete(self, exchange: Exchange) -> None:
         """Forget a response."""
         response_id = exchange.path_params["id"]
-        self._store.delete(response_id)
+        self._store.delete(response_id, exchange.caller)
         deleted = {"id": response_id, "object": "response.deleted", "deleted": True}
         await exchange.answer(orjson.dumps(deleted))
 
     async def cancel(self, exchange: Exchange) -> None:
         """End a response that is still being generated; its own answer ends with what it has."""
         response_id = exchange.path_params["id"]
-        names = self._parts.recent.parts(response_id)
+        names = self._parts.recent.parts(exchange.caller, response_id)
         if sum(map(self._parts.generator.abort, names)):
             body = {"id": response_id, "object": "response", "status": "cancelled"}
             await exchange.answer(orjson.dumps(body))
             return
-        self._store.get(response_id)
+        self._store.get(response_id, exchange.caller)
         raise HttpError(
             409, ErrorCode.INVALID_REQUEST, f"Response {response_id[:128]!r} has ended already."
         )

@@ -107,7 +107,7 @@ def _text(value: Any, where: str) -> str:
     texts = []
     for i, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in _TEXT_PARTS:
+        if not isinstance(kind, str) or kind not in _TEXT_PARTS:
             raise _wrong(f"{where}[{i}]", f"of type {str(kind)[:40]!r} is not supported; send text")
         texts.append(_string(part, "text", f"{where}[{i}]"))
     return "\n".join(texts)

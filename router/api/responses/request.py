@@ -9,9 +9,9 @@ from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 from core.errors import InvalidRequestError
 from core.sampling import StructuredOutput
 from router.api.fields import wrong
-from router.api.messages import Message
+from router.api.messages import MAX_MESSAGES, Message
 from router.api.parsing import known_fields, known_names, validate
-from router.api.requests import ChatRequest, Effort, SamplingFields
+from router.api.requests import MAX_KWARGS, ChatRequest, Effort, SamplingFields
 from router.api.responses import schemas
 from router.api.responses.items import messages_of
 from router.api.structured import parse_response_format
@@ -35,6 +35,8 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 
 
 def _input(value: Any) -> str | list[Any]:
+    if isinstance(value, list) and len(value) > MAX_MESSAGES:
+        raise wrong(f"takes at most {MAX_MESSAGES} items")
     if isinstance(value, str) or (isinstance(value, list) and value):
         return value
     raise wrong("must be a string or a list of at least one item")
@@ -107,7 +109,7 @@ class ResponsesBody(SamplingFields):
     text: Annotated[
         StructuredOutput | None, PlainValidator(_text), WithJsonSchema(schemas.TEXT)
     ] = None
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=MAX_KWARGS)
     stream_options: Annotated[
         Any, PlainValidator(_stream_options), WithJsonSchema(schemas.STREAM_OPTIONS)
     ] = None

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from router.api.messages import MAX_MESSAGES
 from router.api.requests import Effort
 from router.api.tools import MAX_TOOLS
 
@@ -20,7 +21,12 @@ def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
 INPUT = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "items": {"type": "object"}, "minItems": 1},
+        {
+            "type": "array",
+            "items": {"type": "object"},
+            "minItems": 1,
+            "maxItems": MAX_MESSAGES,
+        },
     ]
 }
 TOOLS = {

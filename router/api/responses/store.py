@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.errors import ErrorCode
+from router.access.caller import Caller
 from router.api.errors import HttpError
 from router.api.messages import Message
 
@@ -17,6 +18,8 @@ from router.api.messages import Message
 class StoredResponse:
     """A response that has ended."""
 
+    tenant: str
+    """Whose it is."""
     body: bytes
     """Its JSON."""
     messages: Sequence[Message]
@@ -42,14 +45,14 @@ class ResponseStore:
             _, oldest = self._stored.popitem(last=False)
             self._bytes -= oldest.size
 
-    def get(self, response_id: str, *, param: str | None = None) -> StoredResponse:
+    def get(self, response_id: str, caller: Caller, *, param: str | None = None) -> StoredResponse:
         """A response that is remembered.
 
         Raises:
-            HttpError: 404; it is unknown or forgotten.
+            HttpError: 404; it is unknown, forgotten or another tenant's.
         """
         found = self._stored.get(response_id)
-        if found is None:
+        if found is None or not caller.may_see(found.tenant):
             raise HttpError(
                 404,
                 ErrorCode.NOT_FOUND,
@@ -60,11 +63,11 @@ class ResponseStore:
         self._stored.move_to_end(response_id)
         return found
 
-    def delete(self, response_id: str) -> None:
+    def delete(self, response_id: str, caller: Caller) -> None:
         """Forget a response.
 
         Raises:
-            HttpError: 404; it is unknown or forgotten.
+            HttpError: 404; it is unknown, forgotten or another tenant's.
         """
-        self._bytes -= self.get(response_id).size
+        self._bytes -= self.get(response_id, caller).size
         del self._stored[response_id]

@@ -1,17 +1,25 @@
 """The chat as a process, against a small endpoint that answers as an OpenAI server does."""
 
+import asyncio
 import json
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from diptych.chat.main import ChatSettings, Conversation
+from router.access.door import Door
+from router.tls import server_certificate
+from tests.support.api_keys import KeyRing
+from tests.support.pki import issue
 from tests.support.process import free_port
+from tests.support.router_api import ScriptedGenerator, says, serve
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -146,3 +154,33 @@ def test_interrupt_stops_the_answer_and_keeps_what_was_shown() -> None:
     assert shown == ["half ", " (stopped)"]
     assert conversation.messages[-1] == {"role": "assistant", "content": "half "}
     assert closed == [True]
+
+
+async def test_an_endpoint_with_keys_and_a_certificate_of_its_own(tmp_path: Path) -> None:
+    files, ring = issue(tmp_path / "tls"), KeyRing(me={})
+    certificate = server_certificate(str(files.cert), str(files.key))
+    generator = ScriptedGenerator(lambda _: says("good day"))
+    async with serve(generator, door=Door(ring.keys), certificate=certificate) as served:
+
+        async def ask(*options: str, **env: str) -> tuple[int | None, str, str]:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "diptych", "chat", "--url", served.url),
+                *("--max-tokens=9", *options),
+                env={**os.environ, **env},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            async with asyncio.timeout(30):
+                out, error = await process.communicate(b"hello\n")
+            return process.returncode, out.decode(), error.decode()
+
+        ca = ("--ca", str(files.ca))
+        key = {"DIPTYCH_CHAT_API_KEY": ring.plain["me"]}
+        assert await ask(*ca, **key) == (0, "good day\n", "")
+        code, _, error = await ask(*ca)
+        assert code == 1 and "401" in error
+        code, _, error = await ask(**key)
+        assert code == 1 and "--ca" in error
+        code, _, error = await ask("--ca", str(tmp_path / "no"))
+        assert code == 2 and "can't be used" in error

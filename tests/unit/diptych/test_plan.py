@@ -9,6 +9,7 @@ from decode.settings import DecodeSettings
 from diptych.cluster.plan import (
     ClusterPlan,
     free_ports,
+    num_ports,
     plan_cluster,
     settle_port,
     threads_per_worker,
@@ -59,6 +60,7 @@ def test_every_part_understands_the_options_that_it_is_given() -> None:
     assert router.prefill == ("127.0.0.1:1000", "127.0.0.1:1002")
     assert router.decode == ("127.0.0.1:1004",)
     assert (router.host, router.port, router.console) == ("127.0.0.1", 8000, True)
+    assert (router.metrics_host, router.metrics_port) == ("127.0.0.1", 1006)
     assert (prefill.port, prefill.metrics_port) == (1002, 1003)
     assert prefill.worker_id == "prefill-1"
     for worker in (prefill, decode):
@@ -87,6 +89,16 @@ def test_token_travels_in_the_environment_only() -> None:
 )
 def test_url_can_be_used_on_this_machine(host: str, url: str) -> None:
     assert plan(f"--host={host}", "--port=81").base_url == f"http://{url}:81"
+
+
+def test_keys_and_certificate_of_the_endpoint_reach_the_router() -> None:
+    made = plan("--host=0.0.0.0", "--api-keys=k", "--http-tls-cert=c", "--http-tls-key=d")
+    router = load(RouterSettings, options(made, "router"), prog="r", env_prefix="R_")
+    assert (router.api_keys, router.http_tls_cert, router.http_tls_key) == ("k", "c", "d")
+    assert made.base_url == "https://127.0.0.1:8000"
+    # What the launcher itself looks at needs neither, and is for this machine alone.
+    assert made.children[-1].metrics_url == f"http://127.0.0.1:{router.metrics_port}/metrics"
+    assert num_ports(settings()) == 5
 
 
 @pytest.mark.parametrize(

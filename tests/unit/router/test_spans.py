@@ -1,9 +1,6 @@
 """Spans of finished requests: whose they are, when they were, and that they reach a collector."""
 
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from queue import Queue
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -17,6 +14,7 @@ from router.placement.decision import Mode, Placement
 from router.spans import NoSpans, OtelSpans, Spans, open_spans
 from router.timeline import RequestTimeline
 from telemetry.trace_context import TraceContext
+from tests.support.collector import Collector, collecting
 
 pytest.importorskip("opentelemetry.sdk")
 
@@ -161,39 +159,10 @@ def test_the_caller_decides_else_the_ratio(caller: bool | None, ratio: float, tr
     assert bool(collect(line, clock, ratio)) is traced
 
 
-class Collector(ThreadingHTTPServer):
-    """Takes OTLP over HTTP."""
-
-    def __init__(self) -> None:
-        self.got: Queue[tuple[str, bytes]] = Queue()
-        super().__init__(("127.0.0.1", 0), Take)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Take(BaseHTTPRequestHandler):
-    server: Collector
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
-        self.server.got.put((self.path, body))
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    with Collector() as server:
-        thread = Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with collecting() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def opened(endpoint: str | None, clock: Clock) -> Spans:

@@ -1,0 +1,1 @@
+"""Who may use the router, for what, and how much of it: API keys, limits, tenants."""
