@@ -32,8 +32,11 @@ from core.settings import load_or_exit
 from router.api.settings import ApiSettings
 from router.app import create_app
 from router.dispatch import Dispatcher
-from router.fleet.discovery import static_members
+from router.fleet.discovery import Discovery, StaticDiscovery
 from router.fleet.fleet import Fleet
+from router.fleet.kubernetes.api import KubernetesApi
+from router.fleet.kubernetes.discovery import KubernetesDiscovery
+from router.fleet.kubernetes.metrics import DiscoveryMetrics
 from router.fleet.link import LinkSettings
 from router.metrics import FleetMetrics
 from router.observer import Observer
@@ -135,14 +138,14 @@ async def dispatcher_on_fleet(
     """The Generator of a router and its workers, linked for as long as the context lasts.
 
     Raises:
-        ConfigError: no worker is named, or TLS files are missing.
+        ConfigError: nothing says where workers are, or TLS files are missing.
     """
     credentials = Credentials.from_settings(
         token=token, ca=settings.tls_ca, cert=settings.tls_cert, key=settings.tls_key
     )
     router_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     fleet = Fleet(
-        static_members(settings.prefill, settings.decode),
+        discover(settings, registry),
         partial(open_channel, credentials=credentials),
         LinkSettings(
             router_id=router_id,
@@ -173,6 +176,21 @@ async def dispatcher_on_fleet(
         finally:
             links.cancel()
             await asyncio.to_thread(spans.close)
+
+
+def discover(settings: RouterSettings, registry: CollectorRegistry) -> Discovery:
+    """Where the settings say that workers are found.
+
+    Raises:
+        ConfigError: no worker is named, or Kubernetes can't be asked.
+    """
+    if settings.discovery == "static":
+        return StaticDiscovery(settings.prefill, settings.decode)
+    return KubernetesDiscovery(
+        KubernetesApi(settings.kubernetes_namespace, settings.kubernetes_selector),
+        DiscoveryMetrics(registry, monotonic),
+        monotonic,
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:
