@@ -171,6 +171,7 @@ async def dispatcher_on_fleet(
     dispatcher = Dispatcher(fleet, placer, settings, FleetMetrics(registry), monotonic, spans)
     async with asyncio.TaskGroup() as group:
         links = group.create_task(fleet.run(dispatcher), name="fleet")
+        await asyncio.sleep(0)  # a static list is known before the first request comes
         try:
             yield dispatcher, fleet
         finally:

@@ -50,7 +50,7 @@ class Discovery(Protocol):
 class StaticDiscovery:
     """The workers that the settings name."""
 
-    shortage = "None is configured: set prefill and decode."
+    shortage = "They have not been called yet."
 
     def __init__(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
         """Take two lists of host:port.
