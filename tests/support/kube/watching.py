@@ -1,0 +1,125 @@
+"""One watch: events as they happen, bookmarks, and the ways in which a watch ends."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from tests.support.kube.failure import Failure
+from tests.support.kube.kinds import Kind
+from tests.support.kube.store import Object, Store, event_of
+
+DEFAULT_S = 300.0
+
+
+class CutError(ConnectionError):
+    """The server drops the connection."""
+
+
+class Watch:
+    """Lives as long as its request. All but `run` is for tests, on the server's event loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        kind: Kind,
+        namespace: str | None,
+        wanted: Callable[[Object], bool],
+        query: dict[str, str],
+    ) -> None:
+        self.kind = kind
+        self._store = store
+        self._namespace = namespace
+        self._wanted = wanted
+        self._query = query
+        self._woken = store.watcher()
+        self._bookmark = False
+        self._cut: bytes | None = None
+        self._ends: Failure | None = None
+
+    def bookmark(self) -> None:
+        """Say how far the watch has come, if the client wants to know."""
+        self._bookmark = self._query.get("allowWatchBookmarks") == "true"
+        self._woken.set()
+
+    def cut(self, last_words: bytes = b"") -> None:
+        """Drop the connection, after some bytes that may be half a line."""
+        self._cut = last_words
+        self._woken.set()
+
+    def fail(self, failure: Failure) -> None:
+        """End it with an ERROR event."""
+        self._ends = failure
+        self._woken.set()
+
+    async def run(self, receive: Any, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+        """Answer the request."""
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"", "more_body": True})
+        left = asyncio.ensure_future(receive())
+        try:
+            async for line in self._lines(left):
+                await send({"type": "http.response.body", "body": line, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            left.cancel()
+            self._store.leave(self._woken)
+
+    async def _lines(self, left: "asyncio.Future[Any]") -> AsyncIterator[bytes]:
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + float(self._query.get("timeoutSeconds", DEFAULT_S))
+        asked = self._query.get("resourceVersion", "")
+        seen = self._store.version if asked in ("", "0") else int(asked)
+        initial = self._query.get("sendInitialEvents") == "true"
+        if asked in ("", "0") or initial:
+            seen = self._store.version
+            for item in self._store.find(self.kind, self._namespace):
+                if self._wanted(item):
+                    yield _line("ADDED", item)
+            if initial:
+                yield self._bookmark_line(seen, {"k8s.io/initial-events-end": "true"})
+        while not left.done():
+            self._woken.clear()
+            try:
+                changes = self._store.changes(seen)
+            except Failure as failure:
+                yield _line("ERROR", failure.status())
+                return
+            for change in changes:
+                seen = change.version
+                resource, namespace, _ = change.key
+                if resource == self.kind.resource and self._namespace in (None, namespace):
+                    event = event_of(change, self._wanted)
+                    if event is not None:
+                        yield _line(*event)
+            if self._bookmark:
+                self._bookmark = False
+                seen = self._store.version
+                yield self._bookmark_line(seen)
+            if self._ends is not None:
+                yield _line("ERROR", self._ends.status())
+                return
+            if self._cut is not None:
+                yield self._cut
+                raise CutError
+            if loop.time() >= ends_at:
+                return
+            waits = [left, asyncio.ensure_future(self._woken.wait())]
+            await asyncio.wait(
+                waits, timeout=ends_at - loop.time(), return_when=asyncio.FIRST_COMPLETED
+            )
+            waits[1].cancel()
+
+    def _bookmark_line(self, version: int, annotations: dict[str, str] | None = None) -> bytes:
+        metadata = {"resourceVersion": str(version), "creationTimestamp": None}
+        item = {
+            "kind": self.kind.kind,
+            "apiVersion": self.kind.group_version,
+            "metadata": {**metadata, **({"annotations": annotations} if annotations else {})},
+        }
+        return _line("BOOKMARK", item)
+
+
+def _line(kind: str, item: object) -> bytes:
+    return json.dumps({"type": kind, "object": item}).encode() + b"\n"
