@@ -67,6 +67,9 @@ class SliceApi(Protocol):
         Raises: as `list`.
         """
 
+    def close(self) -> None:
+        """Give up every connection."""
+
 
 class KubernetesApi:
     """SliceApi by a synchronous client, with the rights of this pod or of a kubeconfig."""
@@ -99,7 +102,9 @@ class KubernetesApi:
             if _in_cluster():
                 kubernetes.config.load_incluster_config(configuration)
             else:
-                kubernetes.config.load_kube_config(client_configuration=configuration)
+                kubernetes.config.load_kube_config(
+                    config_file=_kubeconfig(), client_configuration=configuration
+                )
         except kubernetes.config.ConfigException as error:
             raise ConfigError(
                 f"Discovery through Kubernetes finds no API server: {error} In a pod it needs "
@@ -146,6 +151,10 @@ class KubernetesApi:
             timeout_seconds=max(1, round(timeout_s)),
         )
         return _ResponseLines(response, self._network_errors)
+
+    def close(self) -> None:
+        """See SliceApi."""
+        self._client.api_client.rest_client.pool_manager.clear()
 
     def _call(self, verb: str, *, read_s: float, **options: object) -> Any:
         try:
@@ -218,6 +227,10 @@ def _in_cluster() -> bool:
     return not os.environ.get("KUBECONFIG") and bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
 
 
+def _kubeconfig() -> str:
+    return os.environ.get("KUBECONFIG") or "~/.kube/config"
+
+
 def _own_namespace(config: Any) -> str:
     if _in_cluster():
         try:
@@ -226,7 +239,7 @@ def _own_namespace(config: Any) -> str:
             raise config.ConfigException(
                 f"{NAMESPACE_FILE} can't be read; set kubernetes_namespace."
             ) from None
-    _, context = config.list_kube_config_contexts()
+    _, context = config.list_kube_config_contexts(_kubeconfig())
     return str(context["context"].get("namespace") or "default")
 
 

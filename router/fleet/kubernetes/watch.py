@@ -84,6 +84,7 @@ class SliceWatch:
                 log.exception("discovery failed")
                 self.trouble = "Discovery failed; the log says how."
             self._stopped.wait(wait_s)
+        self._api.close()
 
     def stop(self) -> None:
         """Have `run` return soon. From any thread."""
@@ -147,7 +148,7 @@ class SliceWatch:
 
     def _note(self, trouble: str) -> None:
         """Say once what is wrong; the metrics say for how long."""
-        if trouble != self.trouble:
+        if trouble != self.trouble and not self._stopped.is_set():
             log.warning("%s Workers known so far are kept.", trouble)
             self.trouble = trouble
 

@@ -18,7 +18,7 @@ from tests.support.kube.kinds import Kind
 from tests.support.kube.patches import json_patch, merge, strategic
 from tests.support.kube.rights import ADMIN, Action, Subject
 from tests.support.kube.store import Object, Store
-from tests.support.kube.watching import Watch
+from tests.support.kube.watching import Watch, flag
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -55,7 +55,7 @@ class Request:
 
     @property
     def watches(self) -> bool:
-        return self.query.get("watch") in ("1", "true")
+        return flag(self.query, "watch")
 
     @property
     def manager(self) -> str:
@@ -134,15 +134,23 @@ class KubeApp:
         if (failure := self.refuse(request.verb, kind.plural)) is not None:
             raise failure
         if request.verb == "watch":
-            wanted = _wanted(request)
-            watch = Watch(self.store, kind, namespace if namespace else None, wanted, query)
-            self.watches.add(watch)
-            try:
-                await watch.run(receive, send)
-            finally:
-                self.watches.discard(watch)
+            await self._watch(request, receive, send)
             return None
         return self._do(request)
+
+    async def _watch(self, request: Request, receive: Receive, send: Send) -> None:
+        """What is gone is told within the stream, as the API server's watch cache does."""
+        namespace = request.namespace if request.namespace else None
+        try:
+            watch = Watch(self.store, request.kind, namespace, _wanted(request), request.query)
+        except Failure as failure:
+            await _send_json(send, 200, {"type": "ERROR", "object": failure.status()})
+            return
+        self.watches.add(watch)
+        try:
+            await watch.run(receive, send)
+        finally:
+            self.watches.discard(watch)
 
     def _subject(self, headers: dict[str, str]) -> Subject:
         scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -207,7 +215,6 @@ class KubeApp:
                 return 200, _scale(item) if request.part == "scale" else item
             case "create":
                 item = request.document()
-                updated(None, {"kind": kind.kind, "metadata": {}, **item}, request.manager)
                 item.setdefault("apiVersion", kind.group_version)
                 item.setdefault("kind", kind.kind)
                 item.setdefault("metadata", {})
@@ -222,7 +229,7 @@ class KubeApp:
                 _check_preconditions(request, item)
                 return 200, item if request.dry else self.store.delete(kind, namespace, name)
             case "deletecollection":
-                gone = [item for item in self._selected(request)]
+                gone = self._selected(request)
                 for item in gone:
                     metadata = item["metadata"]
                     self.store.delete(kind, metadata.get("namespace", ""), metadata["name"])
@@ -270,7 +277,7 @@ class KubeApp:
     def _apply(self, request: Request, wanted: Object) -> tuple[int, object]:
         kind, namespace, name = request.kind, request.namespace, request.name
         wanted["metadata"].setdefault("name", name)
-        force = request.query.get("force") == "true"
+        force = flag(request.query, "force")
         try:
             live = self.store.get(kind, namespace, name)
         except Failure:
@@ -350,7 +357,7 @@ def _check_preconditions(request: Request, item: Object) -> None:
 
 
 async def _send_json(send: Send, code: int, document: object) -> None:
-    body = json.dumps(document).encode()
+    body = json.dumps(document).encode() + b"\n"
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     with contextlib.suppress(OSError, asyncio.CancelledError):
         await send({"type": "http.response.start", "status": code, "headers": headers})

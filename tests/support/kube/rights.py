@@ -54,8 +54,8 @@ def check(store: Store, subject: Subject, action: Action) -> None:
     named = f' "{action.name}"' if action.name else ""
     raise Failure(
         403,
-        f'{action.kind.resource}{named} is forbidden: User "{subject}" cannot {action.verb} resource '
-        f'"{action.resource}" in API group "{action.kind.group}" {where}',
+        f'{action.kind.resource}{named} is forbidden: User "{subject}" cannot {action.verb} '
+        f'resource "{action.resource}" in API group "{action.kind.group}" {where}',
         kind=action.kind.plural,
         group=action.kind.group,
     )

@@ -1,4 +1,4 @@
-"""Which lists are merged item by item, as the schemas of the built-in kinds say; all others are atomic.
+"""Which lists are merged item by item, by the built-in kinds' schemas; all others are atomic.
 
 Source: `patchMergeKey` and `x-kubernetes-list-map-keys` of Kubernetes' OpenAPI document, for the
 fields that charts write.

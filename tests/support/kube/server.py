@@ -1,7 +1,6 @@
 """Runs the server beside a test: TLS, tokens, a kubeconfig, and ways to be nasty to its clients."""
 
 import asyncio
-import json
 import logging
 import os
 import ssl
@@ -9,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import trustme
 import uvicorn
@@ -40,7 +39,7 @@ class KubeServer:
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         for name in ("default", "kube-system"):
-            self.app.store.create(self._kind("Namespace"), "", {"metadata": {"name": name}})
+            self.app.store.create(self.kind("Namespace"), "", {"metadata": {"name": name}})
 
     @property
     def url(self) -> str:
@@ -69,6 +68,10 @@ class KubeServer:
         async def serve() -> None:
             self._loop = asyncio.get_running_loop()
             await server.serve()
+            while connections := server.server_state.connections:
+                for each in list(connections):
+                    each.transport.abort()
+                await asyncio.sleep(0.01)
 
         self._thread = threading.Thread(target=lambda: asyncio.run(serve()), name="kube")
         self._thread.start()
@@ -97,7 +100,7 @@ class KubeServer:
 
     def put(self, item: Object) -> Object:
         """Create an object, or write over it."""
-        kind = self._kind(item["kind"])
+        kind = self.kind(item["kind"])
         namespace = item["metadata"].get("namespace", "default") if kind.namespaced else ""
 
         def write() -> Object:
@@ -112,19 +115,19 @@ class KubeServer:
     def set_status(self, kind: str, name: str, status: Object, namespace: str = "default") -> None:
         """Play the controller of an object."""
         item = {"metadata": {"name": name}, "status": status}
-        served = self._kind(kind)
+        served = self.kind(kind)
         self.call(lambda: self.app.store.replace(served, namespace, item, "status"))
 
     def get(self, kind: str, name: str, namespace: str = "default") -> Object:
-        served = self._kind(kind)
+        served = self.kind(kind)
         where = namespace if served.namespaced else ""
         return self.call(lambda: self.app.store.get(served, where, name))
 
     def find(self, kind: str, namespace: str | None = None) -> list[Object]:
-        return self.call(lambda: list(self.app.store.find(self._kind(kind), namespace)))
+        return self.call(lambda: list(self.app.store.find(self.kind(kind), namespace)))
 
     def delete(self, kind: str, name: str, namespace: str = "default") -> None:
-        served = self._kind(kind)
+        served = self.kind(kind)
         self.call(lambda: self.app.store.delete(served, namespace, name))
 
     # Trouble.
@@ -177,9 +180,11 @@ class KubeServer:
             "users": [{"name": "test", "user": {"token": token}}],
         }
         path.write_text(yaml.safe_dump(config))
+        path.chmod(0o600)
         return path
 
-    def _kind(self, name: str) -> Kind:
+    def kind(self, name: str) -> Kind:
+        """A kind that is served."""
         return next(each for each in self.app.served if each.kind == name)
 
 
@@ -204,8 +209,3 @@ def environment(kubeconfig: Path) -> dict[str, str]:
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
-
-
-def json_of(text: str) -> Any:
-    """What a client printed with `-o json`."""
-    return json.loads(text)

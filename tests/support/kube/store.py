@@ -34,6 +34,14 @@ class Change:
     after: Object | None
 
 
+class Subscription:
+    """Changes that one watch has not seen yet."""
+
+    def __init__(self, pending: list[Change]) -> None:
+        self.pending = pending
+        self.woken = asyncio.Event()
+
+
 class Store:
     """See the module."""
 
@@ -42,7 +50,7 @@ class Store:
         self.floor = 1
         self._objects: dict[Key, Object] = {}
         self._log: list[Change] = []
-        self._watchers: set[asyncio.Event] = set()
+        self._watchers: set[Subscription] = set()
 
     def get(self, kind: Kind, namespace: str, name: str) -> Object:
         """A copy of an object; Failure 404 if there is none."""
@@ -69,14 +77,14 @@ class Store:
         self.version += 1
         self.floor = self.version + 1
 
-    def watcher(self) -> asyncio.Event:
-        """An event that is set at each change; give it back with `leave`."""
-        event = asyncio.Event()
-        self._watchers.add(event)
-        return event
+    def subscribe(self, after: int) -> "Subscription":
+        """Every change after a version; give it back with `leave`. Failure 410 as `changes`."""
+        subscription = Subscription(self.changes(after))
+        self._watchers.add(subscription)
+        return subscription
 
-    def leave(self, event: asyncio.Event) -> None:
-        self._watchers.discard(event)
+    def leave(self, subscription: "Subscription") -> None:
+        self._watchers.discard(subscription)
 
     def create(self, kind: Kind, namespace: str, item: Object) -> Object:
         """Add an object and return it as it is then."""
@@ -176,8 +184,9 @@ class Store:
 
     def _note(self, change: Change) -> None:
         self._log.append(change)
-        for event in self._watchers:
-            event.set()
+        for subscription in self._watchers:
+            subscription.pending.append(change)
+            subscription.woken.set()
 
 
 def event_of(change: Change, wanted: Callable[[Object], bool]) -> tuple[str, Object] | None:

@@ -32,14 +32,17 @@ class Watch:
         self._namespace = namespace
         self._wanted = wanted
         self._query = query
-        self._woken = store.watcher()
+        asked = query.get("resourceVersion", "")
+        self._initial = asked in ("", "0") or flag(query, "sendInitialEvents")
+        self._subscription = store.subscribe(store.version if self._initial else int(asked))
+        self._woken = self._subscription.woken
         self._bookmark = False
         self._cut: bytes | None = None
         self._ends: Failure | None = None
 
     def bookmark(self) -> None:
         """Say how far the watch has come, if the client wants to know."""
-        self._bookmark = self._query.get("allowWatchBookmarks") == "true"
+        self._bookmark = flag(self._query, "allowWatchBookmarks")
         self._woken.set()
 
     def cut(self, last_words: bytes = b"") -> None:
@@ -64,30 +67,22 @@ class Watch:
             await send({"type": "http.response.body", "body": b""})
         finally:
             left.cancel()
-            self._store.leave(self._woken)
+            self._store.leave(self._subscription)
 
     async def _lines(self, left: "asyncio.Future[Any]") -> AsyncIterator[bytes]:
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + float(self._query.get("timeoutSeconds", DEFAULT_S))
-        asked = self._query.get("resourceVersion", "")
-        seen = self._store.version if asked in ("", "0") else int(asked)
-        initial = self._query.get("sendInitialEvents") == "true"
-        if asked in ("", "0") or initial:
-            seen = self._store.version
+        if self._initial:
+            version = self._store.version
             for item in self._store.find(self.kind, self._namespace):
                 if self._wanted(item):
                     yield _line("ADDED", item)
-            if initial:
-                yield self._bookmark_line(seen, {"k8s.io/initial-events-end": "true"})
+            if flag(self._query, "sendInitialEvents"):
+                yield self._bookmark_line(version, {"k8s.io/initial-events-end": "true"})
         while not left.done():
             self._woken.clear()
-            try:
-                changes = self._store.changes(seen)
-            except Failure as failure:
-                yield _line("ERROR", failure.status())
-                return
-            for change in changes:
-                seen = change.version
+            pending, self._subscription.pending = self._subscription.pending, []
+            for change in pending:
                 resource, namespace, _ = change.key
                 if resource == self.kind.resource and self._namespace in (None, namespace):
                     event = event_of(change, self._wanted)
@@ -95,8 +90,7 @@ class Watch:
                         yield _line(*event)
             if self._bookmark:
                 self._bookmark = False
-                seen = self._store.version
-                yield self._bookmark_line(seen)
+                yield self._bookmark_line(self._store.version)
             if self._ends is not None:
                 yield _line("ERROR", self._ends.status())
                 return
@@ -119,6 +113,11 @@ class Watch:
             "metadata": {**metadata, **({"annotations": annotations} if annotations else {})},
         }
         return _line("BOOKMARK", item)
+
+
+def flag(query: dict[str, str], name: str) -> bool:
+    """A parameter that is true or false, in the spellings of Go."""
+    return query.get(name, "").lower() in ("1", "t", "true")
 
 
 def _line(kind: str, item: object) -> bytes:
