@@ -133,9 +133,18 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
 
 @asynccontextmanager
 async def dispatcher_on_fleet(
-    settings: RouterSettings, registry: CollectorRegistry, token: str | None
+    settings: RouterSettings,
+    registry: CollectorRegistry,
+    token: str | None,
+    discovery: Discovery | None = None,
 ) -> AsyncIterator[tuple[Dispatcher, Fleet]]:
     """The Generator of a router and its workers, linked for as long as the context lasts.
+
+    Args:
+        settings: of the router.
+        registry: gets the metrics of the fleet.
+        token: what every call to a worker carries.
+        discovery: where workers are found; None: where the settings say.
 
     Raises:
         ConfigError: nothing says where workers are, or TLS files are missing.
@@ -145,7 +154,7 @@ async def dispatcher_on_fleet(
     )
     router_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     fleet = Fleet(
-        discover(settings, registry),
+        discovery or discover(settings, registry),
         partial(open_channel, credentials=credentials),
         LinkSettings(
             router_id=router_id,

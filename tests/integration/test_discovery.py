@@ -19,6 +19,7 @@ from tests.support.discovery import Told
 from tests.support.kube.failure import Failure
 from tests.support.kube.server import KubeServer, kube_server
 from tests.support.kube.slices import endpoint, endpoint_slice
+from tests.support.proxy import proxy
 
 TIMES = WatchTimes(watch_s=20.0, backoff_first_s=0.02, backoff_max_s=0.1)
 SELECTOR = "app.kubernetes.io/part-of=diptych"
@@ -218,11 +219,31 @@ async def test_losing_the_api_server_drops_nobody(server: KubeServer) -> None:
         await until(lambda: it.metric("connected") == 1)
 
 
-async def test_watch_that_dies_without_a_word_is_noticed(server: KubeServer) -> None:
-    """The server ends each watch in time; a client that hears nothing of it has lost it."""
-    async with running(WatchTimes(watch_s=1.0, backoff_first_s=0.02)) as it:
+async def test_watch_ends_in_time_and_goes_on_without_a_list(server: KubeServer) -> None:
+    async with running(WatchTimes(watch_s=0.5, backoff_first_s=0.02)) as it:
         await until(lambda: it.metric("requests_total", verb="watch", outcome="ok") >= 2)
         assert it.metric("requests_total", verb="list", outcome="ok") == 1
+
+
+async def test_connection_that_died_without_a_word_is_noticed(
+    server: KubeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.fleet.kubernetes.api.GRACE_S", 0.2)
+    monkeypatch.setattr("router.fleet.kubernetes.api.CONNECT_S", 0.3)
+    with proxy(("127.0.0.1", 0), ("127.0.0.1", server.port)) as between:
+        config = server.kubeconfig(port=between.address[1])
+        monkeypatch.setenv("KUBECONFIG", str(config))
+        server.put(endpoint_slice("a", ["10.0.0.1"]))
+        times = WatchTimes(watch_s=1.0, backoff_first_s=0.02, backoff_max_s=0.1)
+        async with running(times) as it:
+            await it.sees("10.0.0.1")
+            await watched(server)
+            between.black_hole()
+            server.put(endpoint_slice("b", ["10.0.0.2"]))
+            await until(lambda: it.metric("requests_total", verb="watch", outcome="unreachable"))
+            assert it.told.changes == ["+10.0.0.1:9001"]
+            between.mend()
+            await it.sees("10.0.0.1", "10.0.0.2")
 
 
 @pytest.mark.parametrize("verb", ["list", "watch"])

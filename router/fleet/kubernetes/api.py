@@ -18,6 +18,8 @@ from router.fleet.kubernetes.store import GoneError
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 CONNECT_S = 5.0
+GRACE_S = 5.0
+"""Time that the server may be late in ending a watch."""
 LIST_S = 15.0
 """Silence after which a list has failed."""
 PAGE = 500
@@ -144,7 +146,7 @@ class KubernetesApi:
         """See SliceApi. A watch that is silent for longer than it was to last has broken."""
         response = self._call(
             "watch",
-            read_s=timeout_s + CONNECT_S,
+            read_s=timeout_s + GRACE_S,
             watch=True,
             allow_watch_bookmarks=True,
             resource_version=version,

@@ -26,7 +26,7 @@ DEADLINE_S = 10.0
 
 
 class KubeServer:
-    """An API server at https://127.0.0.1:port. Call it from the test's thread."""
+    """An API server at https://127.0.0.1:PORT. Call it from the test's thread."""
 
     def __init__(self, folder: Path, served: list[Kind]) -> None:
         self.app = KubeApp(served)
@@ -40,10 +40,6 @@ class KubeServer:
         self._thread: threading.Thread | None = None
         for name in ("default", "kube-system"):
             self.app.store.create(self.kind("Namespace"), "", {"metadata": {"name": name}})
-
-    @property
-    def url(self) -> str:
-        return f"https://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         """Listen, with what it knew when it stopped."""
@@ -142,9 +138,6 @@ class KubeServer:
     def bookmark(self) -> None:
         self.call(lambda: [watch.bookmark() for watch in self.app.watches])
 
-    def fail_watches(self, failure: Failure) -> None:
-        self.call(lambda: [watch.fail(failure) for watch in self.app.watches])
-
     def refuse(self, answer: Callable[[str, str], Failure | None]) -> None:
         """Answer by verb and resource; None: as usual."""
         self.call(lambda: setattr(self.app, "refuse", answer))
@@ -165,11 +158,14 @@ class KubeServer:
         self.call(lambda: self.app.subjects.__setitem__(token, Subject(service_account, namespace)))
         return token
 
-    def kubeconfig(self, token: str = ADMIN, namespace: str = "default") -> Path:
-        """A file that KUBECONFIG can name."""
+    def kubeconfig(
+        self, token: str = ADMIN, namespace: str = "default", port: int | None = None
+    ) -> Path:
+        """A file that KUBECONFIG can name; `port` is that of a proxy."""
         authority = str(self.folder / "ca.crt")
-        cluster = {"server": self.url, "certificate-authority": authority}
-        path = self.folder / f"kubeconfig-{token}-{namespace}.yaml"
+        url = f"https://127.0.0.1:{port or self.port}"
+        cluster = {"server": url, "certificate-authority": authority}
+        path = self.folder / f"kubeconfig-{token}-{namespace}-{port or self.port}.yaml"
         context = {"cluster": "test", "user": "test", "namespace": namespace}
         config = {
             "apiVersion": "v1",

@@ -5,7 +5,6 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from tests.support.kube.failure import Failure
 from tests.support.kube.kinds import Kind
 from tests.support.kube.store import Object, Store, event_of
 
@@ -38,7 +37,6 @@ class Watch:
         self._woken = self._subscription.woken
         self._bookmark = False
         self._cut: bytes | None = None
-        self._ends: Failure | None = None
 
     def bookmark(self) -> None:
         """Say how far the watch has come, if the client wants to know."""
@@ -48,11 +46,6 @@ class Watch:
     def cut(self, last_words: bytes = b"") -> None:
         """Drop the connection, after some bytes that may be half a line."""
         self._cut = last_words
-        self._woken.set()
-
-    def fail(self, failure: Failure) -> None:
-        """End it with an ERROR event."""
-        self._ends = failure
         self._woken.set()
 
     async def run(self, receive: Any, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
@@ -91,9 +84,6 @@ class Watch:
             if self._bookmark:
                 self._bookmark = False
                 yield self._bookmark_line(self._store.version)
-            if self._ends is not None:
-                yield _line("ERROR", self._ends.status())
-                return
             if self._cut is not None:
                 yield self._cut
                 raise CutError
