@@ -197,19 +197,21 @@ async def test_gone_is_answered_by_a_list(server: KubeServer, form: str) -> None
         assert "-10.0.0.1:9001" not in it.told.changes
 
 
-async def test_losing_the_api_server_drops_nobody(server: KubeServer) -> None:
+@pytest.mark.parametrize("restored", [False, True], ids=["same", "restored"])
+async def test_losing_the_api_server_drops_nobody(server: KubeServer, restored: bool) -> None:
     server.put(endpoint_slice("a", ["10.0.0.1"]))
     async with running() as it:
         await it.sees("10.0.0.1")
         await watched(server)
         server.stop()
-        failed = "requests_total"
-        await until(lambda: it.metric(failed, verb="watch", outcome="unreachable") >= 3)
+        await until(lambda: it.metric("requests_total", verb="list", outcome="unreachable") >= 3)
         assert it.told.changes == ["+10.0.0.1:9001"]
         assert "can't be reached" in it.discovery.shortage
         assert it.metric("connected") == 0
         age = it.metric("last_sync_age_seconds")
         await until(lambda: it.metric("last_sync_age_seconds") > age)
+        if restored:
+            server.app.store.restore()
         server.app.store.create(
             server.kind("EndpointSlice"), "default", endpoint_slice("b", ["10.0.0.2"])
         )

@@ -1,8 +1,9 @@
 """Lists and watches EndpointSlices, again and again, in a thread of its own.
 
-Owned by KubernetesDiscovery. One turn lists if it must, then watches until the watch ends; a watch
-that ended goes on from the last resourceVersion, one that can't lists anew. Invariant: `publish`
-gets a set of workers only after the API server has said it; while the server is lost, nothing.
+Owned by KubernetesDiscovery. One turn lists if it must, then watches until the watch ends. A watch
+that ended or broke off goes on from the last resourceVersion; after one that could not be opened,
+or said what can't be understood, the next turn lists anew. Invariant: `publish` gets a set of
+workers only after the API server has said it; while the server is lost, nothing.
 """
 
 import logging
@@ -20,7 +21,9 @@ from router.fleet.kubernetes.store import GoneError, SliceStore, WatchError
 
 log = logging.getLogger(__name__)
 
-SYNCING = "Kubernetes has not been asked yet."
+SYNCING = "Kubernetes has not answered yet."
+EARLY_S = 0.5
+"""A watch that ends sooner, and without a word, was none: the next one waits as after a failure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,13 +107,21 @@ class SliceWatch:
         # Jitter, so that routers that started together do not come back together for ever.
         watch_s = self._times.watch_s * random.uniform(0.75, 1.25)
         began = self._clock()
-        with self._counted("watch"):
-            lines = self._api.watch(self._store.version, watch_s)
+        try:
+            with self._counted("watch"):
+                lines = self._api.watch(self._store.version, watch_s)
+        except ApiError:
+            # Whoever answers next may have been restored to another past than this version's.
+            self._store.forget_version()
+            raise
         with self._lock:
             self._lines = lines
             if self._stopped.is_set():
                 lines.shut()
         self._metrics.connected.set(1)
+        if self.trouble not in ("", SYNCING):
+            log.info("the API server tells of workers again")
+        self.trouble = ""
         took = 0
         try:
             for line in lines:
@@ -127,7 +138,7 @@ class SliceWatch:
             with self._lock:
                 self._lines = None
             lines.close()
-        if not took and self._clock() - began < watch_s / 2:
+        if not took and self._clock() - began < EARLY_S:
             raise ApiError("error", "The API server ended a watch before its time.")
         self._backoff_s = self._times.backoff_first_s
         self._synced(False)
@@ -135,10 +146,6 @@ class SliceWatch:
     def _synced(self, changed: bool) -> None:
         """The server confirmed what is known, perhaps after a change."""
         self._metrics.synced()
-        if self.trouble:
-            if self.trouble != SYNCING:
-                log.info("the API server tells of workers again")
-            self.trouble = ""
         if changed:
             found = census(self._store.slices)
             self._metrics.count(found.members, found.ignored)

@@ -77,6 +77,11 @@ class Store:
         self.version += 1
         self.floor = self.version + 1
 
+    def restore(self) -> None:
+        """Be a server restored from a backup: the same objects, and versions start anew."""
+        self._log.clear()
+        self.version = self.floor = 1
+
     def subscribe(self, after: int) -> "Subscription":
         """Every change after a version; give it back with `leave`. Failure 410 as `changes`."""
         subscription = Subscription(self.changes(after))
