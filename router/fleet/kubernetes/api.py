@@ -212,8 +212,6 @@ class _ResponseLines:
                     raise ApiError("error", f"An event is longer than {MAX_LINE_BYTES} bytes.")
         except self._network_errors as error:
             raise ApiError("unreachable", f"The watch broke off: {error}.") from None
-        if rest.strip():
-            raise ApiError("unreachable", "The watch broke off within an event.")
 
     def shut(self) -> None:
         over: tuple[type[Exception], ...] = (*self._network_errors, ValueError, RuntimeError)
