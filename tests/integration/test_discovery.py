@@ -1,6 +1,7 @@
 """Discovery through Kubernetes against a server that restarts, forgets, refuses and hangs up."""
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -319,4 +320,10 @@ def test_no_api_server_at_all_is_refused_with_what_to_do(
 ) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
     with pytest.raises(ConfigError, match="KUBECONFIG"):
+        KubernetesApi(None, SELECTOR)
+
+
+def test_client_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(ConfigError, match=r"'kubernetes': pip install 'diptych\[router,k8s\]'"):
         KubernetesApi(None, SELECTOR)

@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import pytest
 from prometheus_client import CollectorRegistry
 
+from core.errors import UnavailableError
 from router.dispatch import Dispatcher
 from router.fleet.discovery import Member, Members
 from router.fleet.fleet import Fleet
@@ -55,6 +57,8 @@ def ready(fleet: Fleet) -> set[str]:
 async def test_worker_that_is_listed_later_takes_requests() -> None:
     async with fake_workers(decode=1) as (worker,), scripted([]) as (members, fleet, router):
         assert not router.ready
+        with pytest.raises(UnavailableError, match="The test has listed none"):
+            _ = router.model
         members.add(worker.address, DECODE)
         await until(lambda: router.ready)
         assert await run(router, make_request([1, 2], 5)) == expected([1, 2], 5)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from scripts.fetch_kubernetes_tools import KubernetesTools, ToolsUnavailable, fetch
+from scripts.fetch_kubernetes_tools import LATEST, KubernetesTools, ToolsUnavailable, fetch
 from tests.support.kube.server import KubeServer, kube_server
 
 
@@ -15,8 +15,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeServer]:
 
 
 @pytest.fixture(scope="session")
-def tools() -> KubernetesTools:
+def tools(request: pytest.FixtureRequest) -> KubernetesTools:
+    """The latest ones, or those of the release that a test names."""
     try:
-        return fetch()
+        return fetch(getattr(request, "param", LATEST))
     except ToolsUnavailable as reason:
         pytest.skip(str(reason))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.fetch_kubernetes_tools import KubernetesTools
+from scripts.fetch_kubernetes_tools import LATEST, OLDEST, KubernetesTools
 from tests.support.kube.clients import Program
 from tests.support.kube.failure import Failure
 from tests.support.kube.server import KubeServer
@@ -44,6 +44,7 @@ def chart(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
+@pytest.mark.parametrize("tools", [LATEST, OLDEST], indirect=True)
 def test_install_upgrade_and_uninstall(
     server: KubeServer, tools: KubernetesTools, chart: str
 ) -> None:
@@ -53,7 +54,7 @@ def test_install_upgrade_and_uninstall(
     assert server.get("Namespace", "apps", "")["status"]["phase"] == "Active"
     token = server.get("Secret", "r", "apps")["data"]["token"]
     assert len(base64.b64decode(token)) == 16
-    assert "cannot reuse a name" in helm.refusal("install", "r", chart, *where)
+    assert "name that is still in use" in helm.refusal("install", "r", chart, *where)
 
     helm("upgrade", "r", chart, *where, "--set", "replicas=3,extra=false")
     assert server.get("Secret", "r", "apps")["data"]["token"] == token, "lookup found nothing"
@@ -67,4 +68,5 @@ def test_install_upgrade_and_uninstall(
     assert server.get("Deployment", "r", "apps")["spec"]["replicas"] == 2
     helm("uninstall", "r", *where)
     assert not server.find("Secret", "apps") and not server.find("Deployment", "apps")
+    server.delete("Namespace", "apps", "")
     assert helm.json("list", "--all-namespaces") == []
