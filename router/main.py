@@ -32,12 +32,10 @@ from core.settings import load_or_exit
 from router.api.settings import ApiSettings
 from router.app import create_app
 from router.dispatch import Dispatcher
-from router.fleet.discovery import Discovery, StaticDiscovery
+from router.fleet.discovery import Discovery
 from router.fleet.fleet import Fleet
-from router.fleet.kubernetes.api import KubernetesApi
-from router.fleet.kubernetes.discovery import KubernetesDiscovery
-from router.fleet.kubernetes.metrics import DiscoveryMetrics
 from router.fleet.link import LinkSettings
+from router.fleet.sources import open_discovery
 from router.metrics import FleetMetrics
 from router.observer import Observer
 from router.placement.cost import CostSettings
@@ -154,7 +152,7 @@ async def dispatcher_on_fleet(
     )
     router_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     fleet = Fleet(
-        discovery or discover(settings, registry),
+        discovery or open_discovery(settings, registry),
         partial(open_channel, credentials=credentials),
         LinkSettings(
             router_id=router_id,
@@ -186,21 +184,6 @@ async def dispatcher_on_fleet(
         finally:
             links.cancel()
             await asyncio.to_thread(spans.close)
-
-
-def discover(settings: RouterSettings, registry: CollectorRegistry) -> Discovery:
-    """Where the settings say that workers are found.
-
-    Raises:
-        ConfigError: no worker is named, or Kubernetes can't be asked.
-    """
-    if settings.discovery == "static":
-        return StaticDiscovery(settings.prefill, settings.decode)
-    return KubernetesDiscovery(
-        KubernetesApi(settings.kubernetes_namespace, settings.kubernetes_selector),
-        DiscoveryMetrics(registry, monotonic),
-        monotonic,
-    )
 
 
 def listen(host: str, port: int) -> socket.socket:

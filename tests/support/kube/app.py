@@ -5,20 +5,18 @@ import contextlib
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
-import yaml
-
-from tests.support.kube import kinds, protobuf, rights, selectors
+from tests.support.kube import kinds, rights
 from tests.support.kube.apply import applied, updated
 from tests.support.kube.failure import Failure
 from tests.support.kube.kinds import Kind
 from tests.support.kube.patches import json_patch, merge, strategic
+from tests.support.kube.request import Request, flag, read_document
 from tests.support.kube.rights import ADMIN, Action, Subject
 from tests.support.kube.store import Object, Store
-from tests.support.kube.watching import Watch, flag
+from tests.support.kube.watching import Watch
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -26,48 +24,6 @@ REVIEWS = "apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 VERSION = {"major": "1", "minor": "35", "gitVersion": "v1.35.0", "platform": "linux/amd64"}
 VERSION |= {"gitCommit": "", "gitTreeState": "clean", "buildDate": "", "goVersion": "go1.25"}
 VERSION |= {"compiler": "gc"}
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call on a resource."""
-
-    method: str
-    kind: Kind
-    namespace: str
-    name: str
-    part: str
-    query: dict[str, str]
-    content_type: str
-    agent: str
-    body: bytes
-
-    @property
-    def verb(self) -> str:
-        """As RBAC names it."""
-        match self.method:
-            case "GET" if not self.name:
-                return "watch" if self.watches else "list"
-            case "DELETE" if not self.name:
-                return "deletecollection"
-        named = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch"}
-        return named.get(self.method, self.method.lower())
-
-    @property
-    def watches(self) -> bool:
-        return flag(self.query, "watch")
-
-    @property
-    def manager(self) -> str:
-        return self.query.get("fieldManager") or self.agent.partition("/")[0] or "unknown"
-
-    @property
-    def dry(self) -> bool:
-        return "dryRun" in self.query
-
-    def document(self) -> Any:
-        """The body."""
-        return _document(self.body, self.content_type)
 
 
 class KubeApp:
@@ -116,7 +72,7 @@ class KubeApp:
             return 200, document
         content_type = headers.get("content-type", "")
         if path == REVIEWS:
-            return 201, self._review(subject, _document(body, content_type))
+            return 201, self._review(subject, read_document(body, content_type))
         kind, namespace, name, part = self._place(path)
         request = Request(
             method=scope["method"],
@@ -142,7 +98,7 @@ class KubeApp:
         """What is gone is told within the stream, as the API server's watch cache does."""
         namespace = request.namespace if request.namespace else None
         try:
-            watch = Watch(self.store, request.kind, namespace, _wanted(request), request.query)
+            watch = Watch(self.store, request.kind, namespace, request.wanted, request.query)
         except Failure as failure:
             await _send_json(send, 200, {"type": "ERROR", "object": failure.status()})
             return
@@ -237,7 +193,7 @@ class KubeApp:
         raise Failure(405, f"{request.method} is not done here")
 
     def _selected(self, request: Request) -> list[Object]:
-        wanted = _wanted(request)
+        wanted = request.wanted
         namespace = request.namespace if request.namespace else None
         return [item for item in self.store.find(request.kind, namespace) if wanted(item)]
 
@@ -307,22 +263,6 @@ class KubeApp:
             return item
         written = self.store.replace(kind, namespace, item, "" if part == "scale" else part)
         return _scale(written) if part == "scale" else written
-
-
-def _document(body: bytes, content_type: str) -> Any:
-    """What a body says in JSON, YAML or protobuf."""
-    if "protobuf" in content_type:
-        return protobuf.read(body)
-    try:
-        return yaml.safe_load(body) if "yaml" in content_type else json.loads(body)
-    except (ValueError, yaml.YAMLError) as error:
-        raise Failure(400, f"the body can't be read: {error}") from None
-
-
-def _wanted(request: Request) -> selectors.Test:
-    by_label = selectors.labels(request.query.get("labelSelector", ""))
-    by_field = selectors.fields(request.query.get("fieldSelector", ""))
-    return lambda item: by_label(item) and by_field(item)
 
 
 def _listing(kind: Kind, items: list[Object], version: int) -> Object:

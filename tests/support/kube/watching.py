@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from tests.support.kube.kinds import Kind
+from tests.support.kube.request import flag
 from tests.support.kube.store import Object, Store, event_of
 
 DEFAULT_S = 300.0
@@ -103,11 +104,6 @@ class Watch:
             "metadata": {**metadata, **({"annotations": annotations} if annotations else {})},
         }
         return _line("BOOKMARK", item)
-
-
-def flag(query: dict[str, str], name: str) -> bool:
-    """A parameter that is true or false, in the spellings of Go."""
-    return query.get(name, "").lower() in ("1", "t", "true")
 
 
 def _line(kind: str, item: object) -> bytes:
