@@ -1,7 +1,7 @@
 """From EndpointSlices to members. Pure: what the API server sends goes in, workers come out.
 
-Called by the watch with every slice that it knows. Invariant: the result depends on the set of
-slices alone, not on the order in which they came.
+The store parses each slice once, the watch takes a census of all after each change. Invariant: the
+census depends on the set of slices alone, not on the order in which they came.
 
 Source: discovery.k8s.io/v1 and what it asks of those who read it, that is to gather the slices of
 a Service and to expect an endpoint in two of them while it moves between them
@@ -40,6 +40,20 @@ class Ignored(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """What one EndpointSlice says of workers; equal if two say the same."""
+
+    name: str
+    service: str
+    """The Service that it belongs to; one that was made by hand belongs to itself."""
+    family: str
+    workers: tuple[tuple[str, Member], ...]
+    """By host:port, in the order in which they are listed."""
+    ignored: Mapping[Ignored, int]
+    """Endpoints that are no workers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Census:
     """Every worker that a set of slices lists."""
 
@@ -49,49 +63,64 @@ class Census:
     """Endpoints that were left out."""
 
 
-def census(slices: Iterable[Json]) -> Census:
-    """Gather the members of slices in the form of discovery.k8s.io/v1.
+def parse_slice(item: Json) -> Slice:
+    """Read a slice in the form of discovery.k8s.io/v1.
 
     Anything that is missing or of another type than the API says counts as not said, so one odd
-    slice hides no other.
-
-    - A Service of two families counts by its IPv4 slices alone: both name the same pods.
-    - An endpoint that is terminating is draining, whether it still serves or not: how long it does
-      is for the link to see. One that is not ready is a member too, for the same reason.
-    - Of an address that is listed twice, the entry that is not terminating is the newer one.
+    slice hides no other. An endpoint that is terminating is draining, whether it still serves or
+    not: how long it does is for the link to see. One that is not ready is a worker, for the same
+    reason.
     """
-    ordered = sorted(slices, key=_name)
-    with_ipv4 = {_service(each) for each in ordered if each.get("addressType") == "IPv4"}
-    found: dict[str, Member] = {}
+    metadata = _mapping(item.get("metadata"))
+    labels = _mapping(metadata.get("labels"))
+    name, family = _text(metadata.get("name")), _text(item.get("addressType"))
+    endpoints = [each for each in _list(item.get("endpoints")) if isinstance(each, Mapping)]
+    role, port = _role(labels), _port(item)
+    workers: list[tuple[str, Member]] = []
     ignored: Counter[Ignored] = Counter()
-    for each in ordered:
-        endpoints = [item for item in _list(each.get("endpoints")) if isinstance(item, Mapping)]
-        family = each.get("addressType")
-        if (family == "IPv6" and _service(each) in with_ipv4) or family not in ("IPv4", "IPv6"):
-            ignored[Ignored.FAMILY] += len(endpoints)
-            continue
-        labels = _mapping(_mapping(each.get("metadata")).get("labels"))
-        try:
-            role = Role(_text(labels.get(ROLE_LABEL)))
-        except ValueError:
-            ignored[Ignored.ROLE] += len(endpoints)
-            continue
-        port = _port(each)
-        if port is None:
-            ignored[Ignored.PORT] += len(endpoints)
-            continue
+    if family not in ("IPv4", "IPv6"):
+        ignored[Ignored.FAMILY] = len(endpoints)
+    elif role is None:
+        ignored[Ignored.ROLE] = len(endpoints)
+    elif port is None:
+        ignored[Ignored.PORT] = len(endpoints)
+    else:
         for endpoint in endpoints:
             host = _address(endpoint)
             if not host:
                 ignored[Ignored.ADDRESS] += 1
                 continue
-            address = f"[{host}]:{port}" if family == "IPv6" else f"{host}:{port}"
-            member = Member(
-                role=role,
-                pool=_text(labels.get(POOL_LABEL)),
-                place=Place(zone=_text(endpoint.get("zone")), host=_text(endpoint.get("nodeName"))),
-                draining=_mapping(endpoint.get("conditions")).get("terminating") is True,
-            )
+            place = Place(zone=_text(endpoint.get("zone")), host=_text(endpoint.get("nodeName")))
+            draining = _mapping(endpoint.get("conditions")).get("terminating") is True
+            pool = _text(labels.get(POOL_LABEL))
+            member = Member(role=role, pool=pool, place=place, draining=draining)
+            workers.append((f"[{host}]:{port}" if family == "IPv6" else f"{host}:{port}", member))
+    return Slice(
+        name=name,
+        service=_text(labels.get(SERVICE_LABEL)) or name,
+        family=family,
+        workers=tuple(workers),
+        ignored=ignored,
+    )
+
+
+def census(slices: Iterable[Slice]) -> Census:
+    """Gather the members of all slices.
+
+    - A Service of two families counts by its IPv4 slices alone: both name the same pods.
+    - Of an address that is listed twice, the entry that is not terminating is the newer one; if
+      they differ in role or pool, the first by the slices' names counts.
+    """
+    ordered = sorted(slices, key=lambda each: each.name)
+    with_ipv4 = {each.service for each in ordered if each.family == "IPv4"}
+    found: dict[str, Member] = {}
+    ignored: Counter[Ignored] = Counter()
+    for each in ordered:
+        ignored.update(each.ignored)
+        if each.family == "IPv6" and each.service in with_ipv4:
+            ignored[Ignored.FAMILY] += len(each.workers)
+            continue
+        for address, member in each.workers:
             other = found.setdefault(address, member)
             if (other.role, other.pool) != (member.role, member.pool):
                 ignored[Ignored.CONFLICT] += 1
@@ -100,20 +129,11 @@ def census(slices: Iterable[Json]) -> Census:
     return Census(members=found, ignored=ignored)
 
 
-def slice_key(item: Json) -> str:
-    """What tells one slice of a namespace from another; empty if it has no name."""
-    return _text(_mapping(item.get("metadata")).get("name"))
-
-
-def _name(item: Json) -> tuple[str, str]:
-    metadata = _mapping(item.get("metadata"))
-    return _text(metadata.get("namespace")), _text(metadata.get("name"))
-
-
-def _service(item: Json) -> str:
-    """The Service that a slice belongs to; one that was made by hand belongs to itself."""
-    labels = _mapping(_mapping(item.get("metadata")).get("labels"))
-    return _text(labels.get(SERVICE_LABEL)) or "/".join(_name(item))
+def _role(labels: Json) -> Role | None:
+    try:
+        return Role(_text(labels.get(ROLE_LABEL)))
+    except ValueError:
+        return None
 
 
 def _port(item: Json) -> int | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from http import HTTPStatus
 
-from router.fleet.kubernetes.slices import Json, slice_key
+from router.fleet.kubernetes.slices import Slice, parse_slice
 
 
 class EventType(StrEnum):
@@ -36,18 +36,17 @@ class SliceStore:
     def __init__(self) -> None:
         self.version = ""
         """Where the next watch goes on; empty if only a list can tell."""
-        self._slices: dict[str, Json] = {}
+        self._slices: dict[str, Slice] = {}
 
     @property
-    def slices(self) -> Iterable[Json]:
+    def slices(self) -> Iterable[Slice]:
         """Every slice that is known."""
         return self._slices.values()
 
     def replace(self, items: Iterable[object], version: str) -> bool:
-        """Take a complete list; True if it differs from what was known."""
-        fresh = {
-            key: item for item in items if isinstance(item, Mapping) and (key := slice_key(item))
-        }
+        """Take a complete list; True if workers differ from what was known."""
+        parsed = [parse_slice(item) for item in items if isinstance(item, Mapping)]
+        fresh = {each.name: each for each in parsed}
         changed = fresh != self._slices
         self._slices = fresh
         self.version = version
@@ -58,7 +57,7 @@ class SliceStore:
         self.version = ""
 
     def take(self, line: bytes) -> tuple[EventType, bool]:
-        """Take one line of a watch; what it was, and whether it changed a slice.
+        """Take one line of a watch; what it was, and whether it changed any worker.
 
         Raises:
             GoneError: what lies between `version` and now is gone.
@@ -77,14 +76,14 @@ class SliceStore:
             raise WatchError("an event has no resourceVersion")
         changed = False
         if kind is not EventType.BOOKMARK:
-            key = slice_key(item)
-            before = self._slices.get(key)
+            fresh = parse_slice(item)
+            before = self._slices.get(fresh.name)
             if kind is EventType.DELETED:
-                self._slices.pop(key, None)
+                self._slices.pop(fresh.name, None)
                 changed = before is not None
-            elif key:
-                self._slices[key] = item
-                changed = before != item
+            else:
+                self._slices[fresh.name] = fresh
+                changed = before != fresh
         self.version = version
         return kind, changed
 

@@ -1,7 +1,9 @@
 """EndpointSlices as the controller of Kubernetes writes them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from router.fleet.kubernetes.slices import Census, census, parse_slice
 
 
 def endpoint(
@@ -47,3 +49,8 @@ def endpoint_slice(
             {"name": "metrics", "port": 9101, "protocol": "TCP"},
         ],
     }
+
+
+def census_of(items: Iterable[Mapping[str, Any]]) -> Census:
+    """What slices in the API's own form list."""
+    return census(map(parse_slice, items))

@@ -3,13 +3,13 @@ from typing import Any
 import pytest
 
 from router.fleet.discovery import Member
-from router.fleet.kubernetes.slices import Ignored, census
+from router.fleet.kubernetes.slices import Ignored
 from router.fleet.worker import Place, Role
-from tests.support.kube.slices import endpoint, endpoint_slice
+from tests.support.kube.slices import census_of, endpoint, endpoint_slice
 
 
 def addresses(*slices: dict[str, Any]) -> set[str]:
-    return set(census(slices).members)
+    return set(census_of(slices).members)
 
 
 def test_labels_say_role_and_pool_and_the_endpoint_says_where() -> None:
@@ -17,7 +17,7 @@ def test_labels_say_role_and_pool_and_the_endpoint_says_where() -> None:
         "a", [endpoint("10.0.0.1", zone="z1", node="n1")], role="prefill", pool="big"
     )
     place = Place(zone="z1", host="n1")
-    assert census([item]).members == {
+    assert census_of([item]).members == {
         "10.0.0.1:9001": Member(role=Role.PREFILL, pool="big", place=place)
     }
 
@@ -31,7 +31,7 @@ def test_pod_of_two_families_counts_once() -> None:
     four = endpoint_slice("a-4", ["10.0.0.1"])
     six = endpoint_slice("a-6", ["fd00::1"], family="IPv6")
     assert addresses(six, four) == {"10.0.0.1:9001"}
-    assert census([six, four]).ignored == {Ignored.FAMILY: 1}
+    assert census_of([six, four]).ignored == {Ignored.FAMILY: 1}
     assert addresses(six) == {"[fd00::1]:9001"}
     other = endpoint_slice("b-6", ["fd00::2"], family="IPv6", service="other")
     assert addresses(four, other) == {"10.0.0.1:9001", "[fd00::2]:9001"}
@@ -40,23 +40,25 @@ def test_pod_of_two_families_counts_once() -> None:
 @pytest.mark.parametrize("serving", [True, False])
 def test_terminating_pod_drains_whether_it_serves_or_not(serving: bool) -> None:
     item = endpoint_slice("a", [endpoint("10.0.0.1", terminating=True, serving=serving)])
-    assert census([item]).members["10.0.0.1:9001"].draining
+    assert census_of([item]).members["10.0.0.1:9001"].draining
 
 
 def test_pod_that_is_not_ready_is_left_to_the_router_to_judge() -> None:
     item = endpoint_slice("a", [endpoint("10.0.0.1", serving=False)])
     item["endpoints"][0]["conditions"] = {"ready": False, "serving": False}
-    assert not census([item]).members["10.0.0.1:9001"].draining
+    assert not census_of([item]).members["10.0.0.1:9001"].draining
 
 
 @pytest.mark.parametrize("first", ["a", "z"], ids=["old first", "old last"])
 def test_new_pod_at_the_address_of_one_that_ends_is_not_drained(first: str) -> None:
     old = endpoint_slice(first, [endpoint("10.0.0.1", terminating=True)])
-    assert not census([old, endpoint_slice("m", ["10.0.0.1"])]).members["10.0.0.1:9001"].draining
+    assert not census_of([old, endpoint_slice("m", ["10.0.0.1"])]).members["10.0.0.1:9001"].draining
 
 
 def test_address_of_two_roles_keeps_one_of_them_and_is_counted() -> None:
-    found = census([endpoint_slice("a", ["10.0.0.1"]), endpoint_slice("b", ["10.0.0.1"], pool="x")])
+    found = census_of(
+        [endpoint_slice("a", ["10.0.0.1"]), endpoint_slice("b", ["10.0.0.1"], pool="x")]
+    )
     assert found.members["10.0.0.1:9001"].pool == "decode"
     assert found.ignored == {Ignored.CONFLICT: 1}
 
@@ -76,6 +78,6 @@ def test_address_of_two_roles_keeps_one_of_them_and_is_counted() -> None:
 )
 def test_what_is_no_worker_is_left_out_and_counted(change: dict[str, Any], reason: Ignored) -> None:
     odd = endpoint_slice("a", ["10.0.0.1"]) | change
-    found = census([odd, endpoint_slice("b", ["10.0.0.2"], service="other")])
+    found = census_of([odd, endpoint_slice("b", ["10.0.0.2"], service="other")])
     assert set(found.members) == {"10.0.0.2:9001"}
     assert found.ignored == {reason: 1}
