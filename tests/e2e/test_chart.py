@@ -12,7 +12,7 @@ from scripts.fetch_kubernetes_tools import ToolsUnavailable, fetch
 from tests.support.kube.clients import Program
 from tests.support.kube.controllers import Cluster, Object
 from tests.support.kube.kinds import BUILT_IN, CUSTOM
-from tests.support.kube.server import KubeServer, kube_server
+from tests.support.kube.server import DIRECT, KubeServer, kube_server
 from tests.support.process import Process, http_status, running, wait_until
 
 CHART = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "diptych"
@@ -64,10 +64,7 @@ def test_installed_chart_serves_a_completion(
     pods = cluster.create_pods()
     router = named(pods, "router")
     account = server.token(router["spec"]["serviceAccountName"], NAMESPACE)
-    access = {
-        "KUBECONFIG": str(server.kubeconfig(account, NAMESPACE)),
-        "NO_PROXY": "127.0.0.1",
-    }
+    access = {"KUBECONFIG": str(server.kubeconfig(account, NAMESPACE)), **DIRECT}
     with ExitStack() as stack:
         processes = [
             stack.enter_context(_run(cluster, pod, tiny_llama, access if pod is router else {}))

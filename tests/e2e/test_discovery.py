@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.cluster import Cluster, make_worker, routed
 from tests.support.kube.announce import Announcer, reader_token
-from tests.support.kube.server import KubeServer, kube_server
+from tests.support.kube.server import DIRECT, KubeServer, kube_server
 from tests.support.process import wait_until
 
 PROMPT = "one two three four five six seven eight nine ten eleven twelve"
@@ -25,7 +25,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeServ
     with kube_server(tmp_path) as running:
         token = reader_token(running, "router")
         monkeypatch.setenv("KUBECONFIG", str(running.kubeconfig(token)))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        for name, value in DIRECT.items():
+            monkeypatch.setenv(name, value)
         yield running
 
 

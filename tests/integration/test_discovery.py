@@ -18,7 +18,7 @@ from router.fleet.kubernetes.metrics import DiscoveryMetrics
 from router.fleet.kubernetes.watch import WatchTimes
 from tests.support.discovery import Told
 from tests.support.kube.failure import Failure
-from tests.support.kube.server import KubeServer, kube_server
+from tests.support.kube.server import DIRECT, KubeServer, kube_server
 from tests.support.kube.slices import endpoint, endpoint_slice
 from tests.support.proxy import proxy
 
@@ -39,7 +39,8 @@ def server(shared: KubeServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kube
     for item in shared.find("EndpointSlice"):
         shared.delete("EndpointSlice", item["metadata"]["name"])
     shared.refuse(lambda verb, resource: None)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name, value in DIRECT.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("KUBECONFIG", str(shared.kubeconfig()))
     yield shared
 

@@ -6,7 +6,7 @@ import kubernetes
 import pytest
 from kubernetes.client.exceptions import ApiException
 
-from tests.support.kube.server import KubeServer
+from tests.support.kube.server import DIRECT, KubeServer
 from tests.support.kube.slices import endpoint_slice
 
 
@@ -14,7 +14,8 @@ from tests.support.kube.slices import endpoint_slice
 def client(
     server: KubeServer, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[kubernetes.client.ApiClient]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name, value in DIRECT.items():
+        monkeypatch.setenv(name, value)
     made = kubernetes.config.new_client_from_config(str(server.kubeconfig()))
     yield made
     made.rest_client.pool_manager.clear()

@@ -23,6 +23,8 @@ from tests.support.process import free_port, wait_until
 
 T = TypeVar("T")
 DEADLINE_S = 10.0
+DIRECT = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+"""Variables that keep clients from asking a proxy for the server."""
 
 
 class KubeServer:
@@ -202,6 +204,5 @@ def environment(kubeconfig: Path) -> dict[str, str]:
         **os.environ,
         "KUBECONFIG": str(kubeconfig),
         "HOME": str(home),
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
+        **DIRECT,
     }
