@@ -55,12 +55,12 @@ def test_new_pod_at_the_address_of_one_that_ends_is_not_drained(first: str) -> N
     assert not census_of([old, endpoint_slice("m", ["10.0.0.1"])]).members["10.0.0.1:9001"].draining
 
 
-def test_address_of_two_roles_keeps_one_of_them_and_is_counted() -> None:
-    found = census_of(
-        [endpoint_slice("a", ["10.0.0.1"]), endpoint_slice("b", ["10.0.0.1"], pool="x")]
-    )
-    assert found.members["10.0.0.1:9001"].pool == "decode"
-    assert found.ignored == {Ignored.CONFLICT: 1}
+def test_address_of_two_pools_stays_in_the_first_by_name() -> None:
+    slices = [endpoint_slice("a", ["10.0.0.1"]), endpoint_slice("b", ["10.0.0.1"], pool="other")]
+    for order in (slices, slices[::-1]):
+        found = census_of(order)
+        assert found.members["10.0.0.1:9001"].pool == "decode"
+        assert found.ignored == {Ignored.CONFLICT: 1}
 
 
 @pytest.mark.parametrize(
