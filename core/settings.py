@@ -83,12 +83,13 @@ def load(
 
     Raises:
         ConfigError: a name is unknown or a value is not allowed; the message says where it stands.
-        SystemExit: code 0, after printing what `--help` or `--print-config` asks for.
+        SystemExit: code 0, after printing what `--help`, `--print-config` or `--check` asks for.
     """
     parser = _parser(cls, prog, env_prefix, description or cls.__doc__)
     given = _parse(parser, argv)
     config: str | None = given.pop("config")
     print_config: bool = given.pop("print_config")
+    check: bool = given.pop("check")
     sources = [
         _Source(_none_text(cls, given), {name: _option(name) for name in given}),
         _environment(cls, env_prefix),
@@ -103,6 +104,9 @@ def load(
         raise ConfigError(_explain(cls, error, sources)) from None
     if print_config:
         sys.stdout.write(dump(settings))
+        raise SystemExit(0)
+    if check:
+        sys.stdout.write("ok\n")
         raise SystemExit(0)
     return settings
 
@@ -156,6 +160,11 @@ def _parser(
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, by field name.")
     parser.add_argument(
         "--print-config", action="store_true", help="Print the resolved settings and exit."
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="Check the settings from all sources, print ok and exit; starts nothing.",
     )
     for name, field in cls.model_fields.items():
         text = " ".join(_help(name, field, env_prefix)).replace("%", "%%")

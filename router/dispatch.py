@@ -60,12 +60,16 @@ class Workers(Protocol):
         """Workers that are not attached, and why."""
 
     @property
+    def shortage(self) -> str:
+        """Why there may be none, as a sentence."""
+
+    @property
     def census(self) -> Iterable[tuple[Role, WorkerState]]:
         """Role and state of every known worker."""
 
 
 class Dispatcher:
-    """See the module. Implements router.generation.Generator and fleet.link.LinkListener."""
+    """See the module. Implements router.generation.Generator and fleet.fleet.FleetListener."""
 
     def __init__(
         self,
@@ -118,7 +122,7 @@ class Dispatcher:
     def model(self) -> ServedModel:
         """What the workers serve, as long as one has ever said so."""
         if self._model is None:
-            raise UnavailableError(f"No worker has answered yet. {_describe(self._workers.absent)}")
+            raise UnavailableError(f"No worker has answered yet. {_describe(self._workers)}")
         return self._model
 
     @property
@@ -240,6 +244,14 @@ class Dispatcher:
         if applied is Applied.NEEDS_RESYNC:
             self._metrics.resyncs.inc()
         return applied is not Applied.NEEDS_RESYNC
+
+    def works(self, worker: str) -> bool:
+        """True while a request has a leg there."""
+        return any(leg.worker == worker for run in self._runs.values() for leg in run.ledger.legs)
+
+    def listed(self) -> None:
+        """Workers came or went; see FleetListener."""
+        self._metrics.count_workers(self._workers.census)
 
     # One run.
 
@@ -450,6 +462,6 @@ def _shutting_down() -> UnavailableError:
     return UnavailableError("The router is shutting down. Send the request again.")
 
 
-def _describe(absent: Mapping[str, str]) -> str:
-    shown = "; ".join(f"{worker}: {cause}" for worker, cause in list(absent.items())[:8])
-    return f"{shown}." if shown else "None is configured: set prefill and decode."
+def _describe(workers: Workers) -> str:
+    shown = "; ".join(f"{worker}: {cause}" for worker, cause in list(workers.absent.items())[:8])
+    return f"{shown}." if shown else workers.shortage

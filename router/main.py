@@ -35,9 +35,10 @@ from router.access.salt import tenant_salt
 from router.api.settings import ApiSettings
 from router.app import create_app
 from router.dispatch import Dispatcher
-from router.fleet.discovery import static_members
+from router.fleet.discovery import Discovery
 from router.fleet.fleet import Fleet
 from router.fleet.link import LinkSettings
+from router.fleet.sources import open_discovery
 from router.http_protocol import ConnectionLimits
 from router.http_server import HttpServer, http_server, listen
 from router.metrics import FleetMetrics
@@ -169,12 +170,21 @@ async def _metrics_port(
 
 @asynccontextmanager
 async def dispatcher_on_fleet(
-    settings: RouterSettings, registry: CollectorRegistry, token: str | None
+    settings: RouterSettings,
+    registry: CollectorRegistry,
+    token: str | None,
+    discovery: Discovery | None = None,
 ) -> AsyncIterator[tuple[Dispatcher, Fleet]]:
     """The Generator of a router and its workers, linked for as long as the context lasts.
 
+    Args:
+        settings: of the router.
+        registry: gets the metrics of the fleet.
+        token: what every call to a worker carries.
+        discovery: where workers are found; None: where the settings say.
+
     Raises:
-        ConfigError: no worker is named, or TLS files are missing.
+        ConfigError: nothing says where workers are, or TLS files are missing.
     """
     credentials = Credentials.from_settings(
         token=token,
@@ -185,7 +195,7 @@ async def dispatcher_on_fleet(
     )
     router_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     fleet = Fleet(
-        static_members(settings.prefill, settings.decode),
+        discovery or open_discovery(settings, registry),
         partial(open_channel, credentials=credentials),
         LinkSettings(
             router_id=router_id,
@@ -211,6 +221,7 @@ async def dispatcher_on_fleet(
     dispatcher = Dispatcher(fleet, placer, settings, FleetMetrics(registry), monotonic, spans)
     async with asyncio.TaskGroup() as group:
         links = group.create_task(fleet.run(dispatcher), name="fleet")
+        await asyncio.sleep(0)  # a static list is known before the first request comes
         try:
             yield dispatcher, fleet
         finally:

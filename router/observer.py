@@ -87,6 +87,7 @@ def _worker(status: WorkerStatus, hits: Mapping[str, CacheHit]) -> dict[str, obj
     shown: dict[str, object] = {
         "address": status.address,
         "role": status.role,
+        "pool": status.pool or None,
         "state": status.state,
         "cause": status.cause or None,
     }

@@ -3,7 +3,14 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    model_validator,
+)
 
 from core.settings import ByteSize, Seconds, secret_names
 
@@ -46,6 +53,19 @@ class RouterSettings(BaseModel):
 
     host: str = Field("127.0.0.1", description="Address that the HTTP port binds to.")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
+    discovery: Literal["static", "kubernetes"] = Field(
+        "static",
+        description="Where workers are found: static: those named by prefill and decode; "
+        "kubernetes: those that EndpointSlices list (needs the extra `k8s`).",
+    )
+    kubernetes_namespace: str | None = Field(
+        None, description="Namespace of the EndpointSlices; default: the one of this pod."
+    )
+    kubernetes_selector: str = Field(
+        "app.kubernetes.io/part-of=diptych",
+        min_length=1,
+        description="Labels that an EndpointSlice has if its endpoints are workers.",
+    )
     prefill: tuple[Address, ...] = Field(
         (), description="host:port of every prefill worker, separated by commas."
     )
@@ -198,3 +218,12 @@ class RouterSettings(BaseModel):
         """The settings for others to see: without secrets, nor where they are kept."""
         hidden = {name for name in type(self).model_fields if name.endswith(("_key", "_keys"))}
         return self.model_dump(mode="json", exclude=hidden.union(secret_names(type(self))))
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "RouterSettings":
+        if self.discovery == "kubernetes" and (self.prefill or self.decode):
+            raise ValueError(
+                "prefill and decode name workers of discovery = static; leave them out with "
+                "kubernetes."
+            )
+        return self

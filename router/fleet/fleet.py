@@ -5,41 +5,92 @@ listener (dispatch); this only knows who is there.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import cast
+from typing import Protocol, cast
 
 import grpc
 
+from router.fleet.discovery import Discovery, Member
 from router.fleet.link import LinkListener, LinkSettings, WorkerLink
 from router.fleet.worker import Role, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 from rpc.v1 import worker_pb2, worker_pb2_grpc
 
 
+class FleetListener(LinkListener, Protocol):
+    """Who hears what workers say, and which there are."""
+
+    def listed(self) -> None:
+        """A worker came or went, or is listed as something else. On the event loop."""
+
+
 class Fleet:
-    """Links to a static list of workers."""
+    """Links to the workers that a Discovery tells of. Implements fleet.discovery.Members."""
 
     def __init__(
         self,
-        members: Mapping[str, Role],
+        discovery: Discovery,
         open_channel: Callable[[str], grpc.aio.Channel],
         settings: LinkSettings,
     ) -> None:
-        self._members = dict(members)
+        self._discovery = discovery
         self._open_channel = open_channel
         self._settings = settings
-        self._admin_timeout_s = settings.admin_timeout_s
         self._links: dict[str, WorkerLink] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._listener: FleetListener | None = None
+        self._group: asyncio.TaskGroup | None = None
+        """Owns the links' tasks; None while `run` does not run."""
 
-    async def run(self, listener: LinkListener) -> None:
-        """Keep every link open until cancelled."""
-        self._links = {
-            address: WorkerLink(address, self._open_channel, listener, self._settings)
-            for address in self._members
-        }
-        async with asyncio.TaskGroup() as group:
-            for link in self._links.values():
-                group.create_task(link.run(), name=f"link {link.address}")
+    async def run(self, listener: FleetListener) -> None:
+        """Keep a link open to every listed worker until cancelled."""
+        self._listener = listener
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                await self._discovery.run(self)
+        finally:
+            self._group = None
+
+    def add(self, address: str, member: Member) -> None:
+        """A worker is listed; see Members."""
+        link = self._links.get(address)
+        if link is not None:
+            self.update(address, member)  # it comes back while its link was ending
+            return
+        assert self._group is not None and self._listener is not None
+        link = WorkerLink(address, member, self._open_channel, self._listener, self._settings)
+        self._links[address] = link
+        self._tasks[address] = self._group.create_task(self._keep(link), name=f"link {address}")
+        self._listener.listed()
+
+    def update(self, address: str, member: Member) -> None:
+        """It is listed otherwise; see Members."""
+        assert self._listener is not None
+        self._links[address].relist(member)
+        self._listener.listed()
+
+    def remove(self, address: str) -> None:
+        """It is listed no longer; see Members. An open session lasts while it is at work."""
+        link = self._links[address]
+        link.relist(None)
+        if link.info is None:
+            self._tasks[address].cancel()
+            self._forget(link)
+
+    async def _keep(self, link: WorkerLink) -> None:
+        await link.run()
+        self._forget(link)
+
+    def _forget(self, link: WorkerLink) -> None:
+        """It is not run any more, so the next worker at its address gets another."""
+        assert self._listener is not None
+        del self._links[link.address], self._tasks[link.address]
+        self._listener.listed()
+
+    @property
+    def shortage(self) -> str:
+        """Why no worker may be known, in words."""
+        return self._discovery.shortage
 
     def send(self, worker: str, message: worker_pb2.RouterMessage) -> bool:
         """Queue a message to a worker without waiting; False if it can't reach it."""
@@ -53,32 +104,11 @@ class Fleet:
 
     async def flush_caches(self) -> list[dict[str, object]]:
         """Have every worker forget the cached blocks that nothing holds; see FleetControl."""
-        return await asyncio.gather(*(self._flush(address) for address in self._members))
+        return await asyncio.gather(*(self._flush(address) for address in self._links))
 
     def describe(self) -> list[dict[str, object]]:
         """What is known of every worker; see FleetControl."""
-        shown: list[dict[str, object]] = []
-        for address, listed in self._members.items():
-            link = self._links.get(address)
-            info = link.info if link is not None else None
-            state = link.state if link is not None else WorkerState.LOST
-            about: dict[str, object] = {"address": address, "role": listed, "state": state}
-            if info is not None:
-                about |= {
-                    "role": info.role,
-                    "worker_id": info.worker_id,
-                    "model": info.model,
-                    "model_digest": info.model_digest.hex(),
-                    "num_blocks": info.num_blocks,
-                    "max_model_len": info.max_model_len,
-                    "max_num_seqs": info.max_num_seqs,
-                    "layout": asdict(info.layout),
-                    "kv_address": info.kv_address,
-                }
-            elif link is not None:
-                about["cause"] = link.cause
-            shown.append(about)
-        return shown
+        return [_about(link) for link in self._links.values()]
 
     async def _flush(self, address: str) -> dict[str, object]:
         async with self._open_channel(address) as channel:
@@ -86,7 +116,9 @@ class Fleet:
             stub = worker_pb2_grpc.WorkerStub(channel)
             call = cast(
                 Awaitable[worker_pb2.FlushCacheResponse],
-                stub.FlushCache(worker_pb2.FlushCacheRequest(), timeout=self._admin_timeout_s),
+                stub.FlushCache(
+                    worker_pb2.FlushCacheRequest(), timeout=self._settings.admin_timeout_s
+                ),
             )
             try:
                 response = await call
@@ -102,25 +134,46 @@ class Fleet:
     @property
     def statuses(self) -> list[WorkerStatus]:
         """Every worker as it is now, in the order in which they are listed."""
-        return [self._status(address, listed) for address, listed in self._members.items()]
+        return [_status(link) for link in self._links.values()]
 
     @property
     def absent(self) -> dict[str, str]:
         """Workers that are not attached, and why."""
         return {each.address: each.cause for each in self.statuses if each.info is None}
 
-    def _status(self, address: str, listed: Role) -> WorkerStatus:
-        link = self._links.get(address)
-        info = link.info if link is not None else None
-        if link is None or info is None:
-            return WorkerStatus(
-                address=address,
-                role=listed,
-                state=WorkerState.LOST,
-                cause=link.cause if link is not None else "not reached yet",
-                info=None,
-                load=WorkerLoad(state=WorkerState.LOST),
-            )
-        return WorkerStatus(
-            address=address, role=info.role, state=link.state, cause="", info=info, load=link.load
-        )
+
+def _status(link: WorkerLink) -> WorkerStatus:
+    info = link.info
+    return WorkerStatus(
+        address=link.address,
+        role=info.role if info is not None else link.member.role,
+        pool=link.member.pool,
+        state=link.state,
+        cause=link.cause if info is None else "",
+        info=info,
+        load=link.load if info is not None else WorkerLoad(state=WorkerState.LOST),
+    )
+
+
+def _about(link: WorkerLink) -> dict[str, object]:
+    about: dict[str, object] = {
+        "address": link.address,
+        "role": link.member.role,
+        "state": link.state,
+    }
+    if link.member.pool:
+        about["pool"] = link.member.pool
+    info = link.info
+    if info is None:
+        return about | {"cause": link.cause}
+    return about | {
+        "role": info.role,
+        "worker_id": info.worker_id,
+        "model": info.model,
+        "model_digest": info.model_digest.hex(),
+        "num_blocks": info.num_blocks,
+        "max_model_len": info.max_model_len,
+        "max_num_seqs": info.max_num_seqs,
+        "layout": asdict(info.layout),
+        "kv_address": info.kv_address,
+    }

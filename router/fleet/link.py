@@ -10,11 +10,12 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import grpc
 
+from router.fleet.discovery import Member
 from router.fleet.wire import (
     ProtocolViolation,
     cache_from_proto,
@@ -38,6 +39,7 @@ from rpc.v1 import worker_pb2, worker_pb2_grpc
 log = logging.getLogger(__name__)
 
 CLOSED = "the router closed the link"
+UNLISTED = "it is listed no longer"
 BACKOFF_FIRST_S = 0.1
 RESYNC_INTERVAL_S = 0.5
 """Shortest time between two requests for a snapshot: one in flight answers many gaps."""
@@ -69,6 +71,9 @@ class LinkListener(Protocol):
     def cache(self, worker: str, change: CacheChange) -> bool:
         """A cache event; False if a snapshot is needed."""
 
+    def works(self, worker: str) -> bool:
+        """True while the worker owes an answer to something that it was sent."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkSettings:
@@ -94,16 +99,22 @@ class WorkerLink:
     def __init__(
         self,
         address: str,
+        member: Member,
         open_channel: Callable[[str], grpc.aio.Channel],
         listener: LinkListener,
         settings: LinkSettings,
     ) -> None:
         self.address = address
+        self.member = member
+        """As it is listed, or was until it was listed no longer."""
+        self.listed = True
         self.info: WorkerInfo | None = None
         """Of the current session; None while there is none."""
         self.state = WorkerState.LOST
         self.load = WorkerLoad()
-        """The latest report, perhaps of a session that is over."""
+        """The latest report as routing sees it, perhaps of a session that is over."""
+        self._said = WorkerLoad()
+        """The same as the worker sent it."""
         self.cause = "not reached yet"
         """Why it is lost."""
         self._open_channel = open_channel
@@ -116,14 +127,30 @@ class WorkerLink:
         self._resync_after = 0.0
 
     async def run(self) -> None:
-        """Keep a session open until cancelled."""
+        """Keep a session open until cancelled, or until the last one of a worker not listed."""
         backoff = BACKOFF_FIRST_S
         while True:
             if await self._attend():
                 backoff = BACKOFF_FIRST_S
+            if not self.listed:
+                return
             # Jitter, so that routers do not come back all at once.
             await asyncio.sleep(random.uniform(backoff / 2, backoff))
             backoff = min(backoff * 2, self._settings.reconnect_max_s)
+
+    def relist(self, member: Member | None) -> None:
+        """Take what is listed of the worker now; None: nothing any more.
+
+        A worker that is draining, or not listed, gets nothing new and keeps its session for as
+        long as it owes an answer.
+        """
+        self.listed = member is not None
+        self.member = member or self.member
+        if self.info is not None:
+            shown = self._shown(self._said)
+            if shown.state is not self.state:
+                self.state, self.load = shown.state, shown
+                self._listener.load(self.address, shown)
 
     def send(self, message: worker_pb2.RouterMessage) -> bool:
         """Queue a message without waiting; False if it can't reach the worker.
@@ -164,7 +191,7 @@ class WorkerLink:
         self.cause = cause
         self._queue = None
         if attached:
-            level = logging.INFO if cause == CLOSED else logging.WARNING
+            level = logging.INFO if cause in (CLOSED, UNLISTED) else logging.WARNING
             log.log(level, "lost worker %s: %s", self.address, cause)
             self._listener.lost(self.address, cause)
         else:
@@ -203,7 +230,8 @@ class WorkerLink:
         self._heard_at = loop.time()
         self._resync_wanted = False
         self._resync_after = self._heard_at + RESYNC_INTERVAL_S
-        self.info = info
+        place = info.place.filled(self.member.place)
+        self.info = info = replace(info, place=place)
         log.info("attached to %s worker %s at %s", info.role, info.worker_id, self.address)
         self._listener.attached(self.address, info)
         self._listener.load(self.address, load)
@@ -239,6 +267,8 @@ class WorkerLink:
             except TimeoutError:
                 pass
             self._resync()
+            if not self.listed and not self._listener.works(self.address):
+                raise _SessionEnded(UNLISTED)
             now = loop.time()
             if now - began > 4 * tick_s:
                 # This process stood still itself; what the worker said meanwhile is yet unread.
@@ -271,9 +301,16 @@ class WorkerLink:
     def _checked(self, load: WorkerLoad) -> WorkerLoad:
         if load.state is WorkerState.STALLED:
             raise _SessionEnded(f"its engine stands still since {load.heartbeat_age_s:.1f} s")
+        self._said = load
+        self.load = load = self._shown(load)
         self.state = load.state
-        self.load = load
         return load
+
+    def _shown(self, said: WorkerLoad) -> WorkerLoad:
+        """A report as routing is to see it: who is to end takes nothing new, whatever it says."""
+        if self.listed and not self.member.draining:
+            return said
+        return replace(said, state=WorkerState.DRAINING)
 
     def _resync(self) -> None:
         """Ask for a snapshot if one is needed and none can be on its way."""

@@ -55,6 +55,12 @@ class Place:
     rack: str = ""
     host: str = ""
 
+    def filled(self, other: "Place") -> "Place":
+        """With what it does not say taken from another."""
+        return Place(
+            zone=self.zone or other.zone, rack=self.rack or other.rack, host=self.host or other.host
+        )
+
     def distance(self, other: "Place") -> Distance:
         """The smallest thing that both are in; APART if they are known to share nothing."""
         shared, differ = Distance.UNKNOWN, False
@@ -131,6 +137,8 @@ class WorkerStatus:
     address: str
     role: Role
     """As it says itself; while it is lost, as it is listed."""
+    pool: str = ""
+    """As it is listed; empty if its list knows no pools."""
     state: WorkerState
     cause: str
     """Why it is lost; empty if it is not."""

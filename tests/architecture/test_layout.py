@@ -98,7 +98,10 @@ def test_every_package_is_typed() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("router.main", {"torch", "engine", "kvtransfer", "worker", "transformers", "nixl_cu12"}),
+        (
+            "router.main",
+            {"torch", "engine", "kvtransfer", "worker", "transformers", "nixl_cu12", "kubernetes"},
+        ),
         ("prefill.main", {"torch", "transformers", "tokenizers"}),
         ("decode.main", {"torch", "transformers", "tokenizers"}),
         ("diptych.cli", {"torch", "grpc", "pydantic", "rich", "yaml", "asyncio"}),

@@ -1,7 +1,6 @@
 import asyncio
 import socket
 from dataclasses import replace
-from functools import partial
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -15,11 +14,8 @@ from core.errors import (
     UnavailableError,
 )
 from core.finish import FinishReason
-from router.fleet.fleet import Fleet
-from router.fleet.link import LinkSettings
-from router.fleet.worker import Role
-from rpc.auth import Credentials
-from rpc.channel import open_channel
+from router.main import dispatcher_on_fleet
+from router.settings import RouterSettings
 from tests.support.fake_worker import EOS, expected, fake_workers, until
 from tests.support.router_fleet import collect, make_request, ready_workers, router_on, run
 
@@ -74,23 +70,16 @@ async def test_sequences_of_one_prompt_are_computed_by_one_worker() -> None:
 
 
 async def test_flush_names_the_worker_that_does_not_answer() -> None:
-    settings = LinkSettings(
-        router_id="r",
-        version="0",
-        connect_timeout_s=1,
-        silence_s=1,
-        reconnect_max_s=1,
-        queue_size=16,
-        admin_timeout_s=5,
-    )
     with socket.create_server(("127.0.0.1", 0)) as unused:
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-    credentials = Credentials.from_settings(token=None, ca=None, cert=None, key=None)
-    fleet = Fleet({address: Role.DECODE}, partial(open_channel, credentials=credentials), settings)
-    (answer,) = await fleet.flush_caches()
-    assert answer["address"] == address and "UNAVAILABLE" in str(answer["error"])
-    (about,) = fleet.describe()
-    assert about == {"address": address, "role": "decode", "state": "lost"}
+    settings = RouterSettings(decode=(address,))
+    async with dispatcher_on_fleet(settings, CollectorRegistry(), None) as (_, fleet):
+        await until(fleet.describe, "the worker to be listed")
+        (answer,) = await fleet.flush_caches()
+        assert answer["address"] == address and "UNAVAILABLE" in str(answer["error"])
+        (about,) = fleet.describe()
+        assert about.pop("cause")
+        assert about == {"address": address, "role": "decode", "state": "lost"}
 
 
 async def test_first_token_only_from_prefill_leaves_no_gap() -> None:

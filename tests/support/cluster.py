@@ -236,7 +236,7 @@ def cluster(
     with ExitStack() as stack:
         pools = {
             role: [
-                _worker(role, model, transport, {**(worker or {}), **settings})
+                make_worker(role, model, transport, {**(worker or {}), **settings})
                 for settings in (own if isinstance(own, Sequence) else [own or {}] * count)
             ]
             for role, count, own in (
@@ -281,7 +281,10 @@ def routed(
         yield system
 
 
-def _worker(role: str, model: Path | str, transport: str, settings: Mapping[str, object]) -> Worker:
+def make_worker(
+    role: str, model: Path | str, transport: str, settings: Mapping[str, object] | None = None
+) -> Worker:
+    """A worker that is not started yet, at ports of its own."""
     port, metrics_port = free_port(), free_port()
     options: dict[str, object] = {
         "model": model,
@@ -291,7 +294,7 @@ def _worker(role: str, model: Path | str, transport: str, settings: Mapping[str,
         "device": "cpu",
         "kv_cache_memory": "64MiB",
         "num_threads": 1,
-        **settings,
+        **(settings or {}),
     }
     env = {f"DIPTYCH_{role.upper()}_AUTH_TOKEN": TOKEN}
     command = [sys.executable, "-m", role, *_flags(options)]

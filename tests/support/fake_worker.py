@@ -90,6 +90,7 @@ class FakeWorker:
     silent_ends: bool = False
     """Never say that a request is finished."""
     snapshot_on_hello: bool = True
+    place: worker_pb2.Place = field(default_factory=worker_pb2.Place)
 
     port: int = 0
     attaches: int = 0
@@ -108,6 +109,11 @@ class FakeWorker:
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    @property
+    def attached(self) -> int:
+        """Streams that are open."""
+        return len(self._streams)
 
     @property
     def busy(self) -> list[tuple[str, int]]:
@@ -326,6 +332,7 @@ class FakeWorker:
             max_num_seqs=64,
             vocab_size=VOCAB,
             eos_token_ids=[EOS],
+            place=self.place,
             kv_address=f"127.0.0.1:{self.port}" if self.role == "prefill" else "",
         )
 

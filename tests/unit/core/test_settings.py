@@ -237,3 +237,15 @@ def test_edge_turns_an_error_into_a_message_and_status_2(
         load_or_exit(Example, ["--nope"], prog="diptych example", env_prefix="EXAMPLE_")
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("diptych example: error: Unknown option --nope")
+
+
+def test_check_judges_every_source_and_prints_ok(
+    yaml_file: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = yaml_file("block_size: 32\n")
+    with pytest.raises(SystemExit) as caught:
+        resolve("--config", path, "--check")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == "ok\n"
+    path = yaml_file("block_size: 0\n")
+    assert f"block_size = 0 ({path}:1)" in refusal("--config", path, "--check")

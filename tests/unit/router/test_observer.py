@@ -91,6 +91,7 @@ def test_workers_show_their_load_and_a_lost_one_why() -> None:
     assert second == {
         "address": "d1:1",
         "role": "decode",
+        "pool": None,
         "state": "lost",
         "cause": "said nothing for 3 s",
     }

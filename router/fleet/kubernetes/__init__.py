@@ -1,0 +1,1 @@
+"""Workers found through the EndpointSlices of a Kubernetes namespace; see docs/discovery.md."""

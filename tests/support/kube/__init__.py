@@ -1,0 +1,1 @@
+"""A small API server that speaks enough of Kubernetes for kubectl, helm and client libraries."""
