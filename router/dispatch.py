@@ -80,6 +80,7 @@ class Dispatcher:
         self._placer = placer
         self._settings = settings
         self._metrics = metrics
+        metrics.backlog.set_function(lambda: self.backlog_s)
         self._clock = clock
         self._spans = spans
         self._runs: dict[str, Run] = {}
@@ -437,9 +438,7 @@ class Dispatcher:
         self._spans.closed(run.timeline)
         del self._runs[run.request.request_id]
         self._metrics.in_flight.set(len(self._runs))
-        ledger = run.timeline.ledger
-        for stage in ledger.stages:
-            self._metrics.stages.labels(stage.name).observe(stage.seconds)
+        self._metrics.account(run.timeline.ledger)
         self._admission.leave(run.request.request_id, run.timeline.running_s)
         self._start_queued()
         if not self._runs:

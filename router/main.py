@@ -14,7 +14,6 @@ import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from importlib import metadata
 
 import uvicorn
 import uvloop
@@ -29,7 +28,9 @@ from core.clock import monotonic
 from core.errors import ConfigError
 from core.modelfile.resolve import resolve_model
 from core.settings import load_or_exit
+from core.version import installed_version
 from router.api.settings import ApiSettings
+from router.api.slo import SloTargets
 from router.app import create_app
 from router.dispatch import Dispatcher
 from router.fleet.discovery import static_members
@@ -46,6 +47,7 @@ from router.text.processor import TextProcessor
 from rpc.auth import Credentials
 from rpc.channel import open_channel
 from telemetry.logs import setup
+from telemetry.metrics import ProcessRegistry, show_build
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,8 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
         ConfigError: the port is taken, or a setting does not fit another.
     """
     listener = listen(settings.host, settings.port)
-    registry = CollectorRegistry()
+    registry = ProcessRegistry()
+    show_build(registry, "router", installed_version())
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
     async with dispatcher_on_fleet(settings, registry, token) as (dispatcher, fleet):
@@ -92,7 +95,7 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
             generator=dispatcher,
             fleet=fleet,
             facts={
-                "version": _version(),
+                "version": installed_version(),
                 **settings.model_dump(mode="json", exclude={"auth_token", "tls_key"}),
             },
             text=text,
@@ -102,6 +105,11 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
                 max_in_flight=settings.max_in_flight + settings.max_queued,
                 recent_requests=settings.timelines,
                 console=settings.console,
+                slo=SloTargets(
+                    ttft_s=settings.slo_ttft_s,
+                    tpot_s=settings.slo_tpot_s,
+                    itl_s=settings.slo_itl_s,
+                ),
             ),
             observed=Observer(fleet, dispatcher),
             registry=registry,
@@ -146,7 +154,7 @@ async def dispatcher_on_fleet(
         partial(open_channel, credentials=credentials),
         LinkSettings(
             router_id=router_id,
-            version=_version(),
+            version=installed_version(),
             connect_timeout_s=settings.connect_timeout_s,
             silence_s=settings.worker_silence_s,
             reconnect_max_s=settings.reconnect_max_s,
@@ -219,10 +227,3 @@ async def _stop_on_signal(server: uvicorn.Server, dispatcher: Dispatcher, grace_
             server.force_exit = True
         drained.cancel()
         forced.cancel()
-
-
-def _version() -> str:
-    try:
-        return metadata.version("diptych")
-    except metadata.PackageNotFoundError:
-        return "unknown"

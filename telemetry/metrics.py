@@ -1,23 +1,34 @@
-"""Prometheus metrics: shared buckets, and the small HTTP port that a worker shows them on.
+"""Prometheus metrics: shared buckets, registries, and the HTTP port that a worker shows them on.
 
 Each package declares its metrics once, on a registry that its process owns (never the global one);
-names start with `diptych_`. The router shows the same three paths on its own HTTP port.
+names start with `diptych_`. The router shows the same three paths on its own HTTP port. A counter
+whose label values are known shows them all from the start, at 0: without a 0 before it, the first
+event of a kind is no increase, and no alert sees it.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import product
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Info, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
 
 TTFT_BUCKETS_S = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 20, 40, 80,
 )  # fmt: skip
 """Time to first token, and other waits of a whole request's part."""
 ITL_BUCKETS_S = (
-    0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 2, 5,
+    0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8,
+    2, 5,
 )  # fmt: skip
-"""Gap between two tokens of one request."""
+"""Gap between two tokens of one request, and their mean."""
+STAGE_BUCKETS_S = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5,
+    10, 30, 120,
+)  # fmt: skip
+"""A stage of a request: some take microseconds, others as long as the request."""
 STEP_BUCKETS_S = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6, 4, 10,
 )  # fmt: skip
@@ -28,11 +39,54 @@ TRANSFER_BUCKETS_S = (
 """Moving the KV of one request."""
 REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480)
 """A whole request."""
+REQUEST_TOKENS_BUCKETS = (
+    1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072,
+)  # fmt: skip
+"""Tokens of one sequence."""
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _REQUEST_TIMEOUT_S = 5.0
 _MAX_REQUEST_BYTES = 8 << 10
 _MAX_CONNECTIONS = 16
+
+
+class ProcessRegistry(CollectorRegistry):
+    """Registry of one process, whose labels every sample bears.
+
+    Leaves out when each series was created: that would double their number, and nobody asks.
+    """
+
+    def __init__(self, labels: Mapping[str, str] | None = None) -> None:
+        super().__init__(auto_describe=True)
+        self._labels = dict(labels or {})
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric with the labels of the process added."""
+        for metric in super().collect():
+            metric.samples = [
+                sample._replace(labels={**self._labels, **sample.labels})
+                for sample in metric.samples
+                if not sample.name.endswith("_created")
+            ]
+            yield metric
+
+
+def worker_registry(role: str, worker_id: str) -> ProcessRegistry:
+    """Registry of a process of a worker. `worker` is what other workers and routers call it."""
+    return ProcessRegistry({"role": role, "worker": worker_id})
+
+
+def show_build(registry: CollectorRegistry, component: str, version: str) -> None:
+    """Say what runs here; `component` is router, prefill or decode."""
+    Info("diptych_build", "What runs here: component, and its version.", registry=registry).info(
+        {"component": component, "version": version, "python": platform.python_version()}
+    )
+
+
+def start_at_zero(counter: Counter, *values: Iterable[str]) -> None:
+    """Show a series for every combination of label values, given in the order of the labels."""
+    for combination in product(*values):
+        counter.labels(*combination)
 
 
 def exposition(registry: CollectorRegistry, extra: Iterable[bytes] = ()) -> bytes:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import xxhash
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from core.clock import monotonic
+from core.version import installed_version
 from engine.build import build_executor
 from engine.engine import Engine
 from engine.executor import Executor, ExecutorLostError
@@ -24,6 +25,7 @@ from engine.metrics import EngineMetrics
 from kvtransfer.wire import layout_to_proto
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.logs import setup
+from telemetry.metrics import worker_registry
 from worker.convert import error_of
 from worker.ipc import EnginePipe, PipeClosedError
 from worker.loop import EngineLoop
@@ -40,15 +42,26 @@ _START_TIMEOUT_S = 60.0
 S = TypeVar("S", bound=WorkerSettings)
 
 
-def run_engine(fd: int, settings_class: type[S], build_role: Callable[[S], BuildRole]) -> int:
-    """Serve one engine over the pipe at `fd`; returns the process's exit status."""
+def run_engine(
+    fd: int, role: str, settings_class: type[S], build_role: Callable[[S], BuildRole]
+) -> int:
+    """Serve one engine over the pipe at `fd`; returns the process's exit status.
+
+    Args:
+        fd: this process's end of the pipe to the service process.
+        role: name of the role in metrics, prefill or decode.
+        settings_class: what the settings that come over the pipe are.
+        build_role: makes the role from them.
+    """
     # Ctrl-C reaches the whole process group; the service decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = EnginePipe(socket.socket(fileno=fd))
     try:
         settings = settings_class.model_validate_json(_await_start(pipe))
         setup(settings.log_level, settings.log_format, f"engine-{settings.worker_id}")
-        loop = _build(settings, build_role(settings), pipe)
+        registry = worker_registry(role, settings.worker_id or "")
+        ProcessCollector(namespace="diptych_engine", registry=registry)
+        loop = _build(settings, build_role(settings), pipe, registry)
     except PipeClosedError:
         return 0
     except Exception as error:
@@ -75,13 +88,14 @@ def _await_start(pipe: EnginePipe) -> bytes:
     raise PipeClosedError("no Start arrived")
 
 
-def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) -> EngineLoop:
+def _build(
+    settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe, registry: CollectorRegistry
+) -> EngineLoop:
     def progress(stage: str) -> None:
         pipe.send(ipc_pb2.EngineEvent(progress=ipc_pb2.StartupProgress(stage=stage)))
 
     config = engine_config(settings)
     executor = build_executor(config, progress, rank_module=RANK_MODULE)
-    registry = CollectorRegistry()
     dtype = executor.pool.layout.dtype
     digest = _kv_digest(executor.model_digest, dtype)
     metrics = EngineMetrics(registry)
@@ -138,19 +152,10 @@ def describe(
         max_num_seqs=engine.max_num_seqs,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
-        version=_version(),
+        version=installed_version(),
         kv_address=address,
         place=worker_pb2.Place(zone=settings.zone, rack=settings.rack, host=settings.node),
     )
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("diptych")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 def pipe_fd(argv: list[str]) -> int:

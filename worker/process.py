@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
 from core.clock import monotonic
+from core.version import installed_version
 from rpc.auth import Credentials
 from rpc.server import RpcServer, build_server
 from rpc.v1 import ipc_pb2, worker_pb2, worker_pb2_grpc
-from telemetry.metrics import serve_metrics
+from telemetry.metrics import serve_metrics, show_build, worker_registry
 from worker.engine_child import EngineChild
 from worker.ipc import ServicePipe
 from worker.service import EngineView, WorkerService
@@ -102,8 +103,10 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         extension.register(server.grpc_server)
         await server.start()
         stack.push_async_callback(server.stop, _SERVER_GRACE_S)
+        registry = worker_registry(role.name, settings.worker_id or "")
+        show_build(registry, role.name, installed_version())
         metrics = await serve_metrics(
-            process_registry(view, switchboard),
+            process_registry(view, switchboard, registry),
             settings.host,
             settings.metrics_port,
             extra=lambda: [view.metrics],
@@ -159,9 +162,19 @@ async def _serve_until_told(
         start.cancel()
 
 
-def process_registry(view: EngineView, switchboard: Switchboard) -> CollectorRegistry:
-    """Metrics of the service process itself."""
-    registry = CollectorRegistry()
+def process_registry(
+    view: EngineView, switchboard: Switchboard, registry: CollectorRegistry
+) -> CollectorRegistry:
+    """Declare the metrics of the service process itself on its registry."""
+    ProcessCollector(registry=registry)
+    Gauge(
+        "diptych_worker_ready", "1 while a request would be admitted, else 0.", registry=registry
+    ).set_function(lambda: float(view.ready))
+    Gauge(
+        "diptych_worker_startup_seconds",
+        "Time to load the model and build the engine; grows until that is done.",
+        registry=registry,
+    ).set_function(lambda: view.startup_s)
     Gauge(
         "diptych_engine_heartbeat_age_seconds",
         "Time since the engine loop last turned.",
@@ -213,7 +226,7 @@ async def _read_events(
                 stage = event.progress.stage
                 log.info("starting: %s", stage, extra={"stage": stage})
             case "ready":
-                view.description = event.ready.worker
+                view.on_ready(event.ready.worker)
             case "failed":
                 raise EngineFailedError(
                     f"the engine could not start ({event.failed.error_code}): "

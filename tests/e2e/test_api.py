@@ -302,6 +302,13 @@ def metric(port: int, name: str) -> float:
     )
 
 
+def sample(port: int, beginning: str) -> float:
+    """Value of the one series whose line in the exposition begins so."""
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+    (line,) = [line for line in text.splitlines() if line.startswith(beginning)]
+    return float(line.rsplit(" ", 1)[1])
+
+
 def test_metrics_follow_the_work(client: openai.OpenAI, model: str, system: Cluster) -> None:
     watched = [
         (system.port, "diptych_router_requests_total"),
@@ -326,8 +333,9 @@ def test_placement_reckons_with_the_measured_link(
 ) -> None:
     client.completions.create(model=model, prompt="link", max_tokens=4)
     port = system.decode[0].metrics_port
+    measured_links = 'diptych_kv_link_probes_total{outcome="measured",role="decode",'
     wait_until(
-        lambda: metric(port, 'diptych_kv_link_probes_total{outcome="measured",transport="nixl"}'),
+        lambda: sample(port, measured_links),
         10,
         "the link to be measured",
     )

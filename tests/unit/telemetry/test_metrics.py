@@ -7,7 +7,13 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from telemetry import metrics
-from telemetry.metrics import exposition, serve_metrics
+from telemetry.metrics import (
+    exposition,
+    serve_metrics,
+    show_build,
+    start_at_zero,
+    worker_registry,
+)
 
 
 @pytest.fixture
@@ -108,3 +114,19 @@ async def test_taken_port_is_an_error_that_names_it(registry: CollectorRegistry)
     async with serving(registry, State()) as port:
         with pytest.raises(OSError, match=str(port)):
             await serve_metrics(registry, "127.0.0.1", port)
+
+
+def test_every_series_of_a_worker_names_it_once_and_none_says_when_it_was_made() -> None:
+    registry = worker_registry("decode", "decode-0")
+    show_build(registry, "decode", "1.2")
+    counter = Counter("diptych_ends", "Ends.", ["kind", "cause"], registry=registry)
+    start_at_zero(counter, ("good", "bad"), ("a", "b"))
+    families = list(text_string_to_metric_families(exposition(registry).decode()))
+    samples = [sample for family in families for sample in family.samples]
+    assert {sample.name for sample in samples} == {"diptych_build_info", "diptych_ends_total"}
+    assert len(samples) == 1 + 4
+    for sample in samples:
+        assert (sample.labels["role"], sample.labels["worker"]) == ("decode", "decode-0")
+    assert registry.get_sample_value(
+        "diptych_ends_total", {"kind": "bad", "cause": "a", "role": "decode", "worker": "decode-0"}
+    ) == 0  # fmt: skip
