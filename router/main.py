@@ -20,7 +20,6 @@ import uvloop
 from prometheus_client import (
     CollectorRegistry,
     GCCollector,
-    PlatformCollector,
     ProcessCollector,
 )
 
@@ -85,10 +84,7 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
         ConfigError: the port is taken, or a setting does not fit another.
     """
     listener = listen(settings.host, settings.port)
-    registry = ProcessRegistry()
-    show_build(registry, "router", installed_version())
-    for collector in (ProcessCollector, PlatformCollector, GCCollector):
-        collector(registry=registry)
+    registry = router_registry()
     async with dispatcher_on_fleet(settings, registry, token) as (dispatcher, fleet):
         # Nothing in here raises ConfigError: the task group inside would wrap it.
         app = create_app(
@@ -134,6 +130,15 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
             stop = group.create_task(_stop_on_signal(server, dispatcher, settings.shutdown_grace_s))
             await server.serve(sockets=[listener])
             stop.cancel()
+
+
+def router_registry() -> CollectorRegistry:
+    """Registry of this process, with what is known before any part of it is built."""
+    registry = ProcessRegistry()
+    show_build(registry, "router", installed_version())
+    ProcessCollector(namespace="diptych_router", registry=registry)
+    GCCollector(registry=registry)
+    return registry
 
 
 @asynccontextmanager

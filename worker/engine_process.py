@@ -59,8 +59,7 @@ def run_engine(
     try:
         settings = settings_class.model_validate_json(_await_start(pipe))
         setup(settings.log_level, settings.log_format, f"engine-{settings.worker_id}")
-        registry = worker_registry(role, settings.worker_id or "")
-        ProcessCollector(namespace="diptych_engine", registry=registry)
+        registry = engine_registry(role, settings.worker_id or "")
         loop = _build(settings, build_role(settings), pipe, registry)
     except PipeClosedError:
         return 0
@@ -79,6 +78,13 @@ def run_engine(
     finally:
         pipe.close()
     return 0
+
+
+def engine_registry(role: str, worker_id: str) -> CollectorRegistry:
+    """Registry of this process, with what is known before the engine is built."""
+    registry = worker_registry(role, worker_id)
+    ProcessCollector(namespace="diptych_engine", registry=registry)
+    return registry
 
 
 def _await_start(pipe: EnginePipe) -> bytes:

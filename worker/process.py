@@ -103,10 +103,8 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         extension.register(server.grpc_server)
         await server.start()
         stack.push_async_callback(server.stop, _SERVER_GRACE_S)
-        registry = worker_registry(role.name, settings.worker_id or "")
-        show_build(registry, role.name, installed_version())
         metrics = await serve_metrics(
-            process_registry(view, switchboard, registry),
+            process_registry(role.name, settings.worker_id or "", view, lambda: len(switchboard)),
             settings.host,
             settings.metrics_port,
             extra=lambda: [view.metrics],
@@ -163,10 +161,19 @@ async def _serve_until_told(
 
 
 def process_registry(
-    view: EngineView, switchboard: Switchboard, registry: CollectorRegistry
+    role: str, worker_id: str, view: EngineView, num_streams: Callable[[], int]
 ) -> CollectorRegistry:
-    """Declare the metrics of the service process itself on its registry."""
-    ProcessCollector(registry=registry)
+    """Metrics of the service process itself.
+
+    Args:
+        role: prefill or decode.
+        worker_id: what routers and other workers call this one.
+        view: what is known of the engine.
+        num_streams: asked at each scrape.
+    """
+    registry = worker_registry(role, worker_id)
+    show_build(registry, role, installed_version())
+    ProcessCollector(namespace="diptych_worker", registry=registry)
     Gauge(
         "diptych_worker_ready", "1 while a request would be admitted, else 0.", registry=registry
     ).set_function(lambda: float(view.ready))
@@ -182,7 +189,7 @@ def process_registry(
     ).set_function(lambda: view.heartbeat_age_s)
     Gauge(
         "diptych_attached_streams", "Streams of routers and peers that are open.", registry=registry
-    ).set_function(lambda: float(len(switchboard)))
+    ).set_function(lambda: float(num_streams()))
     return registry
 
 
