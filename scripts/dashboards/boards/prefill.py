@@ -83,7 +83,7 @@ def _steps(source: Source) -> Row:
                 "Duration of steps",
                 "Time of one engine step. Prompts are cut into chunks so that it stays below "
                 "what --max-step-tokens allows; lower that if others must wait less.",
-                *quantiles(source, "diptych_step_duration_seconds", **_MINE),
+                *quantiles(source, "diptych_step_duration_seconds", role="prefill"),
                 unit="s",
             ),
             graph(
@@ -91,7 +91,7 @@ def _steps(source: Source) -> Row:
                 "Prompt tokens of a step that has some. Small with a backlog: chunks are limited "
                 "by KV blocks or by --max-step-tokens.",
                 Query(source.mean("diptych_step_tokens", phase="prefill", **_MINE), "mean"),
-                *quantiles(source, "diptych_step_tokens", phase="prefill", **_MINE),
+                *quantiles(source, "diptych_step_tokens", phase="prefill", role="prefill"),
             ),
             graph(
                 "Prefix cache",
