@@ -73,6 +73,7 @@ def _for_clients(source: Source) -> list[Alert]:
             )
             for name, target, what in (
                 ("DiptychTimeToFirstTokenHigh", "ttft", "The time to first token"),
+                ("DiptychTimePerOutputTokenHigh", "tpot", "The time per output token"),
                 ("DiptychInterTokenLatencyHigh", "itl", "The gap between tokens"),
             )
         ),

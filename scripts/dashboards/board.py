@@ -130,7 +130,7 @@ def _matching(*names: str) -> dict[str, str]:
 
 def _variable(name: str, label: str, metric: str, matchers: Mapping[str, str]) -> dict[str, Any]:
     inside = ",".join(label + value for label, value in matchers.items())
-    query = f"label_values({metric}{{{inside}}}, {name})"
+    query = f"label_values({metric}{f'{{{inside}}}' if inside else ''}, {name})"
     return {
         "name": name,
         "label": label,

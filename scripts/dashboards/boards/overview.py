@@ -97,6 +97,7 @@ def _latency(source: Source) -> Row:
                 "tpot",
                 "Mean time per token of each sequence. Above the target: decode batches are too "
                 "large for it; add decode workers or lower --max-num-seqs.",
+                runbooks=("DiptychTimePerOutputTokenHigh",),
             ),
             against_target(
                 source,
