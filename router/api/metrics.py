@@ -28,41 +28,41 @@ class ApiMetrics:
         self.time_to_first_token = Histogram(
             "diptych_router_time_to_first_token_seconds",
             "From reading a request to writing its first token, per choice.",
-            ["endpoint"],
+            ["api"],
             buckets=TTFT_BUCKETS_S,
             registry=registry,
         )
         self.inter_token_latency = Histogram(
             "diptych_router_inter_token_latency_seconds",
             "Gap between two consecutive arrivals of tokens of one choice.",
-            ["endpoint"],
+            ["api"],
             buckets=ITL_BUCKETS_S,
             registry=registry,
         )
         self.time_per_output_token = Histogram(
             "diptych_router_time_per_output_token_seconds",
             "Mean time per token after the first, per choice.",
-            ["endpoint"],
+            ["api"],
             buckets=ITL_BUCKETS_S,
             registry=registry,
         )
         self.request_duration = Histogram(
             "diptych_router_request_duration_seconds",
             "From reading a request to the end of its answer.",
-            ["endpoint"],
+            ["api"],
             buckets=REQUEST_BUCKETS_S,
             registry=registry,
         )
         self.requests = Counter(
             "diptych_router_requests_total",
             "Requests answered; outcome is ok, disconnected or the error's code.",
-            ["endpoint", "outcome"],
+            ["api", "outcome"],
             registry=registry,
         )
         self.in_flight = Gauge(
             "diptych_router_requests_in_flight",
             "Requests being answered.",
-            ["endpoint"],
+            ["api"],
             registry=registry,
         )
         self.prompt_tokens = Counter(
@@ -79,7 +79,7 @@ class ApiMetrics:
             "diptych_router_client_disconnects_total",
             "Clients that left before their answer was complete; phase is body, waiting, "
             "streaming or answering.",
-            ["endpoint", "phase"],
+            ["api", "phase"],
             registry=registry,
         )
         self.cached_tokens = Counter(

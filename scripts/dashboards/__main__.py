@@ -1,8 +1,12 @@
-"""`python -m scripts.dashboards [--root FOLDER]`: write every file that the registry determines."""
+"""`python -m scripts.dashboards`: write every file that the registry determines.
+
+With `--root` they go below another folder, with `--docs-url` they link to another copy of docs/.
+"""
 
 import argparse
 from pathlib import Path
 
+from scripts.dashboards.board import DOCS_URL
 from scripts.dashboards.product import Product
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -12,11 +16,12 @@ def main() -> None:
     """Write the files below a folder."""
     parser = argparse.ArgumentParser(prog="python -m scripts.dashboards", description=__doc__)
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="where to write")
-    root = parser.parse_args().root
+    parser.add_argument("--docs-url", default=DOCS_URL, help="where docs/ can be read")
+    arguments = parser.parse_args()
     for path, content in Product().files().items():
-        target = root / path
+        target = arguments.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(content)
+        target.write_text(content.replace(DOCS_URL, arguments.docs_url.rstrip("/")))
 
 
 if __name__ == "__main__":

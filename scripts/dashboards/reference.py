@@ -16,8 +16,7 @@ the labels mean, is in [observability.md](observability.md).
 
 Labels are those of the metric itself. Every metric of a worker also bears `role` and `worker`. A
 histogram has the series `_bucket`, `_sum` and `_count`. "Seen on" names dashboards, and alerts that
-ask for the metric.
-"""
+ask for the metric."""
 _ROOMS = (
     ("Routers", ("router",)),
     ("Workers: the service process", ("worker",)),

@@ -29,8 +29,8 @@ SCRAPED = frozenset({"namespace", "release", "pod", "instance", "job"})
 SCRAPED_WORKER = SCRAPED | {"pool", "role", "worker"}
 """Of workers: role and worker are their own, pool comes with the scrape."""
 ENDPOINTS = ("chat", "completions", "responses", "generate")
-_OPEN_LABELS = frozenset({"worker", "peer", "transport", "endpoint"}) | {
-    *("version", "python", "block_size", "num_blocks", "generation")
+_OPEN_LABELS = frozenset({"worker", "peer", "transport", "api"}) | {
+    *("component", "version", "python", "block_size", "num_blocks", "generation")
 }
 """Labels whose values are not known here, or are no fixed set."""
 

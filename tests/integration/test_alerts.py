@@ -40,7 +40,7 @@ def worker(name: str, labels: str = "", *, role: str = "decode", one: str = "d0"
 
 
 def requests(outcome: str) -> str:
-    return router("diptych_router_requests_total", f'endpoint="chat",outcome="{outcome}"')
+    return router("diptych_router_requests_total", f'api="chat",outcome="{outcome}"')
 
 
 def judged(outcome: str) -> str:
@@ -60,9 +60,9 @@ def latency(name: str, target: str, *, slow: str, fast: str) -> Series:
     """`slow` above 2 s, `fast` below 0.5 s; the target is 1 s."""
     metric = f"diptych_router_{name}_seconds_bucket"
     return {
-        router(metric, 'endpoint="chat",le="0.5"'): fast,
-        router(metric, 'endpoint="chat",le="2"'): fast,
-        router(metric, 'endpoint="chat",le="+Inf"'): slow,
+        router(metric, 'api="chat",le="0.5"'): fast,
+        router(metric, 'api="chat",le="2"'): fast,
+        router(metric, 'api="chat",le="+Inf"'): slow,
         router("diptych_router_slo_target_seconds", f'target="{target}"'): "1x40",
     }
 

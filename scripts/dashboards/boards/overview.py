@@ -137,7 +137,7 @@ def _traffic(source: Source) -> Row:
             graph(
                 "Requests by endpoint",
                 "Answered per second. A jump here explains most others: compare before you dig.",
-                Query(source.rate("diptych_router_requests_total").sum("endpoint"), "{{endpoint}}"),
+                Query(source.rate("diptych_router_requests_total").sum("api"), "{{api}}"),
                 unit="reqps",
                 stacked=True,
             ),

@@ -67,7 +67,7 @@ def test_several_tokens_at_once_make_one_gap_and_a_short_mean() -> None:
     judge = Judge().run([0.1, 0.15, 0.15], tokens=4)
     assert judge.counted()["tpot"] == MET
     mean_s = judge.registry.get_sample_value(
-        "diptych_router_time_per_output_token_seconds_sum", {"endpoint": "chat"}
+        "diptych_router_time_per_output_token_seconds_sum", {"api": "chat"}
     )
     assert mean_s == pytest.approx(0.3 / 11)
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from decode.settings import DecodeSettings
+from prefill.settings import PrefillSettings
+from router.settings import RouterSettings
 from scripts.dashboards.board import PAGE_WIDTH, Board
 from scripts.dashboards.product import CHART, Product
 
@@ -130,3 +133,14 @@ def test_routers_have_no_pool_or_worker_to_choose() -> None:
             if not name.startswith("__")
         }
         assert used <= names, board.name
+
+
+def test_runbooks_name_no_setting_that_is_not_there() -> None:
+    fields = {
+        name
+        for settings in (RouterSettings, PrefillSettings, DecodeSettings)
+        for name in settings.model_fields
+    }
+    for path in (*(ROOT / "docs/runbooks").glob("*.md"), ROOT / "docs/observability.md"):
+        for flag in re.findall(r"`--([a-z][a-z0-9-]+)", path.read_text()):
+            assert flag.replace("-", "_") in fields, f"{path.name}: --{flag}"

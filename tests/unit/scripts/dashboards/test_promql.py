@@ -10,16 +10,14 @@ TTFT = "diptych_router_time_to_first_token_seconds"
 
 
 def test_text_is_promql() -> None:
-    errors = SOURCE.rate(REQUESTS, outcome="internal").sum("endpoint")
-    assert errors.text == f'sum by (endpoint) (rate({REQUESTS}{{outcome="internal"}}[5m]))'
+    errors = SOURCE.rate(REQUESTS, outcome="internal").sum("api")
+    assert errors.text == f'sum by (api) (rate({REQUESTS}{{outcome="internal"}}[5m]))'
     others = SOURCE.over("1h").rate(REQUESTS, outcome="!~ok|disconnected")
     assert others.text == f'rate({REQUESTS}{{outcome!~"ok|disconnected"}}[1h])'
-    p99 = SOURCE.quantile(0.99, TTFT, "endpoint")
-    assert p99.text == (
-        f"histogram_quantile(0.99, sum by (le, endpoint) (rate({TTFT}_bucket[5m])))"
-    )
-    ratio = errors / (SOURCE.rate(REQUESTS).sum("endpoint") > 0)
-    assert ratio.text == f"({errors.text} / (sum by (endpoint) (rate({REQUESTS}[5m])) > 0))"
+    p99 = SOURCE.quantile(0.99, TTFT, "api")
+    assert p99.text == (f"histogram_quantile(0.99, sum by (le, api) (rate({TTFT}_bucket[5m])))")
+    ratio = errors / (SOURCE.rate(REQUESTS).sum("api") > 0)
+    assert ratio.text == f"({errors.text} / (sum by (api) (rate({REQUESTS}[5m])) > 0))"
     assert ratio.families == {REQUESTS}
 
 
@@ -38,7 +36,7 @@ def test_a_selector_adds_to_every_metric() -> None:
         (lambda: SOURCE.rate(REQUESTS, outcome="fine"), UnknownLabelError, "outcome='fine'"),
         (lambda: SOURCE.rate(REQUESTS, outcome="!=fine"), UnknownLabelError, "outcome='fine'"),
         (lambda: SOURCE.rate(REQUESTS).sum("worker"), UnknownLabelError, "'worker'"),
-        (lambda: SOURCE.rate(REQUESTS).sum("endpoint").max("outcome"), UnknownLabelError, "has"),
+        (lambda: SOURCE.rate(REQUESTS).sum("api").max("outcome"), UnknownLabelError, "has"),
         (lambda: SOURCE.now(REQUESTS), TypeError, "is a counter"),
         (lambda: SOURCE.rate(TTFT), TypeError, "is a histogram"),
         (
