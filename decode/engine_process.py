@@ -7,4 +7,4 @@ from decode.settings import DecodeSettings
 from worker.engine_process import pipe_fd, run_engine
 
 if __name__ == "__main__":
-    sys.exit(run_engine(pipe_fd(sys.argv), "decode", DecodeSettings, build_importer))
+    sys.exit(run_engine(pipe_fd(sys.argv), DecodeSettings, build_importer))

@@ -7,4 +7,4 @@ from prefill.settings import PrefillSettings
 from worker.engine_process import pipe_fd, run_engine
 
 if __name__ == "__main__":
-    sys.exit(run_engine(pipe_fd(sys.argv), "prefill", PrefillSettings, build_exporter))
+    sys.exit(run_engine(pipe_fd(sys.argv), PrefillSettings, build_exporter))

@@ -51,29 +51,15 @@ _MAX_CONNECTIONS = 16
 
 
 class ProcessRegistry(CollectorRegistry):
-    """Registry of one process, whose labels every sample bears.
-
-    Leaves out when each series was created: that would double their number, and nobody asks.
-    """
-
-    def __init__(self, labels: Mapping[str, str] | None = None) -> None:
-        super().__init__(auto_describe=True)
-        self._labels = dict(labels or {})
+    """Registry of one process. Leaves out when each series was created, which nobody asks."""
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric with the labels of the process added."""
+        """Every metric."""
         for metric in super().collect():
             metric.samples = [
-                sample._replace(labels={**self._labels, **sample.labels})
-                for sample in metric.samples
-                if not sample.name.endswith("_created")
+                sample for sample in metric.samples if not sample.name.endswith("_created")
             ]
             yield metric
-
-
-def worker_registry(role: str, worker_id: str) -> ProcessRegistry:
-    """Registry of a process of a worker. `worker` is what other workers and routers call it."""
-    return ProcessRegistry({"role": role, "worker": worker_id})
 
 
 def show_build(registry: CollectorRegistry, component: str, version: str) -> None:
@@ -89,15 +75,38 @@ def start_at_zero(counter: Counter, *values: Iterable[str]) -> None:
         counter.labels(*combination)
 
 
-def exposition(registry: CollectorRegistry, extra: Iterable[bytes] = ()) -> bytes:
+def exposition(
+    registry: CollectorRegistry,
+    extra: Iterable[bytes] = (),
+    labels: Mapping[str, str] | None = None,
+) -> bytes:
     """Text exposition of a registry, followed by what other processes of this worker exposed.
 
     Args:
         registry: this process's metrics.
         extra: expositions as text; their metric names must not be in `registry`.
+        labels: put on every series; no series may have one of that name.
     """
     parts = [generate_latest(registry), *extra]
-    return b"".join(part if part.endswith(b"\n") or not part else part + b"\n" for part in parts)
+    text = b"".join(part if part.endswith(b"\n") or not part else part + b"\n" for part in parts)
+    if not labels:
+        return text
+    added = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items()).encode()
+    return b"".join(_with_labels(line, added) for line in text.splitlines(keepends=True))
+
+
+def _with_labels(line: bytes, added: bytes) -> bytes:
+    if line.startswith(b"#") or not line.strip():
+        return line
+    name, _, rest = line.partition(b" ")
+    own_name, brace, _ = name.partition(b"{")
+    if brace:
+        return own_name + b"{" + added + b"," + line[len(own_name) + 1 :]
+    return name + b"{" + added + b"} " + rest
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 async def serve_metrics(
@@ -106,6 +115,7 @@ async def serve_metrics(
     port: int,
     *,
     extra: Callable[[], Iterable[bytes]] = tuple,
+    labels: Mapping[str, str] | None = None,
     healthy: Callable[[], bool] = lambda: True,
     ready: Callable[[], bool] = lambda: True,
 ) -> asyncio.Server:
@@ -116,6 +126,7 @@ async def serve_metrics(
         host: address to listen on.
         port: port; 0 takes a free one (`server.sockets[0].getsockname()[1]`).
         extra: expositions of other processes of this worker, asked at each scrape.
+        labels: put on every series.
         healthy: /healthz is 200 while it is true, else 503.
         ready: /readyz is 200 while it is true, else 503.
 
@@ -125,7 +136,7 @@ async def serve_metrics(
 
     def respond(path: str) -> tuple[int, str, bytes]:
         if path == "/metrics":
-            return 200, CONTENT_TYPE, exposition(registry, extra())
+            return 200, CONTENT_TYPE, exposition(registry, extra(), labels)
         if path in ("/healthz", "/readyz"):
             holds = healthy() if path == "/healthz" else ready()
             return (200, "text/plain", b"ok\n") if holds else (503, "text/plain", b"no\n")

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import xxhash
-from prometheus_client import CollectorRegistry, ProcessCollector
 
 from core.clock import monotonic
 from core.version import installed_version
@@ -25,7 +24,7 @@ from engine.metrics import EngineMetrics
 from kvtransfer.wire import layout_to_proto
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.logs import setup
-from telemetry.metrics import worker_registry
+from telemetry.metrics import ProcessRegistry
 from worker.convert import error_of
 from worker.ipc import EnginePipe, PipeClosedError
 from worker.loop import EngineLoop
@@ -42,25 +41,15 @@ _START_TIMEOUT_S = 60.0
 S = TypeVar("S", bound=WorkerSettings)
 
 
-def run_engine(
-    fd: int, role: str, settings_class: type[S], build_role: Callable[[S], BuildRole]
-) -> int:
-    """Serve one engine over the pipe at `fd`; returns the process's exit status.
-
-    Args:
-        fd: this process's end of the pipe to the service process.
-        role: name of the role in metrics, prefill or decode.
-        settings_class: what the settings that come over the pipe are.
-        build_role: makes the role from them.
-    """
+def run_engine(fd: int, settings_class: type[S], build_role: Callable[[S], BuildRole]) -> int:
+    """Serve one engine over the pipe at `fd`; returns the process's exit status."""
     # Ctrl-C reaches the whole process group; the service decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = EnginePipe(socket.socket(fileno=fd))
     try:
         settings = settings_class.model_validate_json(_await_start(pipe))
         setup(settings.log_level, settings.log_format, f"engine-{settings.worker_id}")
-        registry = engine_registry(role, settings.worker_id or "")
-        loop = _build(settings, build_role(settings), pipe, registry)
+        loop = _build(settings, build_role(settings), pipe)
     except PipeClosedError:
         return 0
     except Exception as error:
@@ -80,13 +69,6 @@ def run_engine(
     return 0
 
 
-def engine_registry(role: str, worker_id: str) -> CollectorRegistry:
-    """Registry of this process, with what is known before the engine is built."""
-    registry = worker_registry(role, worker_id)
-    ProcessCollector(namespace="diptych_engine", registry=registry)
-    return registry
-
-
 def _await_start(pipe: EnginePipe) -> bytes:
     for command in pipe.receive(_START_TIMEOUT_S):
         if command.WhichOneof("body") == "start":
@@ -94,14 +76,13 @@ def _await_start(pipe: EnginePipe) -> bytes:
     raise PipeClosedError("no Start arrived")
 
 
-def _build(
-    settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe, registry: CollectorRegistry
-) -> EngineLoop:
+def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) -> EngineLoop:
     def progress(stage: str) -> None:
         pipe.send(ipc_pb2.EngineEvent(progress=ipc_pb2.StartupProgress(stage=stage)))
 
     config = engine_config(settings)
     executor = build_executor(config, progress, rank_module=RANK_MODULE)
+    registry = ProcessRegistry()
     dtype = executor.pool.layout.dtype
     digest = _kv_digest(executor.model_digest, dtype)
     metrics = EngineMetrics(registry)

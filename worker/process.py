@@ -20,7 +20,7 @@ from core.version import installed_version
 from rpc.auth import Credentials
 from rpc.server import RpcServer, build_server
 from rpc.v1 import ipc_pb2, worker_pb2, worker_pb2_grpc
-from telemetry.metrics import serve_metrics, show_build, worker_registry
+from telemetry.metrics import ProcessRegistry, serve_metrics, show_build
 from worker.engine_child import EngineChild
 from worker.ipc import ServicePipe
 from worker.service import EngineView, WorkerService
@@ -104,10 +104,16 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         await server.start()
         stack.push_async_callback(server.stop, _SERVER_GRACE_S)
         metrics = await serve_metrics(
-            process_registry(role.name, settings.worker_id or "", view, lambda: len(switchboard)),
+            process_registry(
+                role=role.name,
+                view=view,
+                num_streams=lambda: len(switchboard),
+                engine_pid=child.pid,
+            ),
             settings.host,
             settings.metrics_port,
             extra=lambda: [view.metrics],
+            labels={"role": role.name, "worker": settings.worker_id or ""},
             healthy=lambda: view.live,
             ready=lambda: view.ready,
         )
@@ -161,19 +167,26 @@ async def _serve_until_told(
 
 
 def process_registry(
-    role: str, worker_id: str, view: EngineView, num_streams: Callable[[], int]
+    *,
+    role: str,
+    view: EngineView,
+    num_streams: Callable[[], int],
+    engine_pid: int,
 ) -> CollectorRegistry:
-    """Metrics of the service process itself.
+    """What the service process shows of itself, and sees of its engine from outside.
+
+    The engine process is watched from here, so that it can be when it hangs.
 
     Args:
         role: prefill or decode.
-        worker_id: what routers and other workers call this one.
         view: what is known of the engine.
         num_streams: asked at each scrape.
+        engine_pid: the engine process.
     """
-    registry = worker_registry(role, worker_id)
+    registry = ProcessRegistry()
     show_build(registry, role, installed_version())
     ProcessCollector(namespace="diptych_worker", registry=registry)
+    ProcessCollector(namespace="diptych_engine", pid=lambda: engine_pid, registry=registry)
     Gauge(
         "diptych_worker_ready", "1 while a request would be admitted, else 0.", registry=registry
     ).set_function(lambda: float(view.ready))

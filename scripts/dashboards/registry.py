@@ -4,6 +4,7 @@ The processes' own constructors are called on registries of their own, so nothin
 and nothing can be forgotten here. What other exporters show is in `external`.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from router.main import router_registry
 from router.metrics import FleetMetrics
 from scripts.dashboards.external import EXTERNAL
 from scripts.dashboards.family import Family, UnknownMetricError
-from worker.engine_process import engine_registry
+from telemetry.metrics import ProcessRegistry
 from worker.process import process_registry
 from worker.service import EngineView
 
@@ -102,7 +103,12 @@ def _router() -> CollectorRegistry:
 
 def _service() -> CollectorRegistry:
     view = EngineView(stall_after_s=1.0, clock=lambda: 0.0)
-    return process_registry("prefill", "", view, lambda: 0)
+    return process_registry(
+        role="prefill",
+        view=view,
+        num_streams=lambda: 0,
+        engine_pid=os.getpid(),
+    )
 
 
 def _prefill() -> CollectorRegistry:
@@ -118,7 +124,7 @@ def _decode() -> CollectorRegistry:
 
 
 def _engine(role: str) -> CollectorRegistry:
-    registry = engine_registry(role, "")
+    registry = ProcessRegistry()
     metrics = EngineMetrics(registry)
     metrics.describe_cache(block_size=1, num_blocks=1)
     metrics.observe_stats(EngineStats(total_blocks=1, host=HostTierStats(total_blocks=1)))
