@@ -1,7 +1,6 @@
 """Prometheus metrics of the fleet side. Declared once, observed by dispatch."""
 
-from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -148,9 +147,15 @@ class FleetMetrics:
         self._unattributed_s.inc(ledger.unattributed_s)
         self._overrun_s.inc(ledger.overrun_s)
 
-    def count_workers(self, workers: Iterable[tuple[Role, WorkerState]]) -> None:
-        """Show how many workers of each role are in each state."""
-        tally = Tally(workers)
+    def watch_workers(self, census: Callable[[], Iterable[tuple[Role, WorkerState]]]) -> None:
+        """Show how many workers of each role are in each state, asked at each scrape."""
+
+        def shown(role: Role, state: WorkerState) -> None:
+            def count() -> float:
+                return sum(each == (role, state) for each in census())
+
+            self._workers.labels(role.value, state.value).set_function(count)
+
         for role in Role:
             for state in WorkerState:
-                self._workers.labels(role.value, state.value).set(tally[role, state])
+                shown(role, state)

@@ -94,7 +94,7 @@ def _family(metric: Metric, declared: tuple[str, ...], process: str) -> Family:
 
 def _router() -> CollectorRegistry:
     registry = router_registry()
-    FleetMetrics(registry).count_workers([])
+    FleetMetrics(registry).watch_workers(list)
     api = ApiMetrics(registry, SloTargets())
     for endpoint in ENDPOINTS:
         api.of(endpoint)
