@@ -54,6 +54,8 @@ class Panel:
     width: int = 8
     height: int = 8
     steps: Steps | None = None
+    colours: str = "palette-classic"
+    """Grafana's name of how a value gets its colour."""
     custom: Mapping[str, Any]
     options: Mapping[str, Any]
     overrides: tuple[Mapping[str, Any], ...] = ()
@@ -73,7 +75,7 @@ class Panel:
         defaults: dict[str, Any] = {
             "unit": self.unit,
             "custom": dict(self.custom),
-            "color": {"mode": "thresholds" if self.kind == "stat" else "palette-classic"},
+            "color": {"mode": self.colours},
             "mappings": [],
             "thresholds": self.steps.json() if self.steps else _NO_STEPS,
         }
@@ -177,6 +179,7 @@ def number(
         queries=(query,),
         unit=unit,
         steps=steps,
+        colours="thresholds",
         custom={},
         options=options,
         query_options=_RANGE,
@@ -226,20 +229,23 @@ def matrix(
     rows: str,
     columns: str,
     unit: str,
-    steps: Steps | None = None,
+    colours: str = "continuous-blues",
     **rest: Any,
 ) -> Panel:
-    """A table of one value for each pair of two labels, each cell coloured by its value."""
+    """A table of one value for each pair of two labels.
+
+    Each cell's colour says where its value lies between the least and the largest of all.
+    """
     return Panel(
         title=title,
         description=description,
         kind="table",
         queries=(query,),
         unit=unit,
-        steps=steps,
+        colours=colours,
         custom={
             "align": "center",
-            "cellOptions": {"type": "color-background", "mode": "gradient"},
+            "cellOptions": {"type": "color-background", "mode": "basic"},
             "filterable": False,
         },
         options={"showHeader": True, "cellHeight": "sm", "footer": {"show": False}},

@@ -2,7 +2,7 @@
 
 from scripts.dashboards.board import Board, Row
 from scripts.dashboards.boards.latency import quantiles
-from scripts.dashboards.panels import Query, Steps, distribution, graph, listing, matrix
+from scripts.dashboards.panels import Query, distribution, graph, listing, matrix
 from scripts.dashboards.promql import Source
 
 _PAIR = ("worker", "peer")
@@ -27,13 +27,13 @@ def _pairs(source: Source) -> Row:
             matrix(
                 "Speed of each link",
                 "Measured READs, bytes per second; a row for each decode, a column for each "
-                "prefill worker. One pale cell is a bad path between two hosts, a pale row or "
-                "column a bad host; all pale, a transport that fell back.",
+                "prefill worker. One red cell is a bad path between two hosts, a red row or "
+                "column a bad host; all alike and low, a transport that fell back.",
                 Query(source.now("diptych_kv_link_bytes_per_second").max(*_PAIR)),
                 rows="worker",
                 columns="peer",
                 unit="Bps",
-                steps=Steps(warn=10e9, bad=1e9),
+                colours="continuous-RdYlGr",
                 width=12,
                 height=10,
                 runbooks=("DiptychLinkSlow", "DiptychTransportMixed"),
@@ -57,7 +57,7 @@ def _pairs(source: Source) -> Row:
                 rows="worker",
                 columns="peer",
                 unit="s",
-                steps=Steps(warn=0.001, bad=0.01),
+                colours="continuous-GrYlRd",
                 width=12,
                 height=10,
             ),
