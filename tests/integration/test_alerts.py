@@ -25,7 +25,7 @@ class Case:
     alert: str
     fires: Series
     quiet: Series
-    after_min: int = 30
+    after_min: int = 20
     step_min: int = 1
     """Between two samples, and two evaluations."""
 
@@ -90,9 +90,8 @@ CASES = [
     ),
     Case(
         "DiptychSloBurnsFast",
-        {judged("met"): "0+80x90", judged("missed"): "0+20x90"},
-        {judged("met"): "0+95x90", judged("missed"): "0+5x90"},
-        after_min=80,
+        {judged("met"): "0+80x40", judged("missed"): "0+20x40"},
+        {judged("met"): "0+95x40", judged("missed"): "0+5x40"},
     ),
     Case(
         "DiptychSloBurnsSlowly",
@@ -166,7 +165,7 @@ CASES = [
         {FAILED: "0+5x40", MOVED: "0+95x40"},
         {FAILED: "0x40", MOVED: "0+95x40"},
     ),
-    Case("DiptychLeasesExpired", {EXPIRED: "0x20 1x20"}, {EXPIRED: "1x40", LATE: "0+3x40"}),
+    Case("DiptychLeasesExpired", {EXPIRED: "0x10 1x30"}, {EXPIRED: "1x40", LATE: "0+3x40"}),
     Case(
         "DiptychLinkSlow",
         {link("p0"): "20e9x40", link("p1"): "20e9x40", link("p2"): "1e9x40"},
@@ -193,12 +192,12 @@ CASES = [
     Case(
         "DiptychPreemptions",
         {worker("diptych_preemptions_total"): "0+10x40"},
-        {worker("diptych_preemptions_total"): "0x20 2x20"},
+        {worker("diptych_preemptions_total"): "0x10 2x30"},
     ),
     Case(
         "DiptychCacheIndexLosesEvents",
         {router("diptych_router_resyncs_total"): "0+10x40"},
-        {router("diptych_router_resyncs_total"): "0x20 2x20"},
+        {router("diptych_router_resyncs_total"): "0x10 2x30"},
     ),
     Case(
         "DiptychRouterBusy",
