@@ -18,7 +18,8 @@ PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do 
 PACKAGES := core telemetry rpc engine kvtransfer worker prefill decode router diptych
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat test check lint type imports fmt proto proto-check chart bench install clean distclean
+.PHONY: help serve chat test check lint type imports fmt proto proto-check chart dashboards \
+	dashboards-check bench install clean distclean
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -32,7 +33,7 @@ chat: $(VENV)/.installed ## Chat with what `make serve` started
 test: $(VENV)/.installed-dev ## Run all tests; ARGS="tests/unit -k name" chooses
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
 
-check: lint type imports proto-check ## Everything that needs no test run: lint, types, imports, fresh stubs
+check: lint type imports proto-check dashboards-check ## All that needs no test run: lint, types, imports, fresh files
 
 lint: $(VENV)/.installed-dev ## Style, format and spelling
 	$(BIN)/ruff check .
@@ -60,6 +61,17 @@ proto-check: $(VENV)/.installed-dev ## Are the stubs in rpc/v1 those of proto/?
 
 chart: $(VENV)/.installed-dev ## Make what is made of the Helm chart: schema, reference of values, golden renderings
 	PYTHONPATH=. $(BIN)/python scripts/build_chart.py
+
+dashboards: $(VENV)/.installed-dev ## Build dashboards, alert rules and docs/metrics.md from the metrics in the code
+	$(BIN)/python -m scripts.dashboards
+
+dashboards-check: $(VENV)/.installed-dev ## Are they those of the code?
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
+	$(BIN)/python -m scripts.dashboards --root "$$fresh" && \
+	diff -r "$$fresh/deploy/helm/diptych/dashboards" deploy/helm/diptych/dashboards && \
+	diff -r "$$fresh/deploy/helm/diptych/rules" deploy/helm/diptych/rules && \
+	diff "$$fresh/docs/metrics.md" docs/metrics.md || \
+	{ echo 'Dashboards are stale: run make dashboards and commit the result.'; exit 1; }
 
 bench: $(VENV)/.installed-dev ## Benchmarks against Hugging Face transformers; minutes
 	$(BIN)/python -m benchmarks.local_system $(ARGS)

@@ -155,7 +155,8 @@ class Importer:
 
     def observe(self) -> None:
         """Hand-overs as of now."""
-        self._metrics.observe(self._machine.num_handovers, self._machine.counters)
+        machine = self._machine
+        self._metrics.observe(machine.num_handovers, len(self._unreserved), machine.counters)
 
     def report(self, load: worker_pb2.LoadReport) -> None:
         """How fast the links are, and what they are made of."""

@@ -98,6 +98,7 @@ class LinkRates:
         pair = self._pairs[worker_id]
         self._pairs.move_to_end(worker_id)
         num_bytes = num_blocks * self._block_bytes
+        self._metrics.link_read(worker_id, num_bytes, duration_s)
         if num_blocks == 1:
             pair.latency_s = min(pair.latency_s or duration_s, duration_s)
         if num_bytes < min(RATE_BYTES, pair.largest_read):

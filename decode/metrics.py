@@ -5,7 +5,16 @@ from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from telemetry.metrics import TRANSFER_BUCKETS_S
+from core.errors import ErrorCode
+from kvtransfer.actions import ProbeOutcome
+from telemetry.metrics import TRANSFER_BUCKETS_S, start_at_zero
+
+ODDITIES = (
+    *("doubt", "duplicate_submit", "failed_read", "lapsed_lease", "late_message", "late_offer"),
+    *("late_read", "late_renewed", "late_reserve", "late_revoke", "message_on_closed_link"),
+    *("silent_peer", "stuck_read"),
+)
+"""Kinds that `kvtransfer.handover` counts."""
 
 
 class ImportMetrics:
@@ -34,6 +43,11 @@ class ImportMetrics:
         self._inflight = Gauge(
             "diptych_kv_transfers_inflight", "Hand-overs under way.", registry=registry
         )
+        self._waiting = Gauge(
+            "diptych_kv_transfers_waiting",
+            "Prompts that wait for KV blocks to be read into.",
+            registry=registry,
+        )
         self._oddities = Counter(
             "diptych_kv_handover_oddities_total",
             "Messages and ends out of the ordinary that were ignored or refused, by kind.",
@@ -52,6 +66,18 @@ class ImportMetrics:
             ["peer", "transport"],
             registry=registry,
         )
+        self._link_read_bytes = Counter(
+            "diptych_kv_link_read_bytes_total",
+            "Bytes of KV that READs from each linked prefill worker brought, probes included.",
+            ["peer", "transport"],
+            registry=registry,
+        )
+        self._link_read_s = Counter(
+            "diptych_kv_link_read_seconds_total",
+            "Time that those READs took, added up; several may run at once.",
+            ["peer", "transport"],
+            registry=registry,
+        )
         self._probes = Counter(
             "diptych_kv_link_probes_total",
             "Measurements of an unused link, by outcome.",
@@ -60,6 +86,9 @@ class ImportMetrics:
         )
         self.transport = transport
         self._seen: Tally[str] = Tally()
+        start_at_zero(self._failures, [transport], ErrorCode)
+        start_at_zero(self._oddities, ODDITIES)
+        start_at_zero(self._probes, [transport], ProbeOutcome)
 
     def delivered(self, transfer_s: float, num_bytes: int) -> None:
         """One prompt's KV is here."""
@@ -76,19 +105,29 @@ class ImportMetrics:
         if latency_s:
             self._link_latency.labels(worker_id, self.transport).set(latency_s)
 
+    def link_read(self, worker_id: str, num_bytes: int, duration_s: float) -> None:
+        """One READ from a prefill worker is done."""
+        self._link_read_bytes.labels(worker_id, self.transport).inc(num_bytes)
+        self._link_read_s.labels(worker_id, self.transport).inc(duration_s)
+
     def link_closed(self, worker_id: str) -> None:
         """No link to that worker is up: its series go."""
-        for gauge in (self._link_rate, self._link_latency):
+        series: tuple[Gauge | Counter, ...] = (
+            *(self._link_rate, self._link_latency),
+            *(self._link_read_bytes, self._link_read_s),
+        )
+        for each in series:
             with suppress(KeyError):
-                gauge.remove(worker_id, self.transport)
+                each.remove(worker_id, self.transport)
 
     def probe_ended(self, outcome: str) -> None:
         """One measurement is over."""
         self._probes.labels(self.transport, outcome).inc()
 
-    def observe(self, inflight: int, counters: Tally[str]) -> None:
-        """Follow the state machine's own numbers."""
+    def observe(self, inflight: int, waiting: int, counters: Tally[str]) -> None:
+        """Follow the state machine's own numbers, and how many prompts have no blocks yet."""
         self._inflight.set(inflight)
+        self._waiting.set(waiting)
         for kind, count in (counters - self._seen).items():
             self._oddities.labels(kind).inc(count)
         self._seen = Tally(counters)

@@ -10,6 +10,7 @@ from telemetry.metrics import STEP_BUCKETS_S
 
 STEP_TOKENS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Tokens computed in one step."""
+STEP_KINDS = ("prefill", "decode", "mixed")
 
 
 class EngineMetrics:
@@ -87,10 +88,12 @@ class EngineMetrics:
         )
         self._step_duration = Histogram(
             "diptych_step_duration_seconds",
-            "Wall time of one engine step.",
+            "Wall time of one engine step; kind is prefill, decode, or mixed where both share it.",
+            ["kind"],
             buckets=STEP_BUCKETS_S,
             registry=registry,
         )
+        self._durations = {kind: self._step_duration.labels(kind) for kind in STEP_KINDS}
         self._step_tokens = Histogram(
             "diptych_step_tokens",
             "Tokens computed in one engine step, by phase.",
@@ -107,7 +110,7 @@ class EngineMetrics:
 
     def observe_step(self, outputs: StepOutputs) -> None:
         """Take one step into account."""
-        self._step_duration.observe(outputs.duration_s)
+        self._durations[_kind(outputs)].observe(outputs.duration_s)
         if outputs.num_prefill_tokens:
             self._prefill_tokens.observe(outputs.num_prefill_tokens)
         if outputs.num_decode_tokens:
@@ -139,3 +142,9 @@ class EngineMetrics:
         self._tier_bytes.labels("host", "out").inc(now.loaded_bytes - past.loaded_bytes)
         self._tier_lost_blocks.labels("host").inc(now.lost_blocks - past.lost_blocks)
         self._tier_rate.labels("host").set(now.bytes_per_s)
+
+
+def _kind(outputs: StepOutputs) -> str:
+    if not outputs.num_prefill_tokens:
+        return "decode"
+    return "mixed" if outputs.num_decode_tokens else "prefill"

@@ -4,6 +4,15 @@ from collections import Counter as Tally
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from telemetry.metrics import start_at_zero
+
+ODDITIES = (
+    *("duplicate_claim", "duplicate_submit", "expired_claim", "expired_lease", "late_commit"),
+    *("late_progress", "late_release", "late_renew", "message_on_closed_link", "overdue_lease"),
+    *("refused_claim", "refused_hello", "refused_probe"),
+)
+"""Kinds that `kvtransfer.export` counts."""
+
 
 class ExportMetrics:
     """What an operator sees of KV leased out."""
@@ -25,6 +34,7 @@ class ExportMetrics:
             registry=registry,
         )
         self._seen: Tally[str] = Tally()
+        start_at_zero(self._oddities, ODDITIES)
 
     def committed(self) -> None:
         """One prompt is complete."""

@@ -84,7 +84,7 @@ def create_app(
         generator=generator,
         text=text,
         settings=settings,
-        metrics=ApiMetrics(registry),
+        metrics=ApiMetrics(registry, settings.slo),
         recent=RecentRequests(settings.recent_requests),
         gate=Gate(settings.max_in_flight),
         salt=door.salt,

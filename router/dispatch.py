@@ -84,6 +84,8 @@ class Dispatcher:
         self._placer = placer
         self._settings = settings
         self._metrics = metrics
+        metrics.backlog.set_function(lambda: self.backlog_s)
+        metrics.watch_workers(lambda: workers.census)
         self._clock = clock
         self._spans = spans
         self._runs: dict[str, Run] = {}
@@ -188,7 +190,6 @@ class Dispatcher:
         """A worker is gone: each of its requests goes on elsewhere."""
         self._placer.drop(worker)
         self._ready.discard(worker)
-        self._metrics.count_workers(self._workers.census)
         for run in list(self._runs.values()):
             self._carry_out(run, run.ledger.lost(worker, cause))
         # With nobody left to wait for, the queue's requests wait for a worker, but not for long.
@@ -231,7 +232,6 @@ class Dispatcher:
         takes = load.state is WorkerState.READY
         if takes != (worker in self._ready):
             (self._ready.add if takes else self._ready.discard)(worker)
-            self._metrics.count_workers(self._workers.census)
             if takes:
                 for run in list(self._waiting.values()):
                     self._settle(run)
@@ -449,9 +449,7 @@ class Dispatcher:
         self._spans.closed(run.timeline)
         del self._runs[run.request.request_id]
         self._metrics.in_flight.set(len(self._runs))
-        ledger = run.timeline.ledger
-        for stage in ledger.stages:
-            self._metrics.stages.labels(stage.name).observe(stage.seconds)
+        self._metrics.account(run.timeline.ledger)
         self._admission.leave(run.request.request_id, run.timeline.running_s)
         self._start_queued()
         if not self._runs:

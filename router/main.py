@@ -14,14 +14,12 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import uvloop
 from prometheus_client import (
     CollectorRegistry,
     GCCollector,
-    PlatformCollector,
     ProcessCollector,
 )
 
@@ -29,10 +27,12 @@ from core.clock import monotonic
 from core.errors import ConfigError
 from core.modelfile.resolve import resolve_model
 from core.settings import load_or_exit, secret_values
+from core.version import installed_version
 from router.access.door import Door
 from router.access.key_file import KeyFile
 from router.access.salt import tenant_salt
 from router.api.settings import ApiSettings
+from router.api.slo import SloTargets
 from router.app import create_app
 from router.dispatch import Dispatcher
 from router.fleet.discovery import Discovery
@@ -54,7 +54,7 @@ from router.watched import LOOK_EVERY_S
 from rpc.auth import Credentials
 from rpc.channel import open_channel
 from telemetry.logs import setup
-from telemetry.metrics import serve_metrics
+from telemetry.metrics import ProcessRegistry, serve_metrics, show_build
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +93,7 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
     door = _door(settings, key_file, token)
     certificate = server_certificate(settings.http_tls_cert, settings.http_tls_key)
     listener = listen(settings.host, settings.port)
-    registry = CollectorRegistry()
-    for collector in (ProcessCollector, PlatformCollector, GCCollector):
-        collector(registry=registry)
+    registry = router_registry()
     running: list[Dispatcher] = []
     async with (
         _metrics_port(settings, registry, lambda: any(each.ready for each in running)),
@@ -106,7 +104,7 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
         app = create_app(
             generator=dispatcher,
             fleet=fleet,
-            facts={"version": _version(), **settings.facts()},
+            facts={"version": installed_version(), **settings.facts()},
             text=text,
             door=door,
             settings=ApiSettings(
@@ -117,6 +115,11 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
                 console=settings.console,
                 body_limit_bytes=settings.max_body,
                 body_timeout_s=settings.body_timeout_s,
+                slo=SloTargets(
+                    ttft_s=settings.slo_ttft_s,
+                    tpot_s=settings.slo_tpot_s,
+                    itl_s=settings.slo_itl_s,
+                ),
             ),
             observed=Observer(fleet, dispatcher),
             registry=registry,
@@ -168,6 +171,15 @@ async def _metrics_port(
         server.close()
 
 
+def router_registry() -> CollectorRegistry:
+    """Registry of this process, with what is known before any part of it is built."""
+    registry = ProcessRegistry()
+    show_build(registry, "router", installed_version())
+    ProcessCollector(namespace="diptych_router", registry=registry)
+    GCCollector(registry=registry)
+    return registry
+
+
 @asynccontextmanager
 async def dispatcher_on_fleet(
     settings: RouterSettings,
@@ -199,7 +211,7 @@ async def dispatcher_on_fleet(
         partial(open_channel, credentials=credentials),
         LinkSettings(
             router_id=router_id,
-            version=_version(),
+            version=installed_version(),
             connect_timeout_s=settings.connect_timeout_s,
             silence_s=settings.worker_silence_s,
             reconnect_max_s=settings.reconnect_max_s,
@@ -262,10 +274,3 @@ async def _stop_on_signal(server: HttpServer, dispatcher: Dispatcher, grace_s: f
             server.force_exit = True
         drained.cancel()
         forced.cancel()
-
-
-def _version() -> str:
-    try:
-        return metadata.version("diptych")
-    except metadata.PackageNotFoundError:
-        return "unknown"

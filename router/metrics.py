@@ -1,16 +1,22 @@
 """Prometheus metrics of the fleet side. Declared once, observed by dispatch."""
 
-from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from core.errors import RETRYABLE, ErrorCode
+from core.finish import FinishReason
 from router.fleet.worker import Role, WorkerState
-from telemetry.metrics import TTFT_BUCKETS_S
+from router.placement.decision import Mode
+from router.placement.prefix_index import Applied
+from router.timeline import STAGES
+from telemetry.ledger import StageLedger
+from telemetry.metrics import STAGE_BUCKETS_S, TTFT_BUCKETS_S, start_at_zero
 
 DECISION_BUCKETS_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
 RATIO_BUCKETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 ATTEMPT_BUCKETS = (1, 2, 3, 4, 6, 8)
+_GOOD_ENDS = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORTED)
 
 
 class FleetMetrics:
@@ -59,11 +65,26 @@ class FleetMetrics:
             buckets=DECISION_BUCKETS_S,
             registry=registry,
         )
-        self.stages = Histogram(
+        stages = Histogram(
             "diptych_router_stage_seconds",
             "Time of one generation by stage of its ledger.",
             ["stage"],
-            buckets=TTFT_BUCKETS_S,
+            buckets=STAGE_BUCKETS_S,
+            registry=registry,
+        )
+        self._unattributed_s = Counter(
+            "diptych_router_unattributed_seconds_total",
+            "Time of generations that no stage of a ledger can explain.",
+            registry=registry,
+        )
+        self._overrun_s = Counter(
+            "diptych_router_overrun_seconds_total",
+            "Time that workers reported beyond what their generations took; cut from ledgers.",
+            registry=registry,
+        )
+        self.backlog = Gauge(
+            "diptych_router_backlog_seconds",
+            "Prompts that the least busy worker has to compute before one more.",
             registry=registry,
         )
         self.in_flight = Gauge(
@@ -112,10 +133,29 @@ class FleetMetrics:
             "Messages about a request or an attempt that is over.",
             registry=registry,
         )
+        start_at_zero(self.routing, Mode)
+        start_at_zero(self.retries, sorted(RETRYABLE))
+        start_at_zero(self.generations, [*_GOOD_ENDS, "cancelled", *ErrorCode])
+        start_at_zero(self.shed, ("refused", "pushed_out"))
+        start_at_zero(self.cache_events, [applied.name.lower() for applied in Applied])
+        self._stages = {stage: stages.labels(stage) for stage in STAGES}
 
-    def count_workers(self, workers: Iterable[tuple[Role, WorkerState]]) -> None:
-        """Show how many workers of each role are in each state."""
-        tally = Tally(workers)
+    def account(self, ledger: StageLedger) -> None:
+        """Take in the ledger of a generation that is over."""
+        for stage in ledger.stages:
+            self._stages[stage.name].observe(stage.seconds)
+        self._unattributed_s.inc(ledger.unattributed_s)
+        self._overrun_s.inc(ledger.overrun_s)
+
+    def watch_workers(self, census: Callable[[], Iterable[tuple[Role, WorkerState]]]) -> None:
+        """Show how many workers of each role are in each state, asked at each scrape."""
+
+        def shown(role: Role, state: WorkerState) -> None:
+            def count() -> float:
+                return sum(each == (role, state) for each in census())
+
+            self._workers.labels(role.value, state.value).set_function(count)
+
         for role in Role:
             for state in WorkerState:
-                self._workers.labels(role.value, state.value).set(tally[role, state])
+                shown(role, state)

@@ -188,6 +188,16 @@ class RouterSettings(BaseModel):
         "before the worker says so itself.",
     )
 
+    slo_ttft_s: Seconds = Field(
+        1.0, gt=0, description="SLO: time to the first token; metrics count who met it."
+    )
+    slo_tpot_s: Seconds = Field(
+        0.015, gt=0, description="SLO: mean time per output token after the first."
+    )
+    slo_itl_s: Seconds = Field(
+        0.025, gt=0, description="SLO: gap between two tokens, for 99 in 100 gaps of a sequence."
+    )
+
     console: bool = Field(
         True, description="Serve the page at /console: a chat, the fleet, where time went."
     )

@@ -29,6 +29,15 @@ from router.ledger import Failure
 from router.placement.decision import MAX_CANDIDATES, Mode, Placement
 from telemetry.ledger import StageLedger
 
+STAGES = (
+    *("tokenize", "queue", "route", "prefill_queue", "prefill", "prefill_rpc"),
+    *("transfer", "decode_queue", "first_decode", "handover_rpc", "decode", "deliver"),
+    *("reroute", "failed_attempt", "first_token", "handover", "unfinished"),
+)
+"""Every stage: those of a request that goes well, in order of time, then those of others."""
+STAGES_TO_FIRST_TOKEN = STAGES[: STAGES.index("prefill_rpc") + 1]
+"""Stages of a request that goes well which its time to first token is made of."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageSpan:

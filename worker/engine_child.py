@@ -34,6 +34,11 @@ class EngineChild:
         self._process = process
         self.pipe = pipe
 
+    @property
+    def pid(self) -> int:
+        """Of the child."""
+        return self._process.pid
+
     @classmethod
     async def start(cls, settings: WorkerSettings, module: str) -> "EngineChild":
         """Start `python -m module` and tell it what to build."""

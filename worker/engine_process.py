@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import xxhash
-from prometheus_client import CollectorRegistry
 
 from core.clock import monotonic
 from core.settings import secret_values
+from core.version import installed_version
 from engine.build import build_executor
 from engine.engine import Engine
 from engine.executor import Executor, ExecutorLostError
@@ -25,6 +25,7 @@ from engine.metrics import EngineMetrics
 from kvtransfer.wire import layout_to_proto
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.logs import setup
+from telemetry.metrics import ProcessRegistry
 from worker.convert import error_of
 from worker.ipc import EnginePipe, PipeClosedError
 from worker.loop import EngineLoop
@@ -83,7 +84,7 @@ def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) ->
 
     config = engine_config(settings)
     executor = build_executor(config, progress, rank_module=RANK_MODULE)
-    registry = CollectorRegistry()
+    registry = ProcessRegistry()
     dtype = executor.pool.layout.dtype
     digest = _kv_digest(executor.model_digest, dtype)
     metrics = EngineMetrics(registry)
@@ -140,19 +141,10 @@ def describe(
         max_num_seqs=engine.max_num_seqs,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
-        version=_version(),
+        version=installed_version(),
         kv_address=address,
         place=worker_pb2.Place(zone=settings.zone, rack=settings.rack, host=settings.node),
     )
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("diptych")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 def pipe_fd(argv: list[str]) -> int:

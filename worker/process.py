@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
 from core.clock import monotonic
+from core.version import installed_version
 from rpc.auth import Credentials
 from rpc.server import RpcServer, build_server
 from rpc.v1 import ipc_pb2, worker_pb2, worker_pb2_grpc
-from telemetry.metrics import serve_metrics
+from telemetry.metrics import ProcessRegistry, serve_metrics, show_build
 from worker.engine_child import EngineChild
 from worker.ipc import ServicePipe
 from worker.service import EngineView, WorkerService
@@ -104,10 +105,16 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         await server.start()
         stack.push_async_callback(server.stop, _SERVER_GRACE_S)
         metrics = await serve_metrics(
-            process_registry(view, switchboard),
+            process_registry(
+                role=role.name,
+                view=view,
+                num_streams=lambda: len(switchboard),
+                engine_pid=child.pid,
+            ),
             settings.host,
             settings.metrics_port,
             extra=lambda: [view.metrics],
+            labels={"role": role.name, "worker": settings.worker_id or ""},
             healthy=lambda: view.live,
             ready=lambda: view.ready,
         )
@@ -160,9 +167,35 @@ async def _serve_until_told(
         start.cancel()
 
 
-def process_registry(view: EngineView, switchboard: Switchboard) -> CollectorRegistry:
-    """Metrics of the service process itself."""
-    registry = CollectorRegistry()
+def process_registry(
+    *,
+    role: str,
+    view: EngineView,
+    num_streams: Callable[[], int],
+    engine_pid: int,
+) -> CollectorRegistry:
+    """What the service process shows of itself, and sees of its engine from outside.
+
+    The engine process is watched from here, so that it can be when it hangs.
+
+    Args:
+        role: prefill or decode.
+        view: what is known of the engine.
+        num_streams: asked at each scrape.
+        engine_pid: the engine process.
+    """
+    registry = ProcessRegistry()
+    show_build(registry, role, installed_version())
+    ProcessCollector(namespace="diptych_worker", registry=registry)
+    ProcessCollector(namespace="diptych_engine", pid=lambda: engine_pid, registry=registry)
+    Gauge(
+        "diptych_worker_ready", "1 while a request would be admitted, else 0.", registry=registry
+    ).set_function(lambda: float(view.ready))
+    Gauge(
+        "diptych_worker_startup_seconds",
+        "Time to load the model and build the engine; grows until that is done.",
+        registry=registry,
+    ).set_function(lambda: view.startup_s)
     Gauge(
         "diptych_engine_heartbeat_age_seconds",
         "Time since the engine loop last turned.",
@@ -170,7 +203,7 @@ def process_registry(view: EngineView, switchboard: Switchboard) -> CollectorReg
     ).set_function(lambda: view.heartbeat_age_s)
     Gauge(
         "diptych_attached_streams", "Streams of routers and peers that are open.", registry=registry
-    ).set_function(lambda: float(len(switchboard)))
+    ).set_function(lambda: float(num_streams()))
     return registry
 
 
@@ -214,7 +247,7 @@ async def _read_events(
                 stage = event.progress.stage
                 log.info("starting: %s", stage, extra={"stage": stage})
             case "ready":
-                view.description = event.ready.worker
+                view.on_ready(event.ready.worker)
             case "failed":
                 raise EngineFailedError(
                     f"the engine could not start ({event.failed.error_code}): "

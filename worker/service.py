@@ -27,6 +27,8 @@ class EngineView:
         self._clock = clock
         self._load = worker_pb2.LoadReport()
         self._beat_at = clock()
+        self._made_at = self._beat_at
+        self._ready_after_s: float | None = None
         self.description: worker_pb2.WorkerDescription | None = None
         self.metrics = b""
 
@@ -36,6 +38,18 @@ class EngineView:
         self._beat_at = self._clock()
         if heartbeat.metrics:
             self.metrics = heartbeat.metrics
+
+    def on_ready(self, description: worker_pb2.WorkerDescription) -> None:
+        """The engine was built."""
+        self.description = description
+        self._ready_after_s = self._clock() - self._made_at
+
+    @property
+    def startup_s(self) -> float:
+        """Seconds that the engine took to be built, or has taken so far."""
+        if self._ready_after_s is not None:
+            return self._ready_after_s
+        return self._clock() - self._made_at
 
     @property
     def heartbeat_age_s(self) -> float:

@@ -165,14 +165,23 @@ class TextEndpoint:
                     if exchange.allowance is not None:
                         exchange.allowance.take_output(len(tokens))
                     await deliver(output.take(tokens))
-                    timer.arrived(clock())
+                    timer.arrived(clock(), len(tokens))
                     if output.stopped:
                         break
                 end = generation.end
+        except Exception as error:
+            timer.failed(error)
+            raise
         finally:
             if scores is not None and reports:
                 scores.tell(None)
             self._parts.metrics.generation_tokens.inc(output.num_tokens)
+        timer.ended()
+        self._parts.metrics.completed(
+            prompt_tokens=len(choice.request.prompt_ids),
+            output_tokens=output.num_tokens,
+            cached_tokens=end.cached_tokens,
+        )
         await deliver(output.close(end))
 
     def _timeout_s(self, exchange: Exchange) -> float:

@@ -1,6 +1,8 @@
 """What the operator decides about the HTTP side."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from router.api.slo import SloTargets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,3 +36,4 @@ class ApiSettings:
     """Serve the page at /console."""
     recent_requests: int = 4096
     """Requests whose timeline can be asked for by x-request-id or answer id."""
+    slo: SloTargets = field(default_factory=SloTargets)

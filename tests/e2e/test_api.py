@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.cluster import Cluster, cluster, stream_events
 from tests.support.oracle import Oracle
@@ -302,6 +303,17 @@ def metric(port: int, name: str) -> float:
     )
 
 
+def probes_that_measured(port: int) -> float:
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+    (value,) = [
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "diptych_kv_link_probes_total" and sample.labels["outcome"] == "measured"
+    ]
+    return value
+
+
 def test_metrics_follow_the_work(client: openai.OpenAI, model: str, system: Cluster) -> None:
     watched = [
         (system.port, "diptych_router_requests_total"),
@@ -327,7 +339,7 @@ def test_placement_reckons_with_the_measured_link(
     client.completions.create(model=model, prompt="link", max_tokens=4)
     port = system.decode[0].metrics_port
     wait_until(
-        lambda: metric(port, 'diptych_kv_link_probes_total{outcome="measured",transport="nixl"}'),
+        lambda: probes_that_measured(port),
         10,
         "the link to be measured",
     )

@@ -6,8 +6,11 @@ from prometheus_client import CollectorRegistry
 
 from core.errors import DiptychError, ErrorCode, TransferError, UnavailableError
 from router.dispatch import Dispatcher
+from router.main import dispatcher_on_fleet
+from router.settings import RouterSettings
 from rpc.v1 import worker_pb2
 from tests.support.fake_worker import EOS, FakeWorker, expected, fake_workers, until
+from tests.support.process import free_port
 from tests.support.router_fleet import collect, make_request, ready_workers, router_on, run
 
 
@@ -256,3 +259,12 @@ async def test_failed_attempts_are_stages_of_their_own() -> None:
         assert sum(s["seconds"] for s in stages) == pytest.approx(timeline["end_to_end_s"])
         failure = attempts_of(router, request.request_id)[0]["failure"]
         assert failure == {"code": "overloaded", "message": "on purpose"}
+
+
+async def test_a_worker_that_was_never_reached_shows_as_lost() -> None:
+    registry = CollectorRegistry()
+    settings = RouterSettings.model_validate({"decode": (f"127.0.0.1:{free_port()}",)})
+    async with dispatcher_on_fleet(settings, registry, None):
+        for state, count in (("lost", 1), ("ready", 0)):
+            labels = {"role": "decode", "state": state}
+            assert registry.get_sample_value("diptych_router_workers", labels) == count

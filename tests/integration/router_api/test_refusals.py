@@ -228,7 +228,7 @@ async def test_refusal_by_the_fleet_keeps_its_status(
             answer = await http.post("/v1/chat/completions", json=CHAT | {"stream": stream})
             assert "ours" not in _error(answer, status, code)["message"]
             assert answer.headers.get("retry-after") == ("3" if status == 429 else None)
-        assert served.metric("diptych_router_requests_total", endpoint="chat", outcome=code) == 2
+        assert served.metric("diptych_router_requests_total", api="chat", outcome=code) == 2
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -33,7 +33,7 @@ async def served() -> AsyncIterator[Served]:
 
 
 def _left(served: Served, phase: str) -> float:
-    return served.metric("diptych_router_client_disconnects_total", endpoint="chat", phase=phase)
+    return served.metric("diptych_router_client_disconnects_total", api="chat", phase=phase)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -50,7 +50,7 @@ async def test_client_that_leaves_before_any_token_frees_the_fleet(
         await until(lambda: served.generator.left == n)
     assert served.generator.running == 0
     await until(lambda: _left(served, "waiting") == 1)
-    await until(lambda: not served.metric("diptych_router_requests_in_flight", endpoint="chat"))
+    await until(lambda: not served.metric("diptych_router_requests_in_flight", api="chat"))
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -72,7 +72,7 @@ async def test_client_that_leaves_while_sending_its_body_is_counted(served: Serv
     async with raw_connection(served) as (_, writer):
         writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
         in_flight = "diptych_router_requests_in_flight"
-        await until(lambda: served.metric(in_flight, endpoint="chat") == 1)
+        await until(lambda: served.metric(in_flight, api="chat") == 1)
     await until(lambda: _left(served, "body") == 1)
     assert served.generator.requests == []
 
@@ -95,7 +95,7 @@ async def test_client_that_does_not_read_is_cut_off_after_its_deadline() -> None
             b"content-type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         )
         await until(lambda: generator.left == 1)
-        outcome = {"endpoint": "chat", "outcome": "deadline_exceeded"}
+        outcome = {"api": "chat", "outcome": "deadline_exceeded"}
         await until(lambda: served.metric("diptych_router_requests_total", **outcome) == 1)
 
 
@@ -167,7 +167,7 @@ async def test_metrics_count_what_happened(served: Served) -> None:
         ("request_duration_seconds_count", {}, 2),
         ("requests_in_flight", {}, 0),
     ):
-        assert served.metric(f"diptych_router_{name}", endpoint="chat", **labels) == value, name
+        assert served.metric(f"diptych_router_{name}", api="chat", **labels) == value, name
     prompt_tokens = len(served.generator.requests[0].prompt_ids)
     assert served.metric("diptych_router_prompt_tokens_total") == prompt_tokens
 

@@ -206,7 +206,7 @@ def probe_ends(pair: Pair) -> dict[str, float]:
         sample.labels["outcome"]: sample.value
         for metric in pair.decode.registry.collect()
         for sample in metric.samples
-        if sample.name == "diptych_kv_link_probes_total"
+        if sample.name == "diptych_kv_link_probes_total" and sample.value
     }
 
 

@@ -56,7 +56,9 @@ def test_steps_show_as_histograms_by_phase() -> None:
     metrics.observe_step(StepOutputs([], 30, 2, 0.25))
     metrics.observe_step(StepOutputs([], 0, 2, 0.25))
     value = registry.get_sample_value
-    assert value("diptych_step_duration_seconds_sum") == 0.5
+    assert value("diptych_step_duration_seconds_sum", {"kind": "mixed"}) == 0.25
+    assert value("diptych_step_duration_seconds_sum", {"kind": "decode"}) == 0.25
+    assert value("diptych_step_duration_seconds_count", {"kind": "prefill"}) == 0
     assert value("diptych_step_tokens_count", {"phase": "prefill"}) == 1
     assert value("diptych_step_tokens_sum", {"phase": "decode"}) == 4
 
@@ -68,7 +70,9 @@ def test_engine_reports_its_steps() -> None:
     )
     engine.add(make_request("r", 6, max_tokens=3))
     run(engine)
-    assert registry.get_sample_value("diptych_step_duration_seconds_count") == 3
+    count = "diptych_step_duration_seconds_count"
+    assert registry.get_sample_value(count, {"kind": "prefill"}) == 1
+    assert registry.get_sample_value(count, {"kind": "decode"}) == 2
     assert registry.get_sample_value("diptych_step_tokens_sum", {"phase": "prefill"}) == 6
 
 

@@ -9,7 +9,7 @@ from router.fleet.worker import LegEnd, StageTimes
 from router.generation import GenerationEnd, GenerationRequest
 from router.ledger import Failure
 from router.placement.decision import Mode, Placement
-from router.timeline import RequestTimeline
+from router.timeline import STAGES, RequestTimeline
 
 
 class Clock:
@@ -65,6 +65,7 @@ def stages(timeline: RequestTimeline) -> dict[str, float]:
     listed = record["stages"]
     assert isinstance(listed, list)
     assert all(stage["seconds"] >= 0 for stage in listed)
+    assert {stage["name"] for stage in listed} <= set(STAGES)
     total = math.fsum(stage["seconds"] for stage in listed)
     assert total == pytest.approx(record["end_to_end_s"], abs=1e-9)
     return {s["name"]: pytest.approx(s["seconds"], abs=1e-9) for s in listed if s["seconds"]}

@@ -7,7 +7,13 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from telemetry import metrics
-from telemetry.metrics import exposition, serve_metrics
+from telemetry.metrics import (
+    ProcessRegistry,
+    exposition,
+    serve_metrics,
+    show_build,
+    start_at_zero,
+)
 
 
 @pytest.fixture
@@ -108,3 +114,23 @@ async def test_taken_port_is_an_error_that_names_it(registry: CollectorRegistry)
     async with serving(registry, State()) as port:
         with pytest.raises(OSError, match=str(port)):
             await serve_metrics(registry, "127.0.0.1", port)
+
+
+def test_labels_go_on_every_series_and_none_says_when_it_was_made() -> None:
+    registry = ProcessRegistry()
+    show_build(registry, "decode", "1.2")
+    counter = Counter("diptych_ends", "Ends.", ["kind", "cause"], registry=registry)
+    start_at_zero(counter, ("good", 'b"a}d {'), ("a", "b"))
+    labels = {"role": "decode", "worker": 'd\\0 "x"\n{'}
+    engine = b"# HELP diptych_steps Steps.\ndiptych_steps 3.0 17\n"
+    text = exposition(registry, [engine], labels).decode()
+    families = list(text_string_to_metric_families(text))
+    samples = [sample for family in families for sample in family.samples]
+    names = {"diptych_build_info", "diptych_ends_total", "diptych_steps"}
+    assert {sample.name for sample in samples} == names
+    assert len(samples) == 1 + 4 + 1
+    for sample in samples:
+        assert sample.labels.items() >= labels.items()
+    ends = [sample for sample in samples if sample.name == "diptych_ends_total"]
+    assert {sample.labels["kind"] for sample in ends} == {"good", 'b"a}d {'}
+    assert {sample.value for sample in ends} == {0.0}
