@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import xxhash
@@ -59,7 +60,8 @@ def run_engine(fd: int, settings_class: type[S], build_role: Callable[[S], Build
         log.exception("the engine could not start")
         code, message = error_of(error)
         failed = ipc_pb2.StartupFailed(error_code=code, error_message=message)
-        pipe.send(ipc_pb2.EngineEvent(failed=failed))
+        with suppress(PipeClosedError):  # the service may have given up first
+            pipe.send(ipc_pb2.EngineEvent(failed=failed))
         return 1
     try:
         loop.run()

@@ -8,7 +8,6 @@ taken back, since ranks that are out of step can't be brought back into it.
 
 import asyncio
 import logging
-import secrets
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,11 +19,12 @@ import grpc
 from prometheus_client import CollectorRegistry, Gauge
 
 from core.clock import Clock
-from core.errors import ConfigError, DiptychError
+from core.errors import DiptychError
 from engine.parallel.pipe import Frame, frame
-from rpc.v1 import ipc_pb2, nodes_pb2, nodes_pb2_grpc
+from rpc.v1 import nodes_pb2, nodes_pb2_grpc
 from worker.agreement import agreed, differences
 from worker.engine_child import EngineFailedError
+from worker.node_sockets import EngineEnds, listen
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ BEATS_PER_SILENCE = 5
 """Signs of life within the longest silence that is borne."""
 _HELLO_S = 10.0
 _READ_BYTES = 1 << 18
-_BACKLOG = 128
 _REMIND_S = 15.0
 _LAST_WORD_S = 2.0
 
@@ -62,29 +61,6 @@ class _Node:
     @property
     def name(self) -> str:
         return f"Node {self.rank} ({self.host})" if self.host else f"Node {self.rank}"
-
-
-class EngineEnds:
-    """The engine's ends of the nodes' sockets, and the socket at which ranks meet."""
-
-    def __init__(self, ends: Sequence[socket.socket], listener: socket.socket) -> None:
-        self._sockets = [*ends, listener]
-        self.message = ipc_pb2.OtherNodes(
-            pipe_fds=[end.fileno() for end in ends],
-            listen_fd=listener.fileno(),
-            rendezvous_port=listener.getsockname()[1],
-            rendezvous_name=secrets.token_hex(16),
-        )
-
-    @property
-    def fds(self) -> tuple[int, ...]:
-        """To be inherited by the engine process, under these numbers."""
-        return tuple(sock.fileno() for sock in self._sockets)
-
-    def close(self) -> None:
-        """The engine process has its own. Idempotent."""
-        for sock in self._sockets:
-            sock.close()
 
 
 class NodesService(nodes_pb2_grpc.NodesServicer):
@@ -118,7 +94,7 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
         Raises:
             ConfigError: the rendezvous port can't be had.
         """
-        listener = _listen(settings.host, settings.rendezvous_port)
+        listener = listen(settings.host, settings.rendezvous_port)
         nodes, ends = [], []
         for rank in range(1, settings.nodes):
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -148,13 +124,12 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
 
     @property
     def missing(self) -> str:
-        """A sentence on the nodes that have not joined; empty if all have."""
-        parts = [
-            node.name + (f" (last refused: {node.refused})" if node.refused else "")
+        """The nodes that have not joined, and why if that is known; empty if all have."""
+        return ", ".join(
+            f"node {node.rank}" + (f" (refused: {node.refused})" if node.refused else "")
             for node in self._nodes.values()
             if not node.host
-        ]
-        return f"{', '.join(parts)} of {self._settings.nodes} did not join." if parts else ""
+        )
 
     async def watch(self) -> None:
         """Remind of nodes that don't come, until one that came is lost.
@@ -166,16 +141,22 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
         while self.missing and not self._lost.done():
             await asyncio.wait({self._lost}, timeout=_REMIND_S)
             if self.missing:
-                log.info("waiting for other nodes: %s", self.missing)
+                log.info("waiting for %s of %d to join", self.missing, self._settings.nodes)
         raise await self._lost
 
-    async def close(self, reason: str) -> None:
-        """Tell every node that this worker ends, and end their streams."""
-        self._agreed.cancel()
+    async def dismiss(self, reason: str) -> None:
+        """Tell every node that this worker ends and why, and end their streams."""
         if not self._last_word.done():
             self._last_word.set_result(reason)
+        for node in self._nodes.values():
+            if not node.host:  # the engine may be waiting for it
+                node.writer.write(frame(Frame.LOST, b"A node did not join."))
         if self._streams:
             await asyncio.wait(self._streams, timeout=_LAST_WORD_S)
+
+    def close(self) -> None:
+        """Close the sockets; the engine has ended."""
+        self._agreed.cancel()
         self.engine_ends.close()
         for node in self._nodes.values():
             node.writer.close()
@@ -301,13 +282,3 @@ async def _cancel(*tasks: "asyncio.Task[Any]") -> None:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host.strip("[]"), port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise ConfigError(
-            f"Ranks can't meet at {host}:{port}: {error.strerror}. Choose another rendezvous_port."
-        ) from None

@@ -97,6 +97,7 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         nodes = None
         if settings.nodes > 1:
             nodes = await NodesService.open(settings, role.name, monotonic)
+            stack.callback(nodes.close)
             nodes_pb2_grpc.add_NodesServicer_to_server(nodes, server.grpc_server)
         child = await EngineChild.start(
             settings, role.engine_module, nodes.engine_ends if nodes else None
@@ -141,7 +142,7 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         if nodes:
             if status == 0:
                 await child.end()  # while other nodes can hear of it through this process
-            await nodes.close(reason or "it was told to end")
+            await nodes.dismiss(reason or "it was told to end")
     return status
 
 
@@ -156,7 +157,7 @@ def _outcome(done: "set[asyncio.Task[None]]", nodes: NodesService | None) -> tup
     error = min(errors, key=lambda error: not isinstance(error, NodeLostError))
     waited = isinstance(error, EngineFailedError) and error.waited
     missing = nodes.missing if nodes and waited else ""
-    reason = f"{error} {missing}".rstrip()
+    reason = f"{str(error).rstrip('.')}: {missing} did not join" if missing else str(error)
     log.error("%s", reason)
     lost = isinstance(error, NodeLostError) or missing
     return EXIT_NODE_LOST if lost else EXIT_FAILED, reason

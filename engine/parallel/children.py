@@ -7,6 +7,7 @@ runs: ranks that are out of step can't be brought back into it.
 """
 
 import logging
+import math
 import selectors
 import socket
 import subprocess
@@ -30,6 +31,8 @@ _CLOSE_S = 10.0
 _KILL_S = 5.0
 _VERDICT_S = 1.0
 """How long a failed step waits for word of a lost rank, which says more than its own error."""
+_SUSPICION_S = 0.5
+"""How long another rank's failure waits for the same."""
 
 
 class Collectives(Protocol):
@@ -59,6 +62,10 @@ class RankProcesses:
         self._error: DiptychError | None = None
         self._steps = 0
         self._in_step = False
+        self._failed: list[Peer] = []
+        self._suspicion = ("", ErrorCode.INTERNAL)
+        """Why the first of them failed."""
+        self._suspected_until = math.inf
         self._closing = False
         self._thread = threading.Thread(target=self._watch, name="rank watch", daemon=True)
 
@@ -247,22 +254,28 @@ class RankProcesses:
                 selector.register(peer.pipe, selectors.EVENT_READ, peer)
             while not self._closing and self._error is None:
                 for key, _ in selector.select(self._poll_s):
-                    self._hear(key.data)
+                    if not self._hear(key.data):
+                        selector.unregister(key.fileobj)
                 now = (self._steps, self._group.calls if self._group is not None else 0)
-                if not self._in_step or now != seen:
+                if self._suspected_until < time.monotonic():
+                    self.fail(*self._suspicion)
+                elif not self._in_step or now != seen:
                     seen, since = now, time.monotonic()
                 elif time.monotonic() - since > self._timeout_s:
                     self.fail(f"A step stood still for {self._timeout_s:.1f} s.")
 
-    def _hear(self, peer: Peer) -> None:
+    def _hear(self, peer: Peer) -> bool:
+        """Take one frame; False if there will be none any more."""
         try:
             kind, body, rank = peer.pipe.receive()
         except PipeClosedError:
-            self.fail(peer.how_it_ended(_VERDICT_S))
-            return
+            if peer not in self._failed:
+                self.fail(peer.how_it_ended(_VERDICT_S))
+            return False
         if kind is Frame.LOST:
-            self.fail(body.decode(errors="replace"))
-            return
+            if peer not in self._failed:
+                self.fail(body.decode(errors="replace"))
+            return False
         if len(peer.ranks) == 1:
             (rank,) = peer.ranks  # which it may not have been told yet
         if rank not in peer.ranks:
@@ -275,4 +288,12 @@ class RankProcesses:
                 self._state.notify_all()
         else:
             code, message = failure_from(body)
-            self.fail(f"{peer.name(rank)} failed: {message}", code)
+            self._suspect(peer, f"{peer.name(rank)} failed: {message}", code)
+        return True
+
+    def _suspect(self, peer: Peer, reason: str, code: ErrorCode) -> None:
+        """A rank failed: by itself, or since another one is gone, which then says more."""
+        if not self._failed:
+            self._suspicion = (reason, code)
+            self._suspected_until = time.monotonic() + (_SUSPICION_S if self._ready else 0.0)
+        self._failed.append(peer)

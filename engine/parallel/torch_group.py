@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from core.errors import WorkerLostError
+from core.errors import ConfigError, WorkerLostError
 from engine.parallel.meeting import Meeting
 
 _TORCH: Any = distributed
@@ -60,6 +60,7 @@ class TorchGroup:
 
         Raises:
             WorkerLostError: not every rank came.
+            ConfigError: ranks are on devices of several kinds.
         """
         self.rank = rank
         self.size = size
@@ -68,7 +69,12 @@ class TorchGroup:
         self._check = check
         self._rounds = 0
         self._store: Any = _open_store(meeting, size, timedelta(seconds=timeout_s))
-        self.smallest(0)  # everyone is here, so connecting is quick
+        # Everyone is here then, so connecting is quick.
+        if self.smallest(device.type == "cuda") != (device.type == "cuda"):
+            raise ConfigError(
+                f"Rank {rank} is on a GPU and others are not: set device, or show every node its "
+                "GPUs."
+            )
         store = _C10D.PrefixStore("backend", self._store)
         self._is_nccl = device.type == "cuda"
         make = _nccl if self._is_nccl else _gloo
