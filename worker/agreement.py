@@ -37,7 +37,7 @@ def agreed(settings: WorkerSettings, role: str) -> dict[str, str]:
         "version": _version("diptych"),
         "torch": _version("torch"),
         "model digest": _digest(path, settings).hex(),
-        **{name: str(value) for name, value in values.items()},
+        **{name: "not set" if value is None else str(value) for name, value in values.items()},
     }
 
 

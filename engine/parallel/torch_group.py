@@ -69,8 +69,8 @@ class TorchGroup:
         self._check = check
         self._rounds = 0
         self._store: Any = _open_store(meeting, size, timedelta(seconds=timeout_s))
-        # Everyone is here then, so connecting is quick.
-        if self.smallest(device.type == "cuda") != (device.type == "cuda"):
+        on_gpu = int(device.type == "cuda")
+        if self.smallest(on_gpu) != on_gpu:  # else everyone is here, so connecting is quick
             raise ConfigError(
                 f"Rank {rank} is on a GPU and others are not: set device, or show every node its "
                 "GPUs."

@@ -1,0 +1,139 @@
+"""A node that does not lead: how long it waits, what ends it, and whom its exit status blames."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from engine.parallel.pipe import Frame
+from prefill.settings import PrefillSettings
+from rpc.auth import Credentials
+from rpc.server import build_server
+from tests.support.models import make_checkpoint
+from tests.support.nodes import CREDENTIALS, follower_settings, leading, node_settings
+from tests.support.process import (
+    alive,
+    command_line,
+    descendants,
+    free_port,
+    http_status,
+    wait_until,
+)
+from worker.following import serve_follower
+
+SOON_S = 15.0
+NOBODY = "127.0.0.1:1"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+async def follow(settings: PrefillSettings, credentials: Credentials = CREDENTIALS) -> int:
+    """Exit status of a node that ends by itself."""
+    async with asyncio.timeout(SOON_S):
+        return await serve_follower(settings, "prefill", credentials, asyncio.Queue())
+
+
+@asynccontextmanager
+async def following(
+    settings: PrefillSettings,
+) -> AsyncIterator[tuple["asyncio.Task[int]", "asyncio.Queue[int]", int]]:
+    """A node with its rank's process: (exit status to come, its signals, the process)."""
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    task = asyncio.create_task(serve_follower(settings, "prefill", CREDENTIALS, signals))
+
+    def rank() -> int | None:
+        below = descendants(os.getpid())
+        return next((pid for pid in below if "worker.rank" in command_line(pid)), None)
+
+    try:
+        pid = await asyncio.to_thread(wait_until, rank, SOON_S, "the node's rank")
+        yield task, signals, pid
+        assert not alive(pid)
+    finally:
+        task.cancel()
+
+
+async def test_a_leader_that_does_not_come_is_waited_for_and_then_named(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert await follow(follower_settings(model, NOBODY, start_timeout_s=1.2)) == 3
+    assert f"waiting for the leader at {NOBODY}: " in caplog.text
+    assert f"The leader at {NOBODY} was not there within 1 s: failed to connect" in caplog.text
+
+
+async def test_a_node_that_the_leader_refuses_says_why(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with leading(node_settings(model)) as leader:
+        assert await follow(follower_settings(model, leader.address, block_size=32)) == 2
+        assert (
+            "does not take node 1: block_size is 16 on the leader and 32 on node 1" in caplog.text
+        )
+        other = follower_settings(make_checkpoint(tmp_path, seed=1), leader.address)
+        assert await follow(other) == 2
+        assert "model digest is " in caplog.text
+        assert await follow(follower_settings(model, leader.address), Credentials(token="no")) == 2
+        assert "carries no valid token" in caplog.text
+        assert await follow(follower_settings(tmp_path / "none", leader.address)) == 2
+        assert "does not exist" in caplog.text
+        assert leader.service.missing.startswith("node 1")
+    lone = build_server(CREDENTIALS, services=[])  # a worker of one node
+    port = lone.bind("127.0.0.1", 0)
+    await lone.start()
+    assert await follow(follower_settings(model, f"127.0.0.1:{port}")) == 2
+    await lone.stop(0)
+
+
+async def test_a_node_ends_with_the_leader_whose_last_word_it_repeats(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with leading(node_settings(model)) as leader:
+        settings = follower_settings(model, leader.address, metrics_port=free_port())
+        async with following(settings) as (status, _, _):
+            url = f"http://127.0.0.2:{settings.metrics_port}"
+            assert await asyncio.to_thread(http_status, f"{url}/healthz") == 200
+            assert await asyncio.to_thread(http_status, f"{url}/readyz") == 503
+            assert leader.service.missing == ""
+            await leader.service.dismiss("Node 2 (ten) was lost.")
+            assert await status == 3
+    assert f"The leader at {leader.address} is gone: Node 2 (ten) was lost." in caplog.text
+
+
+async def test_a_leader_that_falls_silent_is_gone(
+    model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with leading(node_settings(model, node_timeout_s=1.0)) as leader:
+        # Leave the follower's own signs of life unanswered.
+        monkeypatch.setattr("worker.leading.BEATS_PER_SILENCE", 0.1)
+        async with following(follower_settings(model, leader.address)) as (status, _, _):
+            assert await status == 3
+    assert "is gone: no sign of life for 1.0 s" in caplog.text
+
+
+async def test_a_rank_that_dies_ends_the_node_and_is_told_of(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with leading(node_settings(model)) as leader:
+        async with following(follower_settings(model, leader.address)) as (status, _, pid):
+            os.kill(pid, signal.SIGKILL)
+            assert await status == 1
+        kind, body, _ = await leader.receive()
+        assert kind == Frame.LOST
+        assert body == b"Node 1 (127.0.0.2) was lost: rank 1 was ended by signal SIGKILL."
+    assert "This node fails: rank 1 was ended by signal SIGKILL" in caplog.text
+
+
+async def test_a_node_that_is_told_to_stop_while_it_loads_does_so_at_once(model: Path) -> None:
+    async with leading(node_settings(model)) as leader:
+        async with following(follower_settings(model, leader.address)) as (status, signals, _):
+            signals.put_nowait(signal.SIGTERM)
+            assert await status == 0
+        assert not leader.service.stopping.is_set()
