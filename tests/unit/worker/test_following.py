@@ -54,6 +54,7 @@ async def following(
 
     try:
         pid = await asyncio.to_thread(wait_until, rank, SOON_S, "the node's rank")
+        assert command_line(pid).endswith(" 127.0.0.2"), "where peers find its KV"
         yield task, signals, pid
         assert not alive(pid)
     finally:
