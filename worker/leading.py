@@ -36,6 +36,7 @@ _HELLO_S = 10.0
 _READ_BYTES = 1 << 18
 _REMIND_S = 15.0
 _LAST_WORD_S = 2.0
+_GAVE_UP = "the engine gave its ranks up; its log says why"
 
 if TYPE_CHECKING:  # gRPC's classes take type arguments in its stubs only
     Context = grpc.aio.ServicerContext[nodes_pb2.NodeMessage, nodes_pb2.LeaderMessage]
@@ -156,7 +157,8 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
 
     def close(self) -> None:
         """Close the sockets; the engine has ended."""
-        self._agreed.cancel()
+        if not self._agreed.cancel() and not self._agreed.cancelled():
+            self._agreed.exception()  # which the engine has met too, if nobody joined
         self.engine_ends.close()
         for node in self._nodes.values():
             node.writer.close()
@@ -222,13 +224,15 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _cancel(up, down)
-        if up.done() and not up.cancelled() and up.exception() is None:
+        failures = [task.exception() for task in (up, down) if not task.cancelled()]
+        gave_up = [error for error in failures if isinstance(error, EngineFailedError)]
+        if not up.cancelled() and up.exception() is None:
             reason = up.result()
             return self._lost_node(node, reason) if reason else None
         if self._last_word.done():
             error: Exception = NodeLostError(self._last_word.result())
-        elif not down.cancelled() and down.exception() is None:
-            error = EngineFailedError("the engine gave its ranks up; its log says why")
+        elif gave_up:
+            error = gave_up[0]
         else:
             return self._lost_node(node, "its connection broke")
         with suppress(Exception):
@@ -249,7 +253,10 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
             match message.WhichOneof("body"):
                 case "frames":
                     node.writer.write(message.frames)
-                    await node.writer.drain()
+                    try:
+                        await node.writer.drain()
+                    except OSError:
+                        raise EngineFailedError(_GAVE_UP) from None
                 case "stopping":
                     log.info("%s was told to end", node.name)
                     self.stopping.set()
@@ -261,9 +268,10 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
             message = nodes_pb2.LeaderMessage()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._silence_s / BEATS_PER_SILENCE):
-                    message.frames = await node.reader.read(_READ_BYTES)
+                    with suppress(ConnectionError):
+                        message.frames = await node.reader.read(_READ_BYTES)
                 if not message.frames:
-                    return
+                    raise EngineFailedError(_GAVE_UP)
             await context.write(message)
 
     @staticmethod
