@@ -131,7 +131,13 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
             asyncio.create_task(events),
             asyncio.create_task(_report(view, switchboard, settings.report_interval_s)),
             asyncio.create_task(
-                _serve_until_told(settings, view, server, service, _Stop(signals, nodes))
+                _serve_until_told(
+                    settings,
+                    view,
+                    server,
+                    service,
+                    StopRequests(signals, nodes.stopping if nodes else None),
+                )
             ),
         ]
         if nodes:
@@ -168,7 +174,7 @@ async def _serve_until_told(
     view: EngineView,
     server: RpcServer,
     service: WorkerService,
-    told: "_Stop",
+    told: "StopRequests",
 ) -> None:
     """Wait for the engine, serve, and drain when told to stop."""
     stop = asyncio.create_task(told.wait())
@@ -192,19 +198,20 @@ async def _serve_until_told(
         start.cancel()
 
 
-class _Stop:
+class StopRequests:
     """Who may tell a worker to stop: signals to this process, and its other nodes."""
 
-    def __init__(self, signals: "asyncio.Queue[int]", nodes: NodesService | None) -> None:
+    def __init__(self, signals: "asyncio.Queue[int]", stopping: asyncio.Event | None) -> None:
+        """Args: stopping is set when another node was told to end; None: there is none."""
         self._signals = signals
-        self._nodes = nodes
+        self._stopping = stopping
         self._signalled = False
 
     async def wait(self) -> None:
         """Until told to stop."""
         waits: list[asyncio.Task[Any]] = [asyncio.create_task(self._signals.get())]
-        if self._nodes is not None:
-            waits.append(asyncio.create_task(self._nodes.stopping.wait()))
+        if self._stopping is not None:
+            waits.append(asyncio.create_task(self._stopping.wait()))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             self._signalled = waits[0].done()

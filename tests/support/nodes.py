@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.clock import monotonic
+from engine.build import build_executor
+from engine.executor import Executor
+from engine.parallel.meeting import Meeting
+from engine.parallel.peers import OtherNodes
 from engine.parallel.pipe import RankPipe
 from prefill.settings import PrefillSettings
 from rpc.auth import Credentials
@@ -15,6 +19,7 @@ from rpc.server import RpcServer, build_server
 from rpc.v1 import nodes_pb2_grpc
 from tests.support.process import free_port
 from worker.leading import NODES_SERVICE, NodesService
+from worker.settings import engine_config
 
 TOKEN = "test-token"
 CREDENTIALS = Credentials(token=TOKEN)
@@ -52,6 +57,22 @@ class Leader:
     server: RpcServer
     address: str
     ranks: RankPipe
+    """What an engine would have; not to be used beside `executor`."""
+
+    def executor(self, settings: PrefillSettings) -> Executor:
+        """Rank 0 in this process, joined with the other node's; blocks until that is there."""
+        told = self.service.engine_ends.message
+        meeting = Meeting(
+            leader_host="127.0.0.1",
+            port=told.rendezvous_port,
+            name=told.rendezvous_name,
+            listen_fd=socket.dup(told.listen_fd),
+        )
+        pipes = [socket.socket(fileno=socket.dup(told.pipe_fds[0]))]
+        self.service.engine_ends.close()
+        self.ranks.close()
+        elsewhere = OtherNodes(pipes=pipes, meeting=meeting)
+        return build_executor(engine_config(settings), elsewhere=elsewhere)
 
     async def receive(self) -> tuple[int, bytes, int]:
         """The next frame that reaches rank 0."""

@@ -5,11 +5,16 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from core.sampling import SamplingParams
+from engine.build import build_executor
+from engine.executor import Executor, ExecutorLostError
 from engine.parallel.pipe import Frame
+from engine.plan import Chunk, SampleSpec, StepPlan
 from prefill.settings import PrefillSettings
 from rpc.auth import Credentials
 from rpc.server import build_server
@@ -24,6 +29,7 @@ from tests.support.process import (
     wait_until,
 )
 from worker.following import serve_follower
+from worker.settings import engine_config
 
 SOON_S = 15.0
 NOBODY = "127.0.0.1:1"
@@ -138,3 +144,46 @@ async def test_a_node_that_is_told_to_stop_while_it_loads_does_so_at_once(model:
             signals.put_nowait(signal.SIGTERM)
             assert await status == 0
         assert not leader.service.stopping.is_set()
+
+
+def step(executor: Executor) -> int | None:
+    spec = SampleSpec(SamplingParams(temperature=0), 0, (), ())
+    return executor.submit(StepPlan([Chunk("a", [5] * 20, 0, [3, 1], spec)])).wait().token_ids[0]
+
+
+async def test_two_nodes_compute_what_one_would_and_end_in_order(model: Path) -> None:
+    settings = node_settings(model)
+    alone = build_executor(replace(engine_config(settings), nodes=1, tensor_parallel_size=1))
+    expected = step(alone)
+    alone.close()
+    async with leading(settings) as leader:
+        async with following(follower_settings(model, leader.address)) as (status, signals, _):
+            executor = await asyncio.to_thread(leader.executor, settings)
+            assert await asyncio.to_thread(step, executor) == expected
+            signals.put_nowait(signal.SIGTERM)  # what runs may finish first
+            async with asyncio.timeout(SOON_S):
+                await leader.service.stopping.wait()
+            assert await asyncio.to_thread(step, executor) == expected
+            await asyncio.to_thread(executor.close)
+            assert await status == 0
+        assert not leader.service._lost.done()
+
+
+async def test_a_killed_rank_of_another_node_ends_the_step(model: Path) -> None:
+    settings = node_settings(model)
+    async with (
+        leading(settings) as leader,
+        following(follower_settings(model, leader.address)) as (status, _, pid),
+    ):
+        executor = await asyncio.to_thread(leader.executor, settings)
+        await asyncio.to_thread(step, executor)
+        os.kill(pid, signal.SIGKILL)
+
+        def until_error() -> None:
+            while True:
+                step(executor)
+
+        with pytest.raises(ExecutorLostError, match=r"Node 1 .* rank 1 .* by signal SIGKILL"):
+            await asyncio.to_thread(until_error)
+        assert await status == 1
+        await asyncio.to_thread(executor.close)

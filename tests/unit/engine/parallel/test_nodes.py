@@ -1,8 +1,6 @@
 """Ranks that others have started: what rank 0 asks of their pipes, and whom it blames."""
 
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,19 +11,15 @@ import pytest
 import torch
 
 from core.errors import ConfigError, DiptychError, ErrorCode
-from core.sampling import SamplingParams
-from engine.build import build_executor
 from engine.config import EngineConfig
-from engine.executor import Executor, ExecutorLostError
+from engine.executor import ExecutorLostError
 from engine.kv.host_memory import num_host_blocks
 from engine.kv.pool import kv_layout
 from engine.models.config import read_model_config
 from engine.parallel.children import RankProcesses
 from engine.parallel.meeting import Meeting, read_start, start_message
-from engine.parallel.peers import OtherNodes
 from engine.parallel.pipe import Frame, PipeClosedError, RankPipe, failure_to
 from engine.parallel.shares import rank_device
-from engine.plan import Chunk, SampleSpec, StepPlan
 from engine.threads import rank_threads
 from tests.support.models import make_checkpoint
 from tests.support.process import wait_until
@@ -140,35 +134,3 @@ def test_ranks_share_what_their_own_host_has(
     layout = kv_layout(read_model_config(make_checkpoint(tmp_path)), 16, torch.float32)
     blocks = num_host_blocks(spread, layout)
     assert blocks == (1 << 19) // layout.block_bytes
-
-
-def step(executor: Executor) -> int | None:
-    spec = SampleSpec(SamplingParams(temperature=0), 0, (), ())
-    return executor.submit(StepPlan([Chunk("a", [5] * 20, 0, [3, 1], spec)])).wait().token_ids[0]
-
-
-def test_ranks_meet_over_the_network_and_compute_what_one_would(tmp_path: Path) -> None:
-    alone = EngineConfig(model=str(make_checkpoint(tmp_path)), num_blocks=64, num_threads=1)
-    config = replace(alone, tensor_parallel_size=2, nodes=2, start_timeout_s=60.0)
-    listener = socket.create_server(("127.0.0.1", 0))
-    leader = Meeting(leader_host="127.0.0.1", port=listener.getsockname()[1], name="test")
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "engine.parallel.rank", str(theirs.fileno())],
-            pass_fds=(theirs.fileno(),),
-        )
-    try:
-        told = replace(leader, own_host="127.0.0.2")
-        RankPipe(ours).send(Frame.START, start_message(config, 1, told))
-        meeting = replace(leader, listen_fd=listener.detach())
-        elsewhere = OtherNodes(pipes=[ours], meeting=meeting)
-        executor = build_executor(config, elsewhere=elsewhere)
-        expected = build_executor(alone)
-        assert step(executor) == step(expected)
-        expected.close()
-        executor.close()
-        assert process.wait(SOON_S) == 0
-    finally:
-        process.kill()
-        process.wait()
