@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc
 from prometheus_client import CollectorRegistry, Gauge
@@ -28,6 +28,7 @@ from worker.ipc import ServicePipe
 from worker.leading import NODES_SERVICE, NodeLostError, NodesService
 from worker.service import EngineView, WorkerService
 from worker.settings import WorkerSettings
+from worker.stopping import StopRequests
 from worker.switchboard import Switchboard
 
 log = logging.getLogger(__name__)
@@ -126,19 +127,12 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         stack.callback(metrics.close)
         metrics_port = metrics.sockets[0].getsockname()[1]
         log.info("listening on %s:%d, metrics on port %d", settings.host, port, metrics_port)
+        told = StopRequests(signals, nodes.stopping if nodes else None)
         events = _read_events(child.pipe, view, switchboard, service, extension)
         tasks = [
             asyncio.create_task(events),
             asyncio.create_task(_report(view, switchboard, settings.report_interval_s)),
-            asyncio.create_task(
-                _serve_until_told(
-                    settings,
-                    view,
-                    server,
-                    service,
-                    StopRequests(signals, nodes.stopping if nodes else None),
-                )
-            ),
+            asyncio.create_task(_serve_until_told(settings, view, server, service, told)),
         ]
         if nodes:
             tasks.append(asyncio.create_task(nodes.watch()))
@@ -174,7 +168,7 @@ async def _serve_until_told(
     view: EngineView,
     server: RpcServer,
     service: WorkerService,
-    told: "StopRequests",
+    told: StopRequests,
 ) -> None:
     """Wait for the engine, serve, and drain when told to stop."""
     stop = asyncio.create_task(told.wait())
@@ -196,34 +190,6 @@ async def _serve_until_told(
     finally:
         stop.cancel()
         start.cancel()
-
-
-class StopRequests:
-    """Who may tell a worker to stop: signals to this process, and its other nodes."""
-
-    def __init__(self, signals: "asyncio.Queue[int]", stopping: asyncio.Event | None) -> None:
-        """Args: stopping is set when another node was told to end; None: there is none."""
-        self._signals = signals
-        self._stopping = stopping
-        self._signalled = False
-
-    async def wait(self) -> None:
-        """Until told to stop."""
-        waits: list[asyncio.Task[Any]] = [asyncio.create_task(self._signals.get())]
-        if self._stopping is not None:
-            waits.append(asyncio.create_task(self._stopping.wait()))
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            self._signalled = waits[0].done()
-        finally:
-            for wait in waits:
-                wait.cancel()
-
-    async def again(self) -> None:
-        """Until a second signal. Kubernetes sends the first one to all nodes at about once."""
-        if not self._signalled:
-            await self._signals.get()
-        await self._signals.get()
 
 
 def process_registry(view: EngineView, switchboard: Switchboard) -> CollectorRegistry:

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from worker.process import StopRequests
+from worker.stopping import StopRequests
 
 SOON_S = 5.0
 
