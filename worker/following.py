@@ -25,7 +25,7 @@ from telemetry.metrics import serve_metrics
 from worker.agreement import agreed
 from worker.exit_status import EXIT_FAILED, EXIT_NODE_LOST, EXIT_REFUSED
 from worker.leading import BEATS_PER_SILENCE
-from worker.node_ranks import NodeRanks
+from worker.node_ranks import FollowerRanks
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class NodeView:
 
     heard_at: float | None = None
     """When the leader last gave a sign of life."""
-    ranks: NodeRanks | None = None
+    ranks: FollowerRanks | None = None
 
     @property
     def ready(self) -> bool:
@@ -224,7 +224,7 @@ class _Follower:
             port=leader.rendezvous_port,
             name=leader.rendezvous_name,
         )
-        ranks = await NodeRanks.start(self._settings, meeting, self._take)
+        ranks = await FollowerRanks.start(self._settings, meeting, self._take)
         self._view.ranks = ranks
         tell = asyncio.create_task(self._tell(call))
         hear = asyncio.create_task(self._hear(call, ranks))
@@ -252,7 +252,7 @@ class _Follower:
             await _cancel(tell, hear, run, probes)
             await ranks.kill()
 
-    async def _tell_probes(self, ranks: NodeRanks) -> None:
+    async def _tell_probes(self, ranks: FollowerRanks) -> None:
         await ranks.ready.wait()
         await self._server.set_serving(True)
         node, nodes = self._settings.node_rank, self._settings.nodes
@@ -275,7 +275,7 @@ class _Follower:
                 await call.done_writing()
                 return
 
-    async def _hear(self, call: "Call", ranks: NodeRanks) -> str:
+    async def _hear(self, call: "Call", ranks: FollowerRanks) -> str:
         """Hand on the leader's frames; why there are no more, empty if it let this node go."""
         while True:
             try:

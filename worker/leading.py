@@ -36,6 +36,7 @@ _HELLO_S = 10.0
 _READ_BYTES = 1 << 18
 _REMIND_S = 15.0
 _LAST_WORD_S = 2.0
+_MAX_HOST_CHARS = 255
 _GAVE_UP = "the engine gave its ranks up; its log says why"
 
 if TYPE_CHECKING:  # gRPC's classes take type arguments in its stubs only
@@ -192,7 +193,7 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
             message = None
         if not isinstance(message, nodes_pb2.NodeMessage) or not message.HasField("hello"):
             return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "A node says hello first.")
-        hello = message.hello
+        hello, host = message.hello, message.hello.host[:_MAX_HOST_CHARS] or context.peer()
         node = self._nodes.get(hello.node_rank)
         if node is None:
             await context.abort(
@@ -205,13 +206,13 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"The leader: {error.message}")
         node.refused = differences(ours, hello.agreed, node.rank)
         if node.refused:
-            log.error("node %d at %s may not join: %s", node.rank, hello.host, node.refused)
+            log.error("node %d at %s may not join: %s", node.rank, host, node.refused)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, node.refused)
         if node.host or self._lost.done():
             await context.abort(
                 grpc.StatusCode.ALREADY_EXISTS, f"{node.name} had joined; this worker restarts."
             )
-        node.host = hello.host or context.peer()
+        node.host = host
         node.heard_at = self._clock()
         return node
 

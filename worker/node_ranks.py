@@ -27,7 +27,7 @@ _TAKE_S = 30.0
 """Longest that a rank may leave rank 0's frames unread."""
 
 
-class NodeRanks:
+class FollowerRanks:
     """Processes of the ranks of this node."""
 
     def __init__(self, ranks: range, take: Callable[[bytes], Awaitable[None]]) -> None:
@@ -43,7 +43,7 @@ class NodeRanks:
     @classmethod
     async def start(
         cls, settings: WorkerSettings, meeting: Meeting, take: Callable[[bytes], Awaitable[None]]
-    ) -> "NodeRanks":
+    ) -> "FollowerRanks":
         """Start a process for each rank of this node and tell it what to build.
 
         Args:

@@ -81,10 +81,12 @@ class Leader:
 
 
 @asynccontextmanager
-async def leading(settings: PrefillSettings) -> AsyncIterator[Leader]:
+async def leading(
+    settings: PrefillSettings, credentials: Credentials = CREDENTIALS
+) -> AsyncIterator[Leader]:
     """Serve the nodes of a leader."""
     service = await NodesService.open(settings, "prefill", monotonic)
-    server = build_server(CREDENTIALS, services=[NODES_SERVICE])
+    server = build_server(credentials, services=[NODES_SERVICE])
     nodes_pb2_grpc.add_NodesServicer_to_server(service, server.grpc_server)
     port = server.bind("127.0.0.1", 0)
     await server.start()

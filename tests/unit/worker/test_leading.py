@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 from prometheus_client import CollectorRegistry, generate_latest
 
 from engine.parallel.pipe import Frame, frame
@@ -194,3 +195,21 @@ async def test_nodes_are_told_why_when_the_engine_or_the_worker_ends(model: Path
         await node.heard()
         await leader.service.dismiss("Node 2 was lost.")
         assert (await node.heard()).end.reason == "Node 2 was lost."
+
+
+async def test_certificates_let_nodes_in_as_a_token_does(model: Path, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca")
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(tmp_path / "key")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert")
+    trusting = Credentials(ca=tmp_path / "ca")
+    known = Credentials(ca=tmp_path / "ca", cert=tmp_path / "cert", key=tmp_path / "key")
+    async with leading(node_settings(model), known) as leader:
+        async with stream(leader, trusting) as stranger:
+            with pytest.raises(ENDED, match="UNAVAILABLE"):
+                await stranger.send(hello=hello(model))
+                await stranger.heard()
+        async with stream(leader, known) as node:
+            await node.send(hello=hello(model))
+            assert (await node.heard()).HasField("hello")
