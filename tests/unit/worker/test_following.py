@@ -3,11 +3,14 @@
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from core.sampling import SamplingParams
@@ -18,14 +21,16 @@ from engine.plan import Chunk, SampleSpec, StepPlan
 from prefill.settings import PrefillSettings
 from rpc.auth import Credentials
 from rpc.server import build_server
+from rpc.v1 import nodes_pb2, nodes_pb2_grpc
 from tests.support.models import make_checkpoint
-from tests.support.nodes import CREDENTIALS, follower_settings, leading, node_settings
+from tests.support.nodes import CREDENTIALS, TOKEN, follower_settings, leading, node_settings
 from tests.support.process import (
     alive,
     command_line,
     descendants,
     free_port,
     http_status,
+    running,
     wait_until,
 )
 from worker.following import serve_follower
@@ -114,15 +119,52 @@ async def test_a_node_ends_with_the_leader_whose_last_word_it_repeats(
     assert f"The leader at {leader.address} is gone: Node 2 (ten) was lost." in caplog.text
 
 
+class SilentLeader(nodes_pb2_grpc.NodesServicer):
+    """Takes a node and says nothing more."""
+
+    async def Join(self, request_iterator: object, context: Any) -> None:
+        await context.read()
+        hello = nodes_pb2.LeaderHello(rendezvous_port=1, rendezvous_name="n", silence_ms=700)
+        await context.write(nodes_pb2.LeaderMessage(hello=hello))
+        while await context.read() is not grpc.aio.EOF:
+            pass
+
+
 async def test_a_leader_that_falls_silent_is_gone(
-    model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with leading(node_settings(model, node_timeout_s=1.0)) as leader:
-        # Leave the follower's own signs of life unanswered.
-        monkeypatch.setattr("worker.leading.BEATS_PER_SILENCE", 0.1)
-        async with following(follower_settings(model, leader.address)) as (status, _, _):
+    server = build_server(CREDENTIALS, services=[])
+    nodes_pb2_grpc.add_NodesServicer_to_server(SilentLeader(), server.grpc_server)
+    port = server.bind("127.0.0.1", 0)
+    await server.start()
+    try:
+        async with following(follower_settings(model, f"127.0.0.1:{port}")) as (status, _, _):
             assert await status == 3
-    assert "is gone: no sign of life for 1.0 s" in caplog.text
+    finally:
+        await server.stop(0)
+    assert "is gone: no sign of life for 0.7 s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGKILL, "the connection broke"), (signal.SIGSTOP, "no sign of life for 2.0 s")],
+)
+async def test_a_leader_that_dies_or_freezes_takes_its_nodes_along(
+    model: Path, caplog: pytest.LogCaptureFixture, number: signal.Signals, said: str
+) -> None:
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "prefill", "--model", str(model), "--port", str(port)),
+        *("--nodes", "2", "--tensor-parallel-size", "2", "--rendezvous-port", "0"),
+        *("--device", "cpu", "--num-blocks", "64", "--num-threads", "1", "--kv-transport", "tcp"),
+        *("--node-timeout-s", "2s"),
+    ]
+    with running(command, name="leader", env={"DIPTYCH_PREFILL_AUTH_TOKEN": TOKEN}) as leader:
+        settings = follower_settings(model, f"127.0.0.1:{port}")
+        async with following(settings) as (status, _, _):
+            leader.signal(number)
+            assert await status == 3, leader.log
+    assert f"The leader at 127.0.0.1:{port} is gone: {said}" in caplog.text
 
 
 async def test_a_rank_that_dies_ends_the_node_and_is_told_of(

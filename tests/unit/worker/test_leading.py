@@ -142,15 +142,15 @@ async def test_strangers_and_second_comers_are_refused(model: Path) -> None:
 
 
 async def test_a_node_that_falls_silent_is_lost(model: Path) -> None:
-    async with leading(node_settings(model, node_timeout_s=0.4)) as leader:
+    async with leading(node_settings(model, node_timeout_s=1.5)) as leader:
         async with stream(leader) as node:
             await node.send(hello=hello(model))
             await node.heard()
-            for _ in range(4):  # signs of life keep it, however little they say
+            for _ in range(5):  # signs of life keep it, however little they say
                 await node.send()
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.4)
             assert not leader.service._lost.done()
-            assert await lost(leader) == "Node 1 (ten) was lost: no sign of life for 0.4 s."
+            assert await lost(leader) == "Node 1 (ten) was lost: no sign of life for 1.5 s."
         kind, body, _ = await leader.receive()
         assert (kind, body.decode()) == (Frame.LOST, await lost(leader))
 
