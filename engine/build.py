@@ -21,9 +21,10 @@ from engine.layers.rope import RotaryEmbedding
 from engine.loader.load import load_model
 from engine.models.config import ModelConfig, read_model_config
 from engine.parallel.group import Alone, RankGroup
-from engine.parallel.shares import rank_device, rank_share, rank_threads
+from engine.parallel.peers import OtherNodes
+from engine.parallel.shares import rank_device, rank_share
 from engine.runner import TorchRunner
-from engine.threads import apply_num_threads
+from engine.threads import apply_num_threads, rank_threads
 
 
 def build_executor(
@@ -31,6 +32,7 @@ def build_executor(
     progress: Callable[[str], None] = silent,
     *,
     rank_module: str | None = None,
+    elsewhere: OtherNodes | None = None,
 ) -> Executor:
     """Load the model, reserve the KV pool and join them, on every rank if there are several.
 
@@ -38,6 +40,7 @@ def build_executor(
         config: of the engine.
         progress: told before each slow stage.
         rank_module: the process of each rank above 0, if it does more than steps.
+        elsewhere: the ranks that others have started, if there are several nodes.
 
     Raises:
         ConfigError: the model can't be found, is not supported or does not fit the settings.
@@ -49,7 +52,7 @@ def build_executor(
         return build_rank(config, Alone(), progress)
     from engine.parallel.start import RANK_MODULE, start_ranks
 
-    return start_ranks(config, progress, rank_module or RANK_MODULE)
+    return start_ranks(config, progress, rank_module or RANK_MODULE, elsewhere)
 
 
 def build_rank(

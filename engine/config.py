@@ -16,10 +16,12 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on a CPU, the checkpoint's own on a GPU."""
     device: str = "cpu"
-    """Of rank 0; further ranks on GPUs take the ones after it. auto: cuda where torch sees a GPU,
-    else cpu."""
+    """Of rank 0; further ranks on GPUs take the ones after it, and so on every other host. auto:
+    cuda where torch sees a GPU, else cpu."""
     tensor_parallel_size: int = 1
-    """Ranks that share every layer, a process each on this host."""
+    """Ranks that share every layer, a process each."""
+    nodes: int = 1
+    """Hosts that the ranks lie on, as many on each, in the order of their numbers."""
     rank_timeout_s: float = 25.0
     """Longest that ranks wait for one another within a step before the engine gives up."""
     start_timeout_s: float = 600.0
@@ -31,7 +33,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """Of each rank; None: with flashinfer what gpu_memory_utilization leaves, else 1 GiB."""
     host_kv_bytes: int = 0
-    """Of host memory, all ranks together, for blocks that the prefix cache evicts; 0: none."""
+    """Of the memory of each host, for blocks that the prefix cache evicts; 0: none."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's whole memory, in (0, 1], that weights, KV pool and computing of this engine
     may take together. Engines that share a GPU need shares that sum to less than one."""
@@ -55,6 +57,11 @@ class EngineConfig:
     grammar_backend: Literal["llguidance", "xgrammar"] = "llguidance"
     """Library that holds structured outputs to their definitions; the same on all workers."""
     num_threads: int | None = None
-    """Compute threads, shared by the ranks; None: every core this process may use."""
+    """Compute threads, shared by the ranks of a host; None: every core this process may use."""
     seed: int = 0
     """Of dummy weights."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        """How many ranks are on each host."""
+        return self.tensor_parallel_size // self.nodes

@@ -6,6 +6,8 @@ malloc read theirs once, at start; the engine calls `apply_num_threads` before i
 
 import os
 
+from engine.config import EngineConfig
+
 _SPIN_COUNT = 10_000
 """How often a thread that waits for the others looks before it sleeps: some tens of microseconds.
 
@@ -41,6 +43,13 @@ def compute_thread_env(num_threads: int) -> dict[str, str]:
 def available_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def rank_threads(config: EngineConfig) -> int | None:
+    """Compute threads of each rank; None: all cores, for there is only one rank on its host."""
+    if config.ranks_per_node == 1:
+        return config.num_threads
+    return max(1, (config.num_threads or available_cores()) // config.ranks_per_node)
 
 
 def apply_num_threads(num_threads: int | None) -> int:

@@ -47,9 +47,19 @@ class Channel(Protocol):
 class RankService:
     """A rank's transport and the thread that serves rank 0 with it."""
 
-    def __init__(self, rank: int, pool: BlockPool, channel: Channel) -> None:
-        """Wait for rank 0's word; the transport is opened then."""
+    def __init__(
+        self, rank: int, pool: BlockPool, channel: Channel, *, host: str | None = None
+    ) -> None:
+        """Wait for rank 0's word; the transport is opened then.
+
+        Args:
+            rank: which one this is.
+            pool: of this rank.
+            channel: to rank 0.
+            host: name or address of this host, where it isn't rank 0's.
+        """
         self._rank = rank
+        self._host = host
         self._pool = pool
         self._channel = channel
         self._transport: RankTransport | None = None
@@ -103,7 +113,7 @@ class RankService:
             transport = open_transport(
                 known_transport(opening.transport),
                 self._pool,
-                host=opening.host,
+                host=self._host or opening.host,
                 token=opening.token,
                 descriptor_bytes=(
                     opening.descriptor_bytes if opening.HasField("descriptor_bytes") else None

@@ -249,10 +249,6 @@ class Dispatcher:
         """True while a request has a leg there."""
         return any(leg.worker == worker for run in self._runs.values() for leg in run.ledger.legs)
 
-    def listed(self) -> None:
-        """Workers came or went; see FleetListener."""
-        self._metrics.count_workers(self._workers.census)
-
     # One run.
 
     def _begin(self, request: GenerationRequest) -> Run:

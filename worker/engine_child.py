@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from contextlib import suppress
+from typing import Protocol
 
 from engine.threads import available_cores, compute_thread_env
 from kvtransfer.mooncake_engine import mooncake_environment
@@ -27,6 +28,43 @@ def settings_json(settings: WorkerSettings) -> bytes:
     return json.dumps(values).encode()
 
 
+class EngineFailedError(Exception):
+    """The engine process could not start, or ended unasked."""
+
+    def __init__(self, message: str, *, waited: bool = False) -> None:
+        """Args: waited is true if it was other ranks that it waited for in vain."""
+        super().__init__(message)
+        self.waited = waited
+
+
+class InheritedNodes(Protocol):
+    """What an engine whose ranks lie on several nodes is given of the others."""
+
+    @property
+    def message(self) -> ipc_pb2.OtherNodes:
+        """What is what."""
+        ...
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """Descriptors that it inherits under their numbers."""
+        ...
+
+    def close(self) -> None:
+        """Close them here."""
+        ...
+
+
+def rank_environment(settings: WorkerSettings, num_threads: int) -> dict[str, str]:
+    """Of a process that holds a rank and computes with that many threads."""
+    return {
+        **os.environ,
+        **compute_thread_env(num_threads),
+        **ucx_environment(os.environ, loopback=settings.loopback),
+        **mooncake_environment(os.environ),
+    }
+
+
 class EngineChild:
     """The child and the pipe to it."""
 
@@ -40,32 +78,35 @@ class EngineChild:
         return self._process.pid
 
     @classmethod
-    async def start(cls, settings: WorkerSettings, module: str) -> "EngineChild":
+    async def start(
+        cls, settings: WorkerSettings, module: str, nodes: InheritedNodes | None = None
+    ) -> "EngineChild":
         """Start `python -m module` and tell it what to build."""
         ours, theirs = open_pipe()
-        env = {
-            **os.environ,
-            **compute_thread_env(settings.num_threads or available_cores()),
-            **ucx_environment(os.environ, loopback=settings.loopback),
-            **mooncake_environment(os.environ),
-        }
+        inherited = nodes.fds if nodes else ()
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             module,
             str(theirs.fileno()),
-            pass_fds=(theirs.fileno(),),
+            pass_fds=(theirs.fileno(), *inherited),
             stdin=asyncio.subprocess.DEVNULL,
-            env=env,
+            env=rank_environment(settings, settings.num_threads or available_cores()),
         )
         theirs.close()
+        if nodes:
+            nodes.close()
         pipe = await ServicePipe.open(ours)
-        start = ipc_pb2.Start(settings_json=settings_json(settings))
+        start = ipc_pb2.Start(
+            settings_json=settings_json(settings), nodes=nodes.message if nodes else None
+        )
         pipe.send(ipc_pb2.EngineCommand(start=start))
         return cls(process, pipe)
 
     async def end(self) -> None:
-        """Ask, wait, then kill."""
+        """Ask, wait, then kill. Idempotent."""
+        if self._process.returncode is not None:
+            return
         with suppress(ConnectionError):
             self.pipe.send(ipc_pb2.EngineCommand(stop=ipc_pb2.Stop()))
         self.pipe.close()

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import xxhash
@@ -22,6 +23,8 @@ from engine.engine import Engine
 from engine.executor import Executor, ExecutorLostError
 from engine.grammar.build import build_grammars
 from engine.metrics import EngineMetrics
+from engine.parallel.meeting import Meeting
+from engine.parallel.peers import OtherNodes
 from kvtransfer.wire import layout_to_proto
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.logs import setup
@@ -48,17 +51,20 @@ def run_engine(fd: int, settings_class: type[S], build_role: Callable[[S], Build
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = EnginePipe(socket.socket(fileno=fd))
     try:
-        settings = settings_class.model_validate_json(_await_start(pipe))
+        start = _await_start(pipe)
+        settings = settings_class.model_validate_json(start.settings_json)
         name = f"engine-{settings.worker_id}"
         setup(settings.log_level, settings.log_format, name, secrets=secret_values(settings))
-        loop = _build(settings, build_role(settings), pipe)
+        nodes = _other_nodes(settings, start.nodes) if start.HasField("nodes") else None
+        loop = _build(settings, build_role(settings), pipe, nodes)
     except PipeClosedError:
         return 0
     except Exception as error:
         log.exception("the engine could not start")
         code, message = error_of(error)
         failed = ipc_pb2.StartupFailed(error_code=code, error_message=message)
-        pipe.send(ipc_pb2.EngineEvent(failed=failed))
+        with suppress(PipeClosedError):  # the service may have given up first
+            pipe.send(ipc_pb2.EngineEvent(failed=failed))
         return 1
     try:
         loop.run()
@@ -71,19 +77,36 @@ def run_engine(fd: int, settings_class: type[S], build_role: Callable[[S], Build
     return 0
 
 
-def _await_start(pipe: EnginePipe) -> bytes:
+def _await_start(pipe: EnginePipe) -> ipc_pb2.Start:
     for command in pipe.receive(_START_TIMEOUT_S):
         if command.WhichOneof("body") == "start":
-            return command.start.settings_json
+            return command.start
     raise PipeClosedError("no Start arrived")
 
 
-def _build(settings: WorkerSettings, build_role: BuildRole, pipe: EnginePipe) -> EngineLoop:
+def _other_nodes(settings: WorkerSettings, told: ipc_pb2.OtherNodes) -> OtherNodes:
+    meeting = Meeting(
+        own_host=settings.own_host,
+        leader_host=settings.own_host,
+        port=told.rendezvous_port,
+        name=told.rendezvous_name,
+        listen_fd=told.listen_fd,
+    )
+    pipes = [socket.socket(fileno=fd) for fd in told.pipe_fds]
+    return OtherNodes(pipes=pipes, meeting=meeting)
+
+
+def _build(
+    settings: WorkerSettings,
+    build_role: BuildRole,
+    pipe: EnginePipe,
+    elsewhere: OtherNodes | None,
+) -> EngineLoop:
     def progress(stage: str) -> None:
         pipe.send(ipc_pb2.EngineEvent(progress=ipc_pb2.StartupProgress(stage=stage)))
 
     config = engine_config(settings)
-    executor = build_executor(config, progress, rank_module=RANK_MODULE)
+    executor = build_executor(config, progress, rank_module=RANK_MODULE, elsewhere=elsewhere)
     registry = ProcessRegistry()
     dtype = executor.pool.layout.dtype
     digest = _kv_digest(executor.model_digest, dtype)
@@ -129,7 +152,7 @@ def describe(
 ) -> worker_pb2.WorkerDescription:
     """Who this worker is; the role adds its own part."""
     model, pool = executor.model_config, executor.pool
-    address = f"{settings.advertise_host or settings.host}:{settings.port}"
+    address = f"{settings.own_host}:{settings.port}"
     return worker_pb2.WorkerDescription(
         worker_id=settings.worker_id or "",
         epoch=secrets.randbits(64) or 1,

@@ -19,7 +19,7 @@ def own_transport(settings: WorkerSettings, context: RoleContext) -> WorkerTrans
         TransferError: a rank's transport can't be opened.
         WorkerLostError: a rank is lost.
     """
-    host = settings.advertise_host or settings.host
+    host = settings.own_host
     token = settings.auth_token.get_secret_value() if settings.auth_token else ""
     layout = context.description.layout
     size = settings.tensor_parallel_size

@@ -16,15 +16,20 @@ import grpc
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
 from core.clock import monotonic
+from core.errors import ErrorCode
 from core.version import installed_version
 from rpc.auth import Credentials
 from rpc.server import RpcServer, build_server
-from rpc.v1 import ipc_pb2, worker_pb2, worker_pb2_grpc
+from rpc.v1 import ipc_pb2, nodes_pb2_grpc, worker_pb2, worker_pb2_grpc
 from telemetry.metrics import ProcessRegistry, serve_metrics, show_build
-from worker.engine_child import EngineChild
+from worker.engine_child import EngineChild, EngineFailedError
+from worker.exit_status import EXIT_FAILED, EXIT_NODE_LOST
+from worker.following import serve_follower
 from worker.ipc import ServicePipe
+from worker.leading import NODES_SERVICE, NodeLostError, NodesService
 from worker.service import EngineView, WorkerService
 from worker.settings import WorkerSettings
+from worker.stopping import StopRequests
 from worker.switchboard import Switchboard
 
 log = logging.getLogger(__name__)
@@ -52,10 +57,6 @@ class Extension(Protocol):
 BuildExtension = Callable[[Switchboard, Credentials], Extension]
 
 
-class EngineFailedError(Exception):
-    """The engine process could not start, or ended unasked."""
-
-
 def credentials_of(settings: WorkerSettings) -> Credentials:
     """What this worker proves itself with, and asks of its peers."""
     token = settings.auth_token
@@ -81,19 +82,29 @@ class RoleProcesses:
 
 
 async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
-    """Run a worker until SIGTERM or SIGINT; returns the process's exit status.
+    """Run a worker, or one node of it, until SIGTERM or SIGINT; returns the process's exit status.
 
     The first signal drains, a second one ends at once.
     """
     credentials = credentials_of(settings)
-    server = build_server(credentials, services=[WORKER_SERVICE, *role.services])
-    port = server.bind(settings.host, settings.port, insecure=settings.insecure)
-    settings = _settle(settings, role.name, port)
     signals: asyncio.Queue[int] = asyncio.Queue()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, signals.put_nowait, signum)
+    if settings.node_rank > 0:
+        return await serve_follower(settings, role.name, credentials, signals)
+    own_services = [WORKER_SERVICE] if settings.nodes == 1 else [WORKER_SERVICE, NODES_SERVICE]
+    server = build_server(credentials, services=[*own_services, *role.services])
+    port = server.bind(settings.host, settings.port, insecure=settings.insecure)
+    settings = _settle(settings, role.name, port)
     async with AsyncExitStack() as stack:
-        child = await EngineChild.start(settings, role.engine_module)
+        nodes = None
+        if settings.nodes > 1:
+            nodes = await NodesService.open(settings, role.name, monotonic)
+            stack.callback(nodes.close)
+            nodes_pb2_grpc.add_NodesServicer_to_server(nodes, server.grpc_server)
+        child = await EngineChild.start(
+            settings, role.engine_module, nodes.engine_ends if nodes else None
+        )
         stack.push_async_callback(child.end)
         view = EngineView(stall_after_s=settings.stall_after_s, clock=monotonic)
         switchboard = Switchboard(child.pipe)
@@ -104,13 +115,16 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         extension.register(server.grpc_server)
         await server.start()
         stack.push_async_callback(server.stop, _SERVER_GRACE_S)
+        registry = process_registry(
+            role=role.name,
+            view=view,
+            num_streams=lambda: len(switchboard),
+            engine_pid=child.pid,
+        )
+        if nodes:
+            nodes.register(registry)
         metrics = await serve_metrics(
-            process_registry(
-                role=role.name,
-                view=view,
-                num_streams=lambda: len(switchboard),
-                engine_pid=child.pid,
-            ),
+            registry,
             settings.host,
             settings.metrics_port,
             extra=lambda: [view.metrics],
@@ -121,21 +135,40 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         stack.callback(metrics.close)
         metrics_port = metrics.sockets[0].getsockname()[1]
         log.info("listening on %s:%d, metrics on port %d", settings.host, port, metrics_port)
+        told = StopRequests(signals, nodes.stopping if nodes else None)
         events = _read_events(child.pipe, view, switchboard, service, extension)
         tasks = [
             asyncio.create_task(events),
             asyncio.create_task(_report(view, switchboard, settings.report_interval_s)),
-            asyncio.create_task(_serve_until_told(settings, view, server, service, signals)),
+            asyncio.create_task(_serve_until_told(settings, view, server, service, told)),
         ]
+        if nodes:
+            tasks.append(asyncio.create_task(nodes.watch()))
         stack.callback(lambda: [task.cancel() for task in tasks])
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        try:
-            for task in done:
-                task.result()
-        except EngineFailedError as error:
-            log.error("%s", error)
-            return 1
-    return 0
+        status, reason = _outcome(done, nodes)
+        if nodes:
+            if status == 0:
+                await child.end()  # while other nodes can hear of it through this process
+            await nodes.dismiss(reason or "it was told to end")
+    return status
+
+
+def _outcome(done: "set[asyncio.Task[None]]", nodes: NodesService | None) -> tuple[int, str]:
+    """Exit status and what went wrong, of the first tasks that ended."""
+    errors = [error for task in done if (error := task.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, (NodeLostError, EngineFailedError)):
+            raise error
+    if not errors:
+        return 0, ""
+    error = min(errors, key=lambda error: not isinstance(error, NodeLostError))
+    waited = isinstance(error, EngineFailedError) and error.waited
+    missing = nodes.missing if nodes and waited else ""
+    reason = f"{str(error).rstrip('.')}: {missing} did not join" if missing else str(error)
+    log.error("%s", reason)
+    lost = isinstance(error, NodeLostError) or missing
+    return EXIT_NODE_LOST if lost else EXIT_FAILED, reason
 
 
 async def _serve_until_told(
@@ -143,10 +176,10 @@ async def _serve_until_told(
     view: EngineView,
     server: RpcServer,
     service: WorkerService,
-    signals: "asyncio.Queue[int]",
+    told: StopRequests,
 ) -> None:
-    """Wait for the engine, serve, and drain at the first signal."""
-    stop = asyncio.create_task(signals.get())
+    """Wait for the engine, serve, and drain when told to stop."""
+    stop = asyncio.create_task(told.wait())
     start = asyncio.create_task(_watch_start(view, settings.start_timeout_s))
     try:
         await asyncio.wait({stop, start}, return_when=asyncio.FIRST_COMPLETED)
@@ -158,7 +191,7 @@ async def _serve_until_told(
         await stop
         await server.set_serving(False)
         drain = asyncio.create_task(_drain(service, settings.drain_timeout_s))
-        hurry = asyncio.create_task(signals.get())
+        hurry = asyncio.create_task(told.again())
         await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
         drain.cancel()
         hurry.cancel()
@@ -249,9 +282,10 @@ async def _read_events(
             case "ready":
                 view.on_ready(event.ready.worker)
             case "failed":
+                code = event.failed.error_code
                 raise EngineFailedError(
-                    f"the engine could not start ({event.failed.error_code}): "
-                    f"{event.failed.error_message}"
+                    f"the engine could not start ({code}): {event.failed.error_message}",
+                    waited=code == ErrorCode.WORKER_LOST,
                 )
             case other:
                 log.warning("ignored an engine event of unknown kind %s", other)
@@ -262,7 +296,9 @@ async def _watch_start(view: EngineView, timeout_s: float) -> None:
     give_up_at = monotonic() + timeout_s
     while not view.ready:
         if monotonic() > give_up_at:
-            raise EngineFailedError(f"the engine was not ready after {timeout_s:.0f} s")
+            raise EngineFailedError(
+                f"the engine was not ready after {timeout_s:.0f} s", waited=True
+            )
         await asyncio.sleep(0.02)
 
 

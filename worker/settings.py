@@ -2,9 +2,9 @@
 
 import re
 from ipaddress import ip_address
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from core.settings import ByteSize, Seconds
 from engine.config import EngineConfig
@@ -43,7 +43,28 @@ class WorkerSettings(BaseModel):
     tensor_parallel_size: int = Field(
         1,
         ge=1,
-        description="Devices of this host that share every layer, from `device` on.",
+        description="Devices that share every layer; on each host those from `device` on.",
+    )
+    nodes: int = Field(
+        1, ge=1, description="Hosts that this worker spans, with as many devices of each."
+    )
+    node_rank: int = Field(
+        0, ge=0, description="Which of them this is. 0 leads: routers and peers talk to it alone."
+    )
+    leader_address: str | None = Field(
+        None, description="host:port of the leader's gRPC port; every other node needs it."
+    )
+    rendezvous_port: int = Field(
+        9201,
+        ge=0,
+        le=65535,
+        description="With several nodes: port of the leader where ranks meet; 0 takes a free one.",
+    )
+    node_timeout_s: Seconds = Field(
+        10.0,
+        gt=0,
+        description="Seconds of silence after which another node of this worker counts as lost; "
+        "the leader's holds.",
     )
 
     host: str = Field("127.0.0.1", description="Address that the gRPC and metrics ports bind to.")
@@ -86,8 +107,8 @@ class WorkerSettings(BaseModel):
     host_kv_memory: ByteSize = Field(
         ByteSize(0),
         ge=0,
-        description="Host memory for blocks that the KV pool evicts, from where they come back "
-        "when a prompt needs them; pinned where there is a GPU. 0: none.",
+        description="Memory of each host for blocks that the KV pool evicts, from where they come "
+        "back when a prompt needs them; pinned where there is a GPU. 0: none.",
     )
     gpu_memory_utilization: float = Field(
         0.9,
@@ -156,7 +177,9 @@ class WorkerSettings(BaseModel):
         30.0, gt=0, description="Seconds without a sign of life after which the worker is stalled."
     )
     start_timeout_s: Seconds = Field(
-        600.0, gt=0, description="Seconds that loading the model may take."
+        600.0,
+        gt=0,
+        description="Seconds that loading the model may take, and waiting for other nodes.",
     )
     drain_timeout_s: Seconds = Field(
         30.0, ge=0, description="Seconds that SIGTERM leaves running requests to finish."
@@ -167,14 +190,44 @@ class WorkerSettings(BaseModel):
     )
     log_format: Literal["console", "json"] = Field("console", description="Form of log lines.")
 
+    @model_validator(mode="after")
+    def _check_nodes(self) -> Self:
+        if self.node_rank >= self.nodes:
+            raise ValueError(
+                f"node_rank is {self.node_rank}, but nodes is {self.nodes}: nodes are numbered "
+                "from 0."
+            )
+        if self.nodes == 1:
+            return self
+        if self.tensor_parallel_size % self.nodes:
+            raise ValueError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}, which {self.nodes} nodes "
+                "can't share evenly; it counts the devices of all of them."
+            )
+        if self.node_rank and not re.fullmatch(r".+:\d+", self.leader_address or ""):
+            raise ValueError(
+                f"node_rank is {self.node_rank}: give leader_address, host:port of node 0's gRPC "
+                "port."
+            )
+        if self.own_host in ("0.0.0.0", "::", "[::]"):
+            raise ValueError(
+                f"Other nodes can't connect to {self.own_host}: set advertise_host to an address "
+                "of this host."
+            )
+        return self
+
+    @property
+    def own_host(self) -> str:
+        """Name or address at which others reach this host."""
+        return self.advertise_host or self.host
+
     @property
     def loopback(self) -> bool:
         """True if no peer can be on another machine."""
-        host = self.advertise_host or self.host
         try:
-            return ip_address(host).is_loopback
+            return ip_address(self.own_host).is_loopback
         except ValueError:
-            return host == "localhost"
+            return self.own_host == "localhost"
 
 
 def engine_config(settings: WorkerSettings) -> EngineConfig:
@@ -185,6 +238,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         dtype=settings.dtype,
         device=settings.device,
         tensor_parallel_size=settings.tensor_parallel_size,
+        nodes=settings.nodes,
         start_timeout_s=settings.start_timeout_s,
         block_size=settings.block_size,
         num_blocks=settings.num_blocks,

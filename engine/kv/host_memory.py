@@ -120,7 +120,7 @@ def num_host_blocks(config: EngineConfig, layout: KvLayout) -> int:
     """Blocks of host memory, on each rank, that the settings ask for; 0: no tier below the pool.
 
     Args:
-        config: of the engine; ranks share what it says.
+        config: of the engine; the ranks of a host share what it says.
         layout: of a rank's blocks.
 
     Raises:
@@ -128,7 +128,7 @@ def num_host_blocks(config: EngineConfig, layout: KvLayout) -> int:
     """
     if config.host_kv_bytes == 0:
         return 0
-    size = config.host_kv_bytes // config.tensor_parallel_size
+    size = config.host_kv_bytes // config.ranks_per_node
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if not layout.block_bytes <= size <= installed:
         raise ConfigError(

@@ -1,26 +1,26 @@
-"""The processes of ranks 1 and up, as rank 0 starts, watches and ends them.
+"""The processes of ranks 1 and up, as rank 0 watches and ends them; those of its host it starts.
 
-Owned by one MultiProcessExecutor. A thread listens to the children and looks at the clock while
-rank 0 is inside a step, where it may be waiting for them with no way out. Invariant: the first
-failure is the one everybody is told of, and after it no child lives and no step runs: ranks that
-are out of step can't be brought back into it.
+Owned by one MultiProcessExecutor. A thread listens to them and looks at the clock while rank 0 is
+inside a step, where it may be waiting for them with no way out. Invariant: the first failure is the
+one everybody is told of, and after it no child lives, no pipe to another node is open and no step
+runs: ranks that are out of step can't be brought back into it.
 """
 
 import logging
+import math
 import selectors
-import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Protocol
 
 from core.errors import DiptychError, ErrorCode
 from engine.executor import ExecutorLostError
 from engine.parallel.other_ranks import PipesToRanks
+from engine.parallel.peers import LocalRank, NodeRanks, Peer
 from engine.parallel.pipe import Frame, PipeClosedError, RankPipe, failure_from
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ _CLOSE_S = 10.0
 _KILL_S = 5.0
 _VERDICT_S = 1.0
 """How long a failed step waits for word of a lost rank, which says more than its own error."""
+_SUSPICION_S = 0.5
+"""How long another rank's failure waits for the same."""
 
 
 class Collectives(Protocol):
@@ -44,22 +46,15 @@ class Collectives(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class _Child:
-    rank: int
-    process: "subprocess.Popen[bytes]"
-    pipe: RankPipe
-    ready: bool = False
-
-
 class RankProcesses:
-    """The children, and the thread that watches them."""
+    """All ranks but rank 0, and the thread that watches them."""
 
     def __init__(self, rank_timeout_s: float) -> None:
         """Args: rank_timeout_s is how long a step may stand still."""
         self._timeout_s = rank_timeout_s
         self._poll_s = min(_MAX_POLL_S, rank_timeout_s / 4)
-        self._children: list[_Child] = []
+        self._children: list[LocalRank] = []
+        self._nodes: list[NodeRanks] = []
         self._group: Collectives | None = None
         self._state = threading.Condition()
         self.side = PipesToRanks(self, self._state)
@@ -67,13 +62,22 @@ class RankProcesses:
         self._error: DiptychError | None = None
         self._steps = 0
         self._in_step = False
+        self._failed: list[Peer] = []
+        self._suspicion = ("", ErrorCode.INTERNAL)
+        """Why the first of them failed."""
+        self._suspected_until = math.inf
         self._closing = False
         self._thread = threading.Thread(target=self._watch, name="rank watch", daemon=True)
 
     @property
     def pids(self) -> list[int]:
-        """Process ids, by rank from 1."""
+        """Process ids of those on this host, by rank from 1."""
         return [child.process.pid for child in self._children]
+
+    @property
+    def count(self) -> int:
+        """How many there are, on all hosts."""
+        return sum(len(peer.ranks) for peer in self._peers)
 
     def start(
         self,
@@ -81,16 +85,20 @@ class RankProcesses:
         starts: Sequence[bytes],
         *,
         env: Mapping[str, str],
-        store_fd: int,
+        store_fd: int | None,
+        nodes: Sequence[socket.socket] = (),
     ) -> None:
-        """Start one child for each of `starts` and tell it what to build.
+        """Start one child for each of `starts`, tell it what to build, and watch all ranks.
 
         Args:
             command: of a child; the descriptor of its pipe is added.
             starts: bodies of START frames, by rank from 1.
             env: whole environment of the children.
-            store_fd: inherited under the same number.
+            store_fd: inherited under the same number, if there is one.
+            nodes: pipes to the ranks of other nodes, which have as many as this one.
         """
+        here = len(starts) + 1
+        inherited = () if store_fd is None else (store_fd,)
         for rank in range(1, len(starts) + 1):
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             with theirs:
@@ -98,9 +106,12 @@ class RankProcesses:
                     [*command, str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
                     env=dict(env),
-                    pass_fds=(theirs.fileno(), store_fd),
+                    pass_fds=(theirs.fileno(), *inherited),
                 )
-            self._children.append(_Child(rank, process, RankPipe(ours, self._timeout_s)))
+            self._children.append(LocalRank(rank, process, RankPipe(ours, self._timeout_s)))
+        for node, sock in enumerate(nodes, 1):
+            ranks = range(node * here, (node + 1) * here)
+            self._nodes.append(NodeRanks(node, ranks, sock, RankPipe(sock, self._timeout_s)))
         for child, start in zip(self._children, starts, strict=True):
             with suppress(PipeClosedError):  # it died at once: the watch says how
                 child.pipe.send(Frame.START, start)
@@ -126,26 +137,26 @@ class RankProcesses:
             raise type(self._error)(self._error.message, code=self._error.code)
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Wait until every child can take steps.
+        """Wait until every rank can take steps.
 
         Raises:
             DiptychError: one can't, or not in time; see `check`.
         """
         with self._state:
             self._state.wait_for(lambda: self._error is not None or self._ready, timeout_s)
-            late = [child.rank for child in self._children if not child.ready]
+            late = [rank for peer in self._peers for rank in peer.ranks if rank not in peer.ready]
         if late:
             self.fail(f"Ranks {late} were not ready within {timeout_s:.0f} s.")
         self.check()
 
     def send(self, kind: Frame, body: bytes) -> None:
-        """Send a frame to every child.
+        """Send a frame to every rank.
 
         Raises:
             PipeClosedError: one of them does not take it.
         """
-        for child in self._children:
-            child.pipe.send(kind, body)
+        for peer in self._peers:
+            peer.pipe.send(kind, body)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -183,7 +194,7 @@ class RankProcesses:
                 raise cause from error
 
     def fail(self, reason: str, code: ErrorCode = ErrorCode.WORKER_LOST) -> None:
-        """Give up: end the children and what waits for them. The first reason stays.
+        """Give up: end the ranks and what waits for them. The first reason stays.
 
         Args:
             reason: sentences for the user.
@@ -198,78 +209,91 @@ class RankProcesses:
                 self._error = DiptychError(reason, code=code)
             self._state.notify_all()
         log.error("%s", self._error.message)
-        for child in self._children:
-            child.process.kill()
+        for peer in self._peers:
+            peer.kill()
         if self._group is not None:
             self._group.abort()
 
     def begin_close(self) -> None:
-        """Ask the children to end. That they do is no failure from now on."""
+        """Ask the ranks to end. That they do is no failure from now on."""
         with self._state:
             self._closing = True
-        for child in self._children:
+        for peer in self._peers:
             with suppress(PipeClosedError):
-                child.pipe.send(Frame.CLOSE)
+                peer.pipe.send(Frame.CLOSE)
 
     def close(self) -> None:
-        """Wait until the children have ended, then kill. Idempotent."""
+        """Wait until the ranks have ended, then kill. Idempotent."""
         self.begin_close()
         deadline = time.monotonic() + _CLOSE_S
-        for child in self._children:
-            try:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                log.warning("rank %d did not end within %.0f s: killing it", child.rank, _CLOSE_S)
-                child.process.kill()
-                child.process.wait(_KILL_S)
         if self._thread.ident is not None:
             self._thread.join(_KILL_S)
-        for child in self._children:
-            child.pipe.close()
+        for peer in self._peers:
+            if not peer.wait(max(0.0, deadline - time.monotonic())):
+                name = peer.name(peer.ranks[0])
+                log.warning("%s did not end within %.0f s: killing it", name, _CLOSE_S)
+                peer.kill()
+                peer.wait(_KILL_S)
+        for peer in self._peers:
+            peer.pipe.close()
         self._children.clear()
+        self._nodes.clear()
+
+    @property
+    def _peers(self) -> list[Peer]:
+        return [*self._children, *self._nodes]
 
     @property
     def _ready(self) -> bool:
-        return all(child.ready for child in self._children)
+        return all(len(peer.ready) == len(peer.ranks) for peer in self._peers)
 
     def _watch(self) -> None:
         seen, since = (0, 0), time.monotonic()
         with selectors.DefaultSelector() as selector:
-            for child in self._children:
-                selector.register(child.pipe, selectors.EVENT_READ, child)
+            for peer in self._peers:
+                selector.register(peer.pipe, selectors.EVENT_READ, peer)
             while not self._closing and self._error is None:
                 for key, _ in selector.select(self._poll_s):
-                    self._hear(key.data)
+                    if not self._hear(key.data):
+                        selector.unregister(key.fileobj)
                 now = (self._steps, self._group.calls if self._group is not None else 0)
-                if not self._in_step or now != seen:
+                if self._suspected_until < time.monotonic():
+                    self.fail(*self._suspicion)
+                elif not self._in_step or now != seen:
                     seen, since = now, time.monotonic()
                 elif time.monotonic() - since > self._timeout_s:
                     self.fail(f"A step stood still for {self._timeout_s:.1f} s.")
 
-    def _hear(self, child: _Child) -> None:
+    def _hear(self, peer: Peer) -> bool:
+        """Take one frame; False if there will be none any more."""
         try:
-            kind, body = child.pipe.receive()
+            kind, body, rank = peer.pipe.receive()
         except PipeClosedError:
-            with suppress(subprocess.TimeoutExpired):
-                child.process.wait(_VERDICT_S)
-            self.fail(f"Rank {child.rank} {_end_of(child.process)}.")
-            return
-        if kind is Frame.SIDE:
-            self.side.take(child.rank, body)
-            return
-        if kind is Frame.READY:
+            if peer not in self._failed:
+                self.fail(peer.how_it_ended(_VERDICT_S))
+            return False
+        if kind is Frame.LOST:
+            if peer not in self._failed:
+                self.fail(body.decode(errors="replace"))
+            return False
+        if len(peer.ranks) == 1:
+            (rank,) = peer.ranks  # which it may not have been told yet
+        if rank not in peer.ranks:
+            self.fail(f"{peer.name(peer.ranks[0])} sent something as rank {rank}.")
+        elif kind is Frame.SIDE:
+            self.side.take(rank, body)
+        elif kind is Frame.READY:
             with self._state:
-                child.ready = True
+                peer.ready.add(rank)
                 self._state.notify_all()
-            return
-        code, message = failure_from(body)
-        self.fail(f"Rank {child.rank} failed: {message}", code)
+        else:
+            code, message = failure_from(body)
+            self._suspect(peer, f"{peer.name(rank)} failed: {message}", code)
+        return True
 
-
-def _end_of(process: "subprocess.Popen[bytes]") -> str:
-    code = process.poll()
-    if code is None:
-        return f"(pid {process.pid}) closed its pipe"
-    if code < 0:
-        return f"(pid {process.pid}) was ended by signal {signal.Signals(-code).name}"
-    return f"(pid {process.pid}) ended with status {code}"
+    def _suspect(self, peer: Peer, reason: str, code: ErrorCode) -> None:
+        """A rank failed: by itself, or since another one is gone, which then says more."""
+        if not self._failed:
+            self._suspicion = (reason, code)
+            self._suspected_until = time.monotonic() + (_SUSPICION_S if self._ready else 0.0)
+        self._failed.append(peer)

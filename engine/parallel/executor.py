@@ -1,4 +1,4 @@
-"""The executor of several ranks on one host: this process is rank 0, its children are the others.
+"""The executor of several ranks: this process is rank 0, the others are its children or elsewhere.
 
 Every rank gets every plan, computes its share and gathers the same logits, so each samples the same
 tokens and nothing is sent back but failures. Invariant: when rank 0 knows a step's result, every
@@ -68,7 +68,7 @@ class MultiProcessExecutor:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of ranks 1 and up."""
+        """Process ids of the other ranks on this host."""
         return self._ranks.pids
 
     def submit(self, plan: StepPlan) -> PendingStep:

@@ -20,8 +20,8 @@ class Ranks(Protocol):
     """What this needs of the children."""
 
     @property
-    def pids(self) -> list[int]:
-        """One for each."""
+    def count(self) -> int:
+        """How many there are."""
         ...
 
     @property
@@ -54,7 +54,7 @@ class PipesToRanks:
     @property
     def count(self) -> int:
         """See OtherRanks."""
-        return len(self._ranks.pids)
+        return self._ranks.count
 
     def send(self, message: bytes) -> None:
         """See OtherRanks."""

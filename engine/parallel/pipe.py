@@ -1,7 +1,9 @@
-"""Frames between rank 0 and one other rank, over a socket pair that the child inherits.
+"""Frames between rank 0 and the others, over stream sockets that it is given.
 
-The pipe is also the leash: a rank ends when rank 0's end closes, and rank 0 learns the same way
-that a rank is gone.
+A rank on rank 0's host has a pipe of its own, which is also its leash: it ends when rank 0's end
+closes, and rank 0 learns the same way that a rank is gone. The ranks of another host share one:
+what goes down is for all of them, and what comes up says by which rank it was sent. How bytes get
+there and back is the business of whoever brought the socket.
 """
 
 import json
@@ -9,11 +11,14 @@ import socket
 import struct
 import threading
 from enum import IntEnum
+from typing import NamedTuple
 
 from core.errors import DiptychError, ErrorCode
 
-_HEADER = struct.Struct("<BI")
-MAX_FRAME_BYTES = 64 << 20
+_HEADER = struct.Struct("<BHI")
+"""Kind, rank that sends it, bytes that follow."""
+HEADER_BYTES = _HEADER.size
+MAX_FRAME_BYTES = 32 << 20
 """Bounds a corrupt length. A plan of a million tokens in new sequences needs 8 MB."""
 _SOCKET_BUFFER_BYTES = 1 << 20
 _MAX_MESSAGE_CHARS = 4000
@@ -38,6 +43,38 @@ class Frame(IntEnum):
     """To a rank: copy blocks between its pool and its host memory; see host_memory.py."""
     COPIED = 8
     """To a rank: a copy has ended on rank 0, and has to have ended there before what follows."""
+    LOST = 9
+    """To rank 0: the ranks of this pipe are gone, with a text that says why."""
+
+
+class Received(NamedTuple):
+    """A frame that came."""
+
+    kind: Frame
+    body: bytes
+    rank: int
+    """Who sent it."""
+
+
+def frame(kind: Frame, body: bytes = b"", rank: int = 0) -> bytes:
+    """A frame as it travels."""
+    assert len(body) <= MAX_FRAME_BYTES, "no plan is as long"
+    return _HEADER.pack(kind, rank, len(body)) + body
+
+
+def read_header(header: bytes) -> tuple[Frame, int, int]:
+    """Kind, rank and number of bytes that follow.
+
+    Raises:
+        PipeClosedError: this is no header of ours.
+    """
+    kind, rank, length = _HEADER.unpack(header)
+    if length > MAX_FRAME_BYTES:
+        raise PipeClosedError(f"a frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
+    try:
+        return Frame(kind), rank, length
+    except ValueError as error:
+        raise PipeClosedError(f"a frame of unknown kind {kind}") from error
 
 
 def failure_to(error: Exception) -> bytes:
@@ -66,6 +103,8 @@ class RankPipe:
 
     def __init__(self, sock: socket.socket, timeout_s: float | None = None) -> None:
         """Args: timeout_s is how long one send or receive may wait; None: for ever."""
+        self.rank = 0
+        """Of this end; what is sent bears it."""
         self._sock = sock
         self._sending = threading.Lock()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
@@ -81,26 +120,20 @@ class RankPipe:
         Raises:
             PipeClosedError: nobody takes it.
         """
-        assert len(body) <= MAX_FRAME_BYTES, "no plan is as long"
         try:
             with self._sending:
-                self._sock.sendall(_HEADER.pack(kind, len(body)) + body)
+                self._sock.sendall(frame(kind, body, self.rank))
         except OSError as error:
             raise PipeClosedError(f"could not send: {error}") from error
 
-    def receive(self) -> tuple[Frame, bytes]:
+    def receive(self) -> Received:
         """Wait for one frame.
 
         Raises:
             PipeClosedError: the other end is closed, or sends no frames of ours.
         """
-        kind, length = _HEADER.unpack(self._read(_HEADER.size))
-        if length > MAX_FRAME_BYTES:
-            raise PipeClosedError(f"a frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
-        try:
-            return Frame(kind), self._read(length)
-        except ValueError as error:
-            raise PipeClosedError(f"a frame of unknown kind {kind}") from error
+        kind, rank, length = read_header(self._read(HEADER_BYTES))
+        return Received(kind, self._read(length), rank)
 
     def close(self) -> None:
         """Close this end. Idempotent."""

@@ -1,10 +1,10 @@
 """Entry of the process of one rank above 0: builds its share, then takes steps until told to end.
 
-Started by rank 0 with one end of a pipe as an inherited descriptor. A thread of its own reads the
-pipe, so that this process ends with rank 0 even while it is caught in a collective.
+Started by rank 0, or by what stands in for it on another host, with one end of a pipe as an
+inherited descriptor. A thread of its own reads the pipe, so that this process ends with rank 0 even
+while it is caught in a collective.
 """
 
-import json
 import logging
 import os
 import queue
@@ -19,6 +19,7 @@ from engine.build import build_rank
 from engine.config import EngineConfig
 from engine.executor import Executor, PendingStep
 from engine.parallel.host_memory import RankCopies
+from engine.parallel.meeting import Meeting, read_start
 from engine.parallel.pipe import Frame, PipeClosedError, RankPipe, failure_to
 from engine.parallel.plan_codec import PlanDecoder
 from engine.parallel.shares import rank_device
@@ -61,7 +62,7 @@ class Inbox:
         try:
             while self._keeps_up and os.getppid() == self._parent:
                 if select.select([self._pipe], [], [], _PARENT_CHECK_S)[0]:
-                    kind, body = self._pipe.receive()
+                    kind, body, _ = self._pipe.receive()
                     if kind is Frame.SIDE:
                         self.side.put(body)
                     else:
@@ -113,8 +114,9 @@ def run_rank(fd: int, start_side: StartSide | None = None) -> int:
     try:
         kind, body = inbox.next(_START_TIMEOUT_S)
         assert kind is Frame.START
-        config, rank, store_fd = _read_start(body)
-        executor, group = _build(config, rank, store_fd)
+        config, rank, meeting = read_start(body)
+        pipe.rank = rank
+        executor, group = _build(config, rank, meeting)
         side = None
         if start_side is not None:
             side = start_side(rank, executor.pool, _Channel(inbox, pipe))
@@ -131,19 +133,12 @@ def run_rank(fd: int, start_side: StartSide | None = None) -> int:
     return 0
 
 
-def _read_start(body: bytes) -> tuple[EngineConfig, int, int]:
-    start: dict[str, object] = json.loads(body)
-    fields, rank, store_fd = start["config"], start["rank"], start["store_fd"]
-    assert isinstance(fields, dict) and isinstance(rank, int) and isinstance(store_fd, int)
-    return EngineConfig(**fields), rank, store_fd
-
-
-def _build(config: EngineConfig, rank: int, store_fd: int) -> tuple[Executor, TorchGroup]:
+def _build(config: EngineConfig, rank: int, meeting: Meeting) -> tuple[Executor, TorchGroup]:
     group = TorchGroup(
         rank,
         config.tensor_parallel_size,
         rank_device(config, rank),
-        store_fd=store_fd,
+        meeting=meeting,
         timeout_s=config.start_timeout_s,
         check=lambda: None,
     )

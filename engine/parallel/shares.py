@@ -1,4 +1,4 @@
-"""One rank's share of the model, the threads and the devices; refuses what can't be shared."""
+"""One rank's share of the model and the devices; refuses what can't be shared."""
 
 from dataclasses import replace
 
@@ -7,7 +7,6 @@ import torch
 from core.errors import ConfigError
 from engine.config import EngineConfig
 from engine.models.config import ModelConfig
-from engine.threads import available_cores
 
 _MAX_SIZE = 64
 """Largest size that an error message proposes."""
@@ -50,16 +49,8 @@ def _uneven(config: ModelConfig, size: int) -> list[str]:
     return [f"{count} {name}" for name, count in counts.items() if count % size]
 
 
-def rank_threads(config: EngineConfig) -> int | None:
-    """Compute threads of each rank; None: all cores, for there is only one rank."""
-    size = config.tensor_parallel_size
-    if size == 1:
-        return config.num_threads
-    return max(1, (config.num_threads or available_cores()) // size)
-
-
 def rank_device(config: EngineConfig, rank: int) -> torch.device:
-    """The device of a rank: the configured one for rank 0, then those after it.
+    """The device of a rank: the configured one for the first of its host, then those after it.
 
     Raises:
         ConfigError: there are too few.
@@ -72,10 +63,11 @@ def rank_device(config: EngineConfig, rank: int) -> torch.device:
         return torch.device(device.type, device.index or 0)
     if device.type != "cuda":
         raise ConfigError(f"tensor_parallel_size above 1 needs device cpu or cuda, not {device}.")
+    here = config.ranks_per_node
     first, found = device.index or 0, torch.cuda.device_count()
-    if first + size > found:
+    if first + here > found:
         raise ConfigError(
-            f"tensor_parallel_size {size} from cuda:{first} on needs {first + size} GPUs and "
-            f"{found} are visible; lower it or show the process more of them."
+            f"{here} ranks from cuda:{first} on need {first + here} GPUs and {found} are visible; "
+            "lower tensor_parallel_size, spread it over more nodes, or show the process more GPUs."
         )
-    return torch.device("cuda", first + rank)
+    return torch.device("cuda", first + rank % here)

@@ -1,10 +1,12 @@
-"""Brings up the ranks of one model: children first, then rank 0's own share beside theirs."""
+"""Brings up the ranks of one model: children first, then rank 0's own share beside theirs.
 
-import json
+Ranks of other nodes are started there, by others, who bring the pipes to them.
+"""
+
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from core.errors import ConfigError
 from core.modelfile.resolve import resolve_model
@@ -14,23 +16,29 @@ from engine.executor import Executor
 from engine.models.config import read_model_config
 from engine.parallel.children import RankProcesses
 from engine.parallel.executor import MultiProcessExecutor
-from engine.parallel.shares import rank_device, rank_share, rank_threads
+from engine.parallel.meeting import Meeting, start_message
+from engine.parallel.peers import OtherNodes
+from engine.parallel.shares import rank_device, rank_share
 from engine.parallel.torch_group import TorchGroup, make_store_fd
-from engine.threads import compute_thread_env
+from engine.threads import compute_thread_env, rank_threads
 
 RANK_MODULE = "engine.parallel.rank"
 """The process of a rank that does nothing beside its steps."""
 
 
 def start_ranks(
-    config: EngineConfig, progress: Callable[[str], None], rank_module: str = RANK_MODULE
+    config: EngineConfig,
+    progress: Callable[[str], None],
+    rank_module: str = RANK_MODULE,
+    elsewhere: OtherNodes | None = None,
 ) -> Executor:
     """Build the executor of `config.tensor_parallel_size` ranks.
 
     Args:
         config: of the engine.
         progress: told before each slow stage.
-        rank_module: run with `python -m` as each other rank; it calls `run_rank`.
+        rank_module: run with `python -m` as each other rank of this host; it calls `run_rank`.
+        elsewhere: the ranks of other nodes, if there are.
 
     Raises:
         ConfigError: the model can't be found, is not supported, or can't be shared like this.
@@ -39,6 +47,11 @@ def start_ranks(
     size = config.tensor_parallel_size
     if size < 1:
         raise ConfigError(f"tensor_parallel_size must be at least 1, got {size}.")
+    if size % config.nodes:
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, which {config.nodes} nodes can't share evenly."
+        )
+    assert config.nodes == 1 + (len(elsewhere.pipes) if elsewhere else 0), "a pipe to each node"
     # What is wrong with the settings is found before any process is started.
     path = resolve_model(config.model, progress)
     config = replace(config, model=str(path))
@@ -46,20 +59,23 @@ def start_ranks(
     device = rank_device(config, 0)
     ranks = RankProcesses(config.rank_timeout_s)
     group: TorchGroup | None = None
-    store_fd = make_store_fd()
+    meeting = elsewhere.meeting if elsewhere else Meeting(store_fd=make_store_fd())
+    told = replace(meeting, listen_fd=None)
+    here = config.ranks_per_node
     try:
-        progress(f"starting {size} ranks")
+        progress(f"starting {here} of {size} ranks" if elsewhere else f"starting {size} ranks")
         ranks.start(
             [sys.executable, "-m", rank_module],
-            [start_message(config, rank, store_fd) for rank in range(1, size)],
+            [start_message(config, rank, told) for rank in range(1, here)],
             env={**os.environ, **compute_thread_env(rank_threads(config) or 1)},
-            store_fd=store_fd,
+            store_fd=meeting.store_fd,
+            nodes=elsewhere.pipes if elsewhere else (),
         )
         group = TorchGroup(
             0,
             size,
             device,
-            store_fd=store_fd,
+            meeting=meeting,
             timeout_s=config.start_timeout_s,
             check=ranks.check,
         )
@@ -78,8 +94,3 @@ def start_ranks(
                 group.close()
         raise
     return MultiProcessExecutor(local, group, ranks)
-
-
-def start_message(config: EngineConfig, rank: int, store_fd: int) -> bytes:
-    """Body of the START frame of a rank."""
-    return json.dumps({"config": asdict(config), "rank": rank, "store_fd": store_fd}).encode()

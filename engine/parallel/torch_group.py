@@ -1,8 +1,9 @@
-"""Ranks joined by torch.distributed's backends: gloo on CPUs, NCCL on GPUs, of one host.
+"""Ranks joined by torch.distributed's backends: gloo on CPUs, NCCL on GPUs.
 
 Backends are made directly, without torch's process-wide default group, so a process may hold
-several. Ranks find each other through a file in memory that children inherit: nothing listens
-beyond loopback and nothing is left on a disk.
+several. How ranks find each other is in meeting.py. On one host nothing listens beyond loopback and
+nothing is left on a disk; between hosts, neither torch's store nor its backends ask who calls, so
+such a network must be kept to those who may.
 """
 
 import os
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from core.errors import WorkerLostError
+from core.errors import ConfigError, WorkerLostError
+from engine.parallel.meeting import Meeting
 
 _TORCH: Any = distributed
 _C10D: Any = distributed.distributed_c10d
@@ -40,7 +42,7 @@ class TorchGroup:
         size: int,
         device: torch.device,
         *,
-        store_fd: int,
+        meeting: Meeting,
         timeout_s: float,
         check: Callable[[], None],
     ) -> None:
@@ -50,7 +52,7 @@ class TorchGroup:
             rank: this one's number.
             size: how many there are.
             device: of this rank.
-            store_fd: from `make_store_fd`, in this process.
+            meeting: where the others are met.
             timeout_s: longest to wait for another rank while it starts or loads. Also the longest
                 that a collective may take: rank 0's watch ends one that stands still much sooner,
                 but not while the first steps are compiled, when ranks may be far apart.
@@ -58,6 +60,7 @@ class TorchGroup:
 
         Raises:
             WorkerLostError: not every rank came.
+            ConfigError: ranks are on devices of several kinds.
         """
         self.rank = rank
         self.size = size
@@ -65,14 +68,17 @@ class TorchGroup:
         self._timeout_s = timeout_s
         self._check = check
         self._rounds = 0
-        store = _TORCH.FileStore(f"/proc/self/fd/{store_fd}", size)
-        store.set_timeout(timedelta(seconds=timeout_s))
-        self._store: Any = store
-        self.smallest(0)  # everyone is here, so connecting is quick
-        store = _C10D.PrefixStore("backend", store)
+        self._store: Any = _open_store(meeting, size, timedelta(seconds=timeout_s))
+        on_gpu = int(device.type == "cuda")
+        if self.smallest(on_gpu) != on_gpu:  # else everyone is here, so connecting is quick
+            raise ConfigError(
+                f"Rank {rank} is on a GPU and others are not: set device, or show every node its "
+                "GPUs."
+            )
+        store = _C10D.PrefixStore("backend", self._store)
         self._is_nccl = device.type == "cuda"
         make = _nccl if self._is_nccl else _gloo
-        self._backend: Any = make(store, rank, size, timedelta(seconds=timeout_s), device)
+        self._backend: Any = make(store, self, timedelta(seconds=timeout_s), device, meeting)
         self._reduce_options = _C10D.AllreduceOptions()
         self._gather_options = _C10D.AllgatherOptions()
         # On the current stream, so that nothing waits for an event.
@@ -128,19 +134,40 @@ def _wait(work: Any) -> None:
         work.wait()
 
 
-def _gloo(store: Any, rank: int, size: int, timeout: timedelta, device: torch.device) -> Any:
+def _open_store(meeting: Meeting, size: int, timeout: timedelta) -> Any:
+    if not meeting.several_hosts:
+        store = _TORCH.FileStore(f"/proc/self/fd/{meeting.store_fd}", size)
+        store.set_timeout(timeout)
+        return store
+    store = _TORCH.TCPStore(
+        meeting.leader_host,
+        meeting.port,
+        is_master=meeting.listen_fd is not None,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=meeting.listen_fd,
+    )
+    return _C10D.PrefixStore(meeting.name, store)
+
+
+def _gloo(
+    store: Any, group: TorchGroup, timeout: timedelta, device: torch.device, meeting: Meeting
+) -> Any:
     options = _C10D.ProcessGroupGloo._Options()
-    options._devices = [_C10D.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._devices = [_C10D.ProcessGroupGloo.create_device(hostname=meeting.own_host)]
     options._timeout = timeout
-    return _C10D.ProcessGroupGloo(store, rank, size, options)
+    return _C10D.ProcessGroupGloo(store, group.rank, group.size, options)
 
 
-def _nccl(store: Any, rank: int, size: int, timeout: timedelta, device: torch.device) -> Any:
-    # Before the first communicator: ranks are on one host and meet on no other interface.
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+def _nccl(
+    store: Any, group: TorchGroup, timeout: timedelta, device: torch.device, meeting: Meeting
+) -> Any:
+    if not meeting.several_hosts:
+        # Before the first communicator: such ranks meet on no other interface.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     torch.cuda.set_device(device)
     options = _C10D.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    backend = _C10D.ProcessGroupNCCL(store, rank, size, options)
+    backend = _C10D.ProcessGroupNCCL(store, group.rank, group.size, options)
     backend.eager_connect_single_device(device)
     return backend

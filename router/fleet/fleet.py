@@ -7,7 +7,7 @@ listener (dispatch); this only knows who is there.
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import Protocol, cast
+from typing import cast
 
 import grpc
 
@@ -15,13 +15,6 @@ from router.fleet.discovery import Discovery, Member
 from router.fleet.link import LinkListener, LinkSettings, WorkerLink
 from router.fleet.worker import Role, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 from rpc.v1 import worker_pb2, worker_pb2_grpc
-
-
-class FleetListener(LinkListener, Protocol):
-    """Who hears what workers say, and which there are."""
-
-    def listed(self) -> None:
-        """A worker came or went, or is listed as something else. On the event loop."""
 
 
 class Fleet:
@@ -38,11 +31,11 @@ class Fleet:
         self._settings = settings
         self._links: dict[str, WorkerLink] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._listener: FleetListener | None = None
+        self._listener: LinkListener | None = None
         self._group: asyncio.TaskGroup | None = None
         """Owns the links' tasks; None while `run` does not run."""
 
-    async def run(self, listener: FleetListener) -> None:
+    async def run(self, listener: LinkListener) -> None:
         """Keep a link open to every listed worker until cancelled."""
         self._listener = listener
         try:
@@ -61,13 +54,10 @@ class Fleet:
         link = WorkerLink(address, member, self._open_channel, self._listener, self._settings)
         self._links[address] = link
         self._tasks[address] = self._group.create_task(self._keep(link), name=f"link {address}")
-        self._listener.listed()
 
     def update(self, address: str, member: Member) -> None:
         """It is listed otherwise; see Members."""
-        assert self._listener is not None
         self._links[address].relist(member)
-        self._listener.listed()
 
     def remove(self, address: str) -> None:
         """It is listed no longer; see Members. An open session lasts while it is at work."""
@@ -85,7 +75,6 @@ class Fleet:
         """It is not run any more, so the next worker at its address gets another."""
         assert self._listener is not None
         del self._links[link.address], self._tasks[link.address]
-        self._listener.listed()
 
     @property
     def shortage(self) -> str:

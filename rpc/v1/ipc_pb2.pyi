@@ -1,8 +1,9 @@
 from rpc.v1 import kv_export_pb2 as _kv_export_pb2
 from rpc.v1 import worker_pb2 as _worker_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -130,10 +131,24 @@ class Stop(_message.Message):
     def __init__(self) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("settings_json",)
+    __slots__ = ("settings_json", "nodes")
     SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
     settings_json: bytes
-    def __init__(self, settings_json: _Optional[bytes] = ...) -> None: ...
+    nodes: OtherNodes
+    def __init__(self, settings_json: _Optional[bytes] = ..., nodes: _Optional[_Union[OtherNodes, _Mapping]] = ...) -> None: ...
+
+class OtherNodes(_message.Message):
+    __slots__ = ("pipe_fds", "listen_fd", "rendezvous_port", "rendezvous_name")
+    PIPE_FDS_FIELD_NUMBER: _ClassVar[int]
+    LISTEN_FD_FIELD_NUMBER: _ClassVar[int]
+    RENDEZVOUS_PORT_FIELD_NUMBER: _ClassVar[int]
+    RENDEZVOUS_NAME_FIELD_NUMBER: _ClassVar[int]
+    pipe_fds: _containers.RepeatedScalarFieldContainer[int]
+    listen_fd: int
+    rendezvous_port: int
+    rendezvous_name: str
+    def __init__(self, pipe_fds: _Optional[_Iterable[int]] = ..., listen_fd: _Optional[int] = ..., rendezvous_port: _Optional[int] = ..., rendezvous_name: _Optional[str] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("worker",)

@@ -34,7 +34,11 @@ class Worker:
     metrics_port: int
     command: list[str]
     env: dict[str, str]
+    other_nodes: list[list[str]] = field(default_factory=list)
+    """Command of each node that does not lead, if the worker spans several."""
     process: Process | None = None
+    others: list[Process] = field(default_factory=list)
+    """Those nodes, as they run."""
     stack: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -48,14 +52,18 @@ class Worker:
         return [self.process.pid, *descendants(self.process.pid)]
 
     def start(self) -> None:
-        self.process = self.stack.enter_context(
-            running(self.command, name=f"{self.role}-{self.port}", env=self.env)
-        )
+        name = f"{self.role}-{self.port}"
+        self.process = self.stack.enter_context(running(self.command, name=name, env=self.env))
+        self.others = [
+            self.stack.enter_context(running(command, name=f"{name}/{node}", env=self.env))
+            for node, command in enumerate(self.other_nodes, 1)
+        ]
 
     def kill(self) -> None:
-        """SIGKILL to service and engine."""
+        """SIGKILL to service and engine, on every node."""
         self.stack.close()
         self.process = None
+        self.others = []
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -130,7 +138,7 @@ class Cluster:
         parts = [f"== router\n{self.router.log}"]
         for worker in self.workers:
             if worker.process is not None:
-                parts.append(f"== {worker.role}-{worker.port}\n{worker.process.log}")
+                parts += [f"== {one.name}\n{one.log}" for one in (worker.process, *worker.others)]
         return "\n".join(parts)
 
     def wait_ready(self, timeout_s: float = START_S) -> None:
@@ -297,8 +305,19 @@ def make_worker(
         **(settings or {}),
     }
     env = {f"DIPTYCH_{role.upper()}_AUTH_TOKEN": TOKEN}
+    others = []
+    for node in range(1, int(str(options.get("nodes", 1)))):
+        options["rendezvous_port"] = 0
+        own = {
+            "node_rank": node,
+            "leader_address": f"127.0.0.1:{port}",
+            "host": f"127.0.0.{node + 1}",
+            "port": free_port(),
+            "metrics_port": free_port(),
+        }
+        others.append([sys.executable, "-m", role, *_flags({**options, **own})])
     command = [sys.executable, "-m", role, *_flags(options)]
-    return Worker(role, port, metrics_port, command, env)
+    return Worker(role, port, metrics_port, command, env, others)
 
 
 def _flags(options: Mapping[str, object]) -> list[str]:

@@ -134,7 +134,12 @@ class RankedWorker:
 
 @contextmanager
 def ranked_worker(
-    layout: KvLayout, size: int, blocks: NDArray[Any] | int, *, transport: str = "tcp"
+    layout: KvLayout,
+    size: int,
+    blocks: NDArray[Any] | int,
+    *,
+    transport: str = "tcp",
+    host_of_others: str | None = None,
 ) -> Iterator[RankedWorker]:
     """A worker of `size` ranks whose pools hold `blocks`, or so many empty ones."""
     num_blocks = blocks if isinstance(blocks, int) else len(blocks)
@@ -143,7 +148,10 @@ def ranked_worker(
         for rank, pool in enumerate(pools):
             pool.data[:] = share(blocks, size, rank)
     ranks = LocalRanks(size - 1)
-    services = [RankService(rank, pools[rank], ranks.channels[rank]) for rank in range(1, size)]
+    services = [
+        RankService(rank, pools[rank], ranks.channels[rank], host=host_of_others)
+        for rank in range(1, size)
+    ]
     served = open_transport(known_transport(transport), pools[0], host=HOST, token=TOKEN)
     first = RankTransport(served, layout, size=size)
     own: WorkerTransport = first

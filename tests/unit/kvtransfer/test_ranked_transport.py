@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from core.errors import TransferError, WorkerLostError
+from kvtransfer.tcp_frames import TcpMetadata
 from kvtransfer.transport import ReadState
 from kvtransfer.worker_transport import JoinedRead
 from tests.support.kv import finish
@@ -66,6 +67,19 @@ def test_every_rank_reads_its_own_heads(heads: int, source_size: int, own_size: 
 
 
 LAYOUT = whole_layout(2, 4)
+
+
+def test_ranks_of_other_hosts_are_read_there() -> None:
+    blocks = random_blocks(2, 4)
+    with (
+        ranked_worker(LAYOUT, 2, blocks, host_of_others="127.0.0.2") as source,
+        ranked_worker(LAYOUT, 1, NUM_BLOCKS) as own,
+    ):
+        metadata = source.transport.rank_metadata
+        assert [TcpMetadata.unpack(rank).host for rank in metadata] == ["127.0.0.1", "127.0.0.2"]
+        own.transport.connect("p", LAYOUT, metadata)
+        assert finish(own.transport.read("p", [(0, 5)])) is ReadState.DONE
+        assert (own.pools[0].data[5] == share(blocks, 1, 0)[0]).all()
 
 
 @pytest.fixture

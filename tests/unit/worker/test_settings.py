@@ -59,3 +59,31 @@ def test_memory_can_be_left_to_the_device_again() -> None:
 def test_wrong_values_are_refused_with_what_would_be_right(option: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=hint):
         settings(option)
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ("--node-rank=1", "node_rank is 1, but nodes is 1"),
+        ("--nodes=2 --node-rank=2 --tensor-parallel-size=2", "numbered from 0"),
+        ("--nodes=2", "tensor_parallel_size is 1, which 2 nodes can't share"),
+        ("--nodes=2 --tensor-parallel-size=3", "is 3, which 2 nodes can't share"),
+        ("--nodes=2 --tensor-parallel-size=2 --node-rank=1", "give leader_address"),
+        (
+            "--nodes=2 --tensor-parallel-size=2 --node-rank=1 --leader-address=ten",
+            "give leader_address, host:port",
+        ),
+        ("--nodes=2 --tensor-parallel-size=2 --host=0.0.0.0", "set advertise_host"),
+    ],
+)
+def test_nodes_that_can_not_work_are_refused(options: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        settings(*options.split())
+
+
+def test_one_command_serves_all_nodes() -> None:
+    common = "--nodes=2 --tensor-parallel-size=4 --leader-address=ten:9001 --host=0.0.0.0"
+    for rank, address in enumerate(("10.0.0.1", "10.0.0.2")):
+        own = settings(*common.split(), f"--node-rank={rank}", f"--advertise-host={address}")
+        assert (own.own_host, own.loopback, own.rendezvous_port) == (address, False, 9201)
+        assert engine_config(own).ranks_per_node == 2

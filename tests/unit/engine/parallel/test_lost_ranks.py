@@ -20,8 +20,8 @@ from engine.build import build_executor
 from engine.config import EngineConfig
 from engine.executor import Executor, ExecutorLostError
 from engine.parallel.executor import MultiProcessExecutor
+from engine.parallel.meeting import Meeting, start_message
 from engine.parallel.pipe import Frame, RankPipe
-from engine.parallel.start import start_message
 from engine.parallel.torch_group import make_store_fd
 from engine.plan import Chunk, SampleSpec, StepPlan
 from tests.support.models import make_checkpoint
@@ -200,7 +200,7 @@ def test_a_rank_that_waits_for_others_ends_when_its_pipe_does(checkpoint: Path) 
         )
     try:
         pipe = RankPipe(ours)
-        pipe.send(Frame.START, start_message(config(checkpoint, 2), 1, store_fd))
+        pipe.send(Frame.START, start_message(config(checkpoint, 2), 1, Meeting(store_fd=store_fd)))
         arrived = Path(f"/proc/self/fd/{store_fd}")
         wait_until(lambda: arrived.stat().st_size, 30, "the rank to wait for rank 0")
         pipe.close()
@@ -216,8 +216,8 @@ def test_a_rank_that_can_not_load_says_why(
 ) -> None:
     from engine.parallel import start
 
-    def other_format(config: EngineConfig, rank: int, store_fd: int) -> bytes:
-        return original(config, rank, store_fd).replace(b'"auto"', b'"gguf"', 1)
+    def other_format(config: EngineConfig, rank: int, meeting: Meeting) -> bytes:
+        return original(config, rank, meeting).replace(b'"auto"', b'"gguf"', 1)
 
     original = start.start_message
     monkeypatch.setattr(start, "start_message", other_format)

@@ -70,7 +70,7 @@ def _is_lost(ranks: OtherRanks) -> bool:
 class Children:
     """Implements other_ranks.Ranks."""
 
-    pids = [11, 12]
+    count = 2
 
     def __init__(self) -> None:
         self.error: DiptychError | None = None
