@@ -384,7 +384,7 @@ class Dispatcher:
             extra={"request_id": run.request.request_id, "trace_id": run.request.trace_id},
         )
         self._metrics.retries.labels(failure.code.value).inc()
-        backoff_s = self._settings.retry_backoff_s * 2 ** (run.ledger.attempt - 1)
+        backoff_s = self._settings.retry_backoff_s * 2 ** (run.ledger.fruitless - 1)
         run.retry_at = self._clock() + backoff_s
         self._settle(run)
 

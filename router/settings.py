@@ -77,7 +77,10 @@ class RouterSettings(BaseModel):
         600.0, gt=0, description="Time that a request has from its arrival to its last token."
     )
     max_attempts: int = Field(
-        4, ge=1, description="Most times that a request is placed, the first time included."
+        4,
+        ge=1,
+        description="Attempts in a row that may fail before the request does; one that brought 16 "
+        "tokens begins the count anew, so that a long output may outlive any number of workers.",
     )
     retry_backoff_s: Seconds = Field(
         0.1,

@@ -14,7 +14,7 @@ from core.sampling import SamplingParams
 from core.tokens import PromptLogprobs
 from router.fleet.worker import LegEnd, Phase
 from router.generation import Token
-from router.ledger import Effects, Leg, RequestLedger, RequestState
+from router.ledger import FRUITFUL_TOKENS, Effects, Leg, RequestLedger, RequestState
 
 PROMPT_LEN = 3
 FIRST_TOKEN = 100
@@ -177,7 +177,10 @@ class World:
             assert leg in self.open, "only open legs are aborted, once"
             self.open.discard(leg)
         assert set(ledger.legs) == self.open, "the ledger knows which legs are at work"
-        assert ledger.attempt <= min(self.max_attempts, 1 + self.failed), "no attempt is wasted"
+        assert ledger.attempt <= 1 + self.failed, "no attempt is wasted"
+        assert ledger.fruitless <= self.max_attempts, "a request does not end worker after worker"
+        if self.max_tokens < FRUITFUL_TOKENS:
+            assert ledger.attempt <= self.max_attempts
         if ledger.error is not None:
             assert self.failed or self.stopped, "an error has a cause"
         if ledger.state is not RequestState.RUNNING:
