@@ -8,7 +8,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 WORKER_SERVICE = "diptych.v1.Worker"
 _SERVER_GRACE_S = 1.0
+_LEAVE_S = 3.0
+"""Time for the step under way at the end, and for last words to reach whoever still reads."""
 
 
 class Extension(Protocol):
@@ -81,7 +83,8 @@ class RoleProcesses:
 async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
     """Run a worker until SIGTERM or SIGINT; returns the process's exit status.
 
-    The first signal drains, a second one ends at once.
+    The first signal drains, a second one ends at once. What still runs at the end is handed back to
+    its routers, which take it to other workers.
     """
     credentials = credentials_of(settings)
     server = build_server(credentials, services=[WORKER_SERVICE, *role.services])
@@ -114,8 +117,9 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         metrics_port = metrics.sockets[0].getsockname()[1]
         log.info("listening on %s:%d, metrics on port %d", settings.host, port, metrics_port)
         events = _read_events(child.pipe, view, switchboard, service, extension)
+        reading = asyncio.create_task(events)
         tasks = [
-            asyncio.create_task(events),
+            reading,
             asyncio.create_task(_report(view, switchboard, settings.report_interval_s)),
             asyncio.create_task(_serve_until_told(settings, view, server, service, signals)),
         ]
@@ -127,7 +131,23 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         except EngineFailedError as error:
             log.error("%s", error)
             return 1
+        if view.description is not None:
+            await _take_leave(child, reading, switchboard)
     return 0
+
+
+async def _take_leave(
+    child: EngineChild, reading: "asyncio.Task[None]", switchboard: Switchboard
+) -> None:
+    """End the engine; its last words reach routers and peers before their streams end."""
+    child.stop()
+    try:
+        async with asyncio.timeout(_LEAVE_S):
+            with suppress(EngineFailedError):
+                await reading
+            await switchboard.close_all("the worker is ending")
+    except TimeoutError:
+        log.warning("the engine or a peer did not take leave within %.0f s", _LEAVE_S)
 
 
 async def _serve_until_told(
@@ -247,4 +267,6 @@ async def _drain(service: WorkerService, timeout_s: float) -> None:
         log.warning("the engine did not answer the drain")
         return
     if not response.drained:
-        log.warning("ending with %d requests and %d leases", response.running, response.leases)
+        log.warning(
+            "%d requests and %d leases are left after the drain", response.running, response.leases
+        )

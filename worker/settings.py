@@ -155,7 +155,10 @@ class WorkerSettings(BaseModel):
         600.0, gt=0, description="Seconds that loading the model may take."
     )
     drain_timeout_s: Seconds = Field(
-        30.0, ge=0, description="Seconds that SIGTERM leaves running requests to finish."
+        30.0,
+        ge=0,
+        description="Seconds that SIGTERM leaves running requests to finish here; routers take what "
+        "is left to other workers.",
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(
