@@ -86,7 +86,7 @@ class RouterSettings(BaseModel):
         0.1,
         gt=0,
         description="Wait before a request goes back to a worker that failed it; doubles each "
-        "time. Another worker is tried at once.",
+        "time, five times at most. Another worker is tried at once.",
     )
     no_worker_grace_s: Seconds = Field(
         10.0, ge=0, description="How long a request waits while no worker can take it."

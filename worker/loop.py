@@ -196,7 +196,7 @@ class EngineLoop:
             self._abort(submission)
 
     def _hand_back(self) -> None:
-        """Let every router take what still runs here elsewhere, at once and not when streams break."""
+        """Let routers take what still runs here elsewhere now, not when their streams break."""
         left = list(self._submissions)
         if left:
             log.warning("ending with %d requests here: handing them back", len(left))

@@ -157,8 +157,8 @@ class WorkerSettings(BaseModel):
     drain_timeout_s: Seconds = Field(
         30.0,
         ge=0,
-        description="Seconds that SIGTERM leaves running requests to finish here; routers take what "
-        "is left to other workers.",
+        description="Seconds that SIGTERM leaves running requests to finish; routers take what "
+        "is left then to other workers.",
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(
