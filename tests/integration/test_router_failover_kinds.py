@@ -177,7 +177,7 @@ async def test_decode_dies_after_every_token_of_every_kind(prefill: int) -> None
         kills = 0
 
         def generating() -> list[FakeWorker]:
-            """Where requests are generated, once every one that has not ended is and all are back."""
+            """Where requests are generated, once all that have not ended are, and all workers back."""
             at = [w for w in workers for each in w.sequences if each.phase != "export"]
             open_ones = sum(timeline.ended_at is None for timeline in dispatcher.recent(100))
             whole = ready_workers(registry) == len(workers)

@@ -7,7 +7,14 @@ from prometheus_client import CollectorRegistry
 from core.errors import DiptychError, ErrorCode, TransferError, UnavailableError
 from router.dispatch import Dispatcher
 from rpc.v1 import worker_pb2
-from tests.support.fake_worker import EOS, FakeWorker, expected, fake_workers, until
+from tests.support.fake_worker import (
+    DEADLINE_S,
+    EOS,
+    FakeWorker,
+    expected,
+    fake_workers,
+    until,
+)
 from tests.support.router_fleet import collect, make_request, ready_workers, router_on, run
 
 
@@ -256,3 +263,13 @@ async def test_failed_attempts_are_stages_of_their_own() -> None:
         assert sum(s["seconds"] for s in stages) == pytest.approx(timeline["end_to_end_s"])
         failure = attempts_of(router, request.request_id)[0]["failure"]
         assert failure == {"code": "overloaded", "message": "on purpose"}
+
+
+async def test_router_ends_at_whatever_moment_its_links_do() -> None:
+    """A link whose stream has just broken must hear that the router ends."""
+    async with fake_workers(decode=1) as workers:
+        for turns in range(40):
+            async with asyncio.timeout(DEADLINE_S), router_on(workers):
+                workers[0].break_streams()
+                for _ in range(turns):
+                    await asyncio.sleep(0)

@@ -87,10 +87,14 @@ def _merge(whole: dict[str, Any], part: Body) -> None:
         elif isinstance(value, dict):
             whole[key] = before or {}
             _merge(whole[key], value)
-        elif (before is not None and isinstance(value, list)) or (before is not None and isinstance(value, str) and key not in _TOLD_ONCE):
+        elif before is not None and _goes_on(key, value):
             whole[key] = before + value
         else:
             whole[key] = value
+
+
+def _goes_on(key: str, value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and key not in _TOLD_ONCE)
 
 
 def _lasting(value: Any) -> Any:

@@ -1,0 +1,310 @@
+"""Every kind of request at once while workers are killed, frozen or told to end: no answer changes.
+
+One system of real processes. Each test sends all kinds together to chosen workers, disturbs those
+when every stream has begun, and compares what clients got with the undisturbed answers.
+"""
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.test_front_door import PARAMETERS, TEMPLATE, TOOLS
+from tests.support.answers import answer_of, same
+from tests.support.cluster import Cluster, Worker, cluster, routed
+from tests.support.models import make_checkpoint
+from tests.support.process import wait_until
+
+PROMPT = "The keeper of the lighthouse wrote in her log: " * 6
+LONG = 120
+"""Tokens of an answer that nothing else ends."""
+SAMPLED = {"temperature": 1.0, "top_p": 0.95, "seed": 5}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+WEATHER = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": True}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "days": {"type": "array", "items": {"enum": [1, 22, 333]}, "minItems": 9, "maxItems": 12},
+    },
+    "required": ["days"],
+    "additionalProperties": False,
+}
+FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+Kind = tuple[str, dict[str, Any]]
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+KINDS: dict[str, Kind] = {
+    "greedy": (TEXT, {"temperature": 0}),
+    "seeded": (TEXT, {**SAMPLED, "top_k": 50, "min_p": 0.01}),
+    "n": (TEXT, {**SAMPLED, "n": 3}),
+    "logprobs": (TEXT, {"temperature": 0, "logprobs": 3}),
+    "steered": (
+        TEXT,
+        {
+            **SAMPLED,
+            "presence_penalty": 0.5,
+            "frequency_penalty": 0.6,
+            "repetition_penalty": 1.2,
+            "logit_bias": {"70": 4.0},
+        },
+    ),
+    "min_tokens": (TEXT, {**SAMPLED, "logit_bias": {"2": 9.0}, "min_tokens": 30}),
+    "chat": (CHAT, {**SAMPLED, "logprobs": True, "top_logprobs": 2}),
+    "tools": (CHAT, {**SAMPLED, "tools": TOOLS, "tool_choice": NAMED, "max_tokens": 200}),
+    "structured": (CHAT, {**SAMPLED, "response_format": FORM, "max_tokens": 400}),
+    "reasoning": (CHAT, {"temperature": 0, "chat_template_kwargs": {"think": True}}),
+    "responses": (
+        "/v1/responses",
+        {
+            "tools": [WEATHER],
+            "tool_choice": {"type": "function", "name": "weather"},
+            "temperature": 0.7,
+        },
+    ),
+    "native": ("/generate", {}),
+    "echo": (TEXT, {"echo": True, "logprobs": 1, "temperature": 0, "stream": False}),
+}
+"""Path and fields; all are streamed unless they say otherwise."""
+
+
+def body_of(kind: str, model: str) -> dict[str, Any]:
+    path, fields = KINDS[kind]
+    prompt = f"{kind}: {PROMPT}"  # of its own, so that none finds another's blocks cached
+    body: dict[str, Any] = {"model": model, "stream": True, **fields}
+    if path == "/generate":
+        params = {"temperature": 0.9, "sampling_seed": 3, "max_new_tokens": LONG}
+        return {"text": prompt, "stream": True, "sampling_params": {**params, "ignore_eos": True}}
+    if path == "/v1/responses":
+        return {**body, "input": prompt, "max_output_tokens": 200}
+    body = {"max_tokens": LONG, "ignore_eos": "max_tokens" not in fields, **body}
+    if kind == "min_tokens":
+        body["ignore_eos"] = False
+    if body["stream"]:
+        body["stream_options"] = {"include_usage": True}
+    if path == TEXT:
+        return {**body, "prompt": prompt}
+    return {**body, "messages": [{"role": "user", "content": prompt}]}
+
+
+@dataclass
+class Crowd:
+    """All kinds under way, each in a thread of its own."""
+
+    system: Cluster
+    bodies: dict[str, dict[str, Any]]
+    got: dict[str, str] = field(default_factory=dict)
+    modes: dict[str, str] = field(default_factory=dict)
+    ends: dict[str, Future[None]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self, kind: str) -> None:
+        url = self.system.url + KINDS[kind][0]
+        with httpx.stream("POST", url, json=self.bodies[kind], timeout=90) as response:
+            self.modes[kind] = response.headers.get("x-diptych-mode", "")
+            for piece in response.iter_text():
+                with self._lock:
+                    self.got[kind] = self.got.get(kind, "") + piece
+            assert response.status_code == 200, self.got
+
+    def begun(self, events: int) -> bool:
+        """True once each stream brought that many events, while none has ended."""
+        for kind, body in self.bodies.items():
+            if self.ends[kind].done():
+                self.ends[kind].result()
+                raise AssertionError(f"{kind} ended too early to be disturbed")
+            if body["stream"] and self.got.get(kind, "").count("data: ") < events:
+                return False
+        return True
+
+    def answers(self) -> dict[str, Any]:
+        """Wait for all."""
+        for kind, end in self.ends.items():
+            assert end.exception(60) is None, f"{kind}: {end.exception()}\n{self.system.log}"
+        return {kind: answer_of(self.got[kind]) for kind in self.bodies}
+
+
+@contextmanager
+def crowd(system: Cluster) -> Iterator[Crowd]:
+    model = system.get("/v1/models").json()["data"][0]["id"]
+    with ThreadPoolExecutor(len(KINDS)) as pool:
+        one = Crowd(system, {kind: body_of(kind, model) for kind in KINDS})
+        one.ends = {kind: pool.submit(one.read, kind) for kind in KINDS}
+        yield one
+
+
+def differing(calm: dict[str, Any], disturbed: dict[str, Any]) -> dict[str, Any]:
+    """Answers that are not the same, both of each; log probabilities may differ by rounding."""
+    return {k: (calm[k], disturbed[k]) for k in calm if not same(calm[k], disturbed[k], 2e-3)}
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp("kinds"),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        max_position_embeddings=8192,
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = TEMPLATE
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with cluster(
+        folder,
+        prefill=2,
+        decode=2,
+        worker={"max_step_tokens": 64, "stall_after_s": "3s"},
+        prefill_worker={"lease_ttl_s": "4s"},
+        decode_worker=[{"drain_timeout_s": "30s"}, {"drain_timeout_s": "0.2s"}],
+        router={"worker_silence_s": "2s", "no_worker_grace_s": "5s"},
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def calm(system: Cluster) -> dict[str, Any]:
+    """What nobody disturbed."""
+    with crowd(system) as undisturbed:
+        answers = undisturbed.answers()
+    assert undisturbed.modes["echo"] == "disaggregated"
+    assert retries(system) == 0
+    system.wait_balanced()
+    return answers
+
+
+def retries(system: Cluster) -> float:
+    lines = system.get("/metrics").text.splitlines()
+    return sum(
+        float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith("diptych_router_retries_total{")
+    )
+
+
+@pytest.fixture(autouse=True)
+def whole_again(system: Cluster) -> None:
+    """Every worker runs and takes requests, with nothing in its caches."""
+    for worker in system.workers:
+        if worker.process is None or not worker.process.running:
+            worker.kill()
+            worker.start()
+    system.wait_ready(30)
+    for worker in system.workers:
+        worker.flush_cache()
+
+
+@contextmanager
+def all_on(system: Cluster, chosen: Worker, reached: Callable[[Crowd], object]) -> Iterator[Crowd]:
+    """All kinds, each of them on one worker of a role, when a stage is reached there.
+
+    By then another worker of that role takes requests too.
+    """
+    (other,) = (w for w in system.workers if w.role == chosen.role and w is not chosen)
+    other.drain()
+    try:
+        wait_until(lambda: system.num_attached(chosen.role) == 1, 10, "the other to be left out")
+        with crowd(system) as everyone:
+            wait_until(lambda: reached(everyone), 20, "the stage", lambda: system.log)
+            other.drain(resume=True)
+            wait_until(lambda: system.num_attached(chosen.role) == 2, 10, "the other to be back")
+            yield everyone
+    finally:
+        other.drain(resume=True)
+
+
+def streaming(everyone: Crowd) -> bool:
+    return everyone.begun(2)
+
+
+def has_prompts(worker: Worker, count: int = len(KINDS)) -> Callable[[Crowd], bool]:
+    return lambda _: worker.describe().load.leases >= count
+
+
+def test_decode_killed_under_every_kind(system: Cluster, calm: dict[str, Any]) -> None:
+    victim = system.decode[0]
+    with all_on(system, victim, streaming) as disturbed:
+        victim.kill()
+        assert not differing(calm, disturbed.answers())
+    assert retries(system) >= len(KINDS) - 1
+    system.wait_balanced()
+
+
+def test_decode_frozen_under_every_kind(system: Cluster, calm: dict[str, Any]) -> None:
+    victim = system.decode[1]
+    with all_on(system, victim, streaming) as disturbed, victim.frozen():
+        assert not differing(calm, disturbed.answers())
+    system.wait_balanced(20)
+
+
+def test_prefill_killed_under_every_kind(system: Cluster, calm: dict[str, Any]) -> None:
+    victim = system.prefill[0]
+    with all_on(system, victim, has_prompts(victim)) as disturbed:
+        victim.kill()
+        assert not differing(calm, disturbed.answers())
+    system.wait_balanced()
+
+
+def test_decode_killed_while_prompts_are_handed_over(system: Cluster, calm: dict[str, Any]) -> None:
+    victim = system.decode[0]
+    with all_on(system, victim, has_prompts(victim, 5)) as disturbed:
+        victim.kill()
+        assert not differing(calm, disturbed.answers())
+    system.wait_balanced(20)
+
+
+@pytest.mark.parametrize(("role", "number"), [("prefill", 1), ("decode", 0), ("decode", 1)])
+def test_worker_told_to_end_under_every_kind(
+    system: Cluster, calm: dict[str, Any], role: str, number: int
+) -> None:
+    """Prefill leaves once its leases were read; decode finishes what it has time for."""
+    victim = (system.prefill if role == "prefill" else system.decode)[number]
+    hasty = (role, number) == ("decode", 1)
+    before = retries(system)
+    reached = has_prompts(victim) if role == "prefill" else streaming
+    with all_on(system, victim, reached) as disturbed:
+        assert victim.process is not None
+        victim.process.signal(signal.SIGTERM)
+        if hasty:
+            assert victim.process.wait(10) == 0
+        assert not differing(calm, disturbed.answers())
+        assert victim.process.wait(10) == 0
+    if hasty:
+        assert retries(system) - before >= len(KINDS) - 1, "what there was no time for has moved"
+    else:
+        assert retries(system) == before, "nothing had to move"
+    system.wait_balanced()
+
+
+def test_lost_router_frees_everything_and_the_next_one_knows_what_is_cached(
+    system: Cluster, calm: dict[str, Any]
+) -> None:
+    with crowd(system) as disturbed:
+        wait_until(lambda: streaming(disturbed), 30, "all streams")
+        system.router.kill_group()
+        assert system.wait_balanced() < 1.0
+        for end in disturbed.ends.values():
+            assert isinstance(end.exception(10), httpx.TransportError), "one broken connection"
+    command = system.router.popen.args
+    assert isinstance(command, list)
+    folder = Path(command[command.index("--model") + 1])
+    with routed(folder, prefill=system.prefill, decode=system.decode) as again:
+        answer = again.openai().completions.create(
+            model=folder.name,
+            prompt=f"greedy: {PROMPT}",
+            max_tokens=LONG,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        assert answer.choices[0].text == calm["greedy"]["choices"]["0"]["text"]
+        assert answer.usage and answer.usage.prompt_tokens_details
+        assert answer.usage.prompt_tokens_details.cached_tokens
+        (attempt,) = again.get(f"/v1/requests/{answer.id}/timeline").json()["sequences"][0][
+            "attempts"
+        ]
+        assert attempt["decision"]["predicted_cached_tokens"], "known without having sent it there"
+        again.wait_balanced()
