@@ -6,7 +6,7 @@ usage. Ids and times differ from answer to answer; how a stream was cut into eve
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 Body = Mapping[str, Any]
@@ -39,19 +39,19 @@ def answer_of(text: str) -> Any:
     return {"ended": ended, "last": _lasting(events[-1])}
 
 
-def same(one: Any, other: Any, tolerance: float) -> bool:
-    """True if two answers are equal but for floats, which may be apart by `tolerance`."""
-    if isinstance(one, float) and isinstance(other, int | float):
-        return math.isclose(one, other, abs_tol=tolerance)
+def differences(one: Any, other: Any, tolerance: float, at: str = "") -> Iterator[str]:
+    """Where two answers are not equal; floats may be apart by `tolerance`."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(
-            same(value, other[key], tolerance) for key, value in one.items()
-        )
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(
-            same(left, right, tolerance) for left, right in zip(one, other, strict=True)
-        )
-    return bool(one == other)
+        for key in one.keys() | other.keys():
+            yield from differences(one.get(key), other.get(key), tolerance, f"{at}.{key}")
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            yield from differences(*pair, tolerance, f"{at}[{index}]")
+    elif isinstance(one, float) and isinstance(other, float):
+        if not math.isclose(one, other, abs_tol=tolerance):
+            yield f"{at}: {one} and {other}"
+    elif one != other:
+        yield f"{at}: {one!r} and {other!r}"
 
 
 def _of_choices(events: Iterable[Body]) -> dict[str, Any]:
