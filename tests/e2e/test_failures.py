@@ -44,6 +44,7 @@ def whole_again(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def test_prefill_killed_mid_prefill(system: Cluster, long_answer: list[int]) -> None:
+    # Met elsewhere: Decode had to be restarted when prefill died.
     stream = Stream(system)
     victim = busy(system.prefill, prefilling)
     assert not stream.ids
@@ -129,6 +130,7 @@ def test_worker_told_to_end_finishes_what_it_runs(system: Cluster, long_answer: 
 
 
 def test_only_prefill_killed_decode_serves_alone(slow_llama: Path, long_answer: list[int]) -> None:
+    # Met elsewhere: Requests ran on decode alone, and nothing said so.
     with cluster(slow_llama, worker=WORKER, router=ROUTER) as system:
         stream = Stream(system)
         busy(system.prefill, prefilling).kill()

@@ -5,6 +5,7 @@ when every stream has begun, and compares what clients got with the undisturbed 
 """
 
 import json
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from tests.support.models import make_checkpoint
 from tests.support.process import wait_until
 
 PROMPT = "The keeper of the lighthouse wrote in her log: " * 3
-MOST = 9
+MOST = 7
 """So many kinds must be under way when they are disturbed; the others ended too soon."""
 LONG = 240
 """Tokens of an answer that nothing else ends."""
@@ -187,11 +188,16 @@ def calm(system: Cluster) -> dict[str, Any]:
     return answers
 
 
-def retries(system: Cluster) -> float:
-    lines = system.get("/metrics").text.splitlines()
-    return sum(
-        float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith("diptych_router_retries_total{")
+def retry_codes(system: Cluster) -> dict[str, float]:
+    """Attempts that failed, by cause."""
+    found = re.findall(
+        r'^diptych_router_retries_total\{code="(\w+)"\} (\S+)$', system.get("/metrics").text, re.M
     )
+    return {code: float(count) for code, count in found}
+
+
+def retries(system: Cluster) -> float:
+    return sum(retry_codes(system).values())
 
 
 @pytest.fixture
@@ -259,7 +265,7 @@ def test_both_sides_killed_during_the_hand_overs(whole: Cluster, calm: dict[str,
 
 def test_workers_told_to_end_finish_what_they_have(whole: Cluster, calm: dict[str, Any]) -> None:
     """Prefill does not leave before its leases were read, nor decode before its last token."""
-    prefill, decode, before = whole.prefill[1], whole.decode[0], retries(whole)
+    prefill, decode, before = whole.prefill[1], whole.decode[0], retry_codes(whole)
     assert prefill.process is not None and decode.process is not None
     with all_on(whole, prefill, has_prompts(prefill), calm):
         prefill.process.signal(signal.SIGTERM)
@@ -267,8 +273,9 @@ def test_workers_told_to_end_finish_what_they_have(whole: Cluster, calm: dict[st
         assert prefill.process.wait(20) == decode.process.wait(20) == 0
     prefill.kill()
     decode.kill()
-    draining = 'diptych_router_retries_total{code="unavailable"}'
-    assert retries(whole) - before == 0 or draining in whole.get("/metrics").text
+    # Only what was on its way there when it began to drain had to go elsewhere.
+    codes = {code for code, count in retry_codes(whole).items() if count > before.get(code, 0)}
+    assert codes <= {"unavailable"}, whole.log
     whole.wait_balanced()
 
 
@@ -283,7 +290,7 @@ def test_worker_with_no_time_to_finish_hands_its_requests_back(
         assert "handing them back" in victim.process.log
     victim.kill()
     assert retries(whole) - before >= MOST // 2
-    assert 'diptych_router_retries_total{code="unavailable"}' in whole.get("/metrics").text
+    assert retry_codes(whole)["unavailable"]
     whole.wait_balanced()
 
 
@@ -292,9 +299,11 @@ def test_lost_router_frees_everything_and_the_next_one_knows_what_is_cached(
 ) -> None:
     with crowd(system) as disturbed:
         wait_until(disturbed.streaming, 30, "most streams")
+        cut_off = [end for end in disturbed.ends.values() if not end.done()]
         system.router.kill_group()
         assert system.wait_balanced() < 1.0
-        for end in disturbed.ends.values():
+        assert len(cut_off) >= MOST
+        for end in cut_off:
             assert isinstance(end.exception(10), httpx.TransportError), "one broken connection"
     command = system.router.popen.args
     assert isinstance(command, list)

@@ -190,6 +190,7 @@ async def test_attempts_are_bounded() -> None:
 
 @pytest.mark.parametrize("code", ["internal", "invalid_request", "no such code"])
 async def test_other_failures_reach_the_client_once(code: str) -> None:
+    # Met elsewhere: A failure of prefill got lost on the way, and decode hung.
     async with fake_workers(prefill=1, decode=2) as workers, router_on(workers) as router:
         workers[0].fail = failing(code)
         with pytest.raises(DiptychError, match="on purpose") as caught:
@@ -231,6 +232,8 @@ async def test_worker_lost_after_the_last_token_ends_the_request_well() -> None:
 
 
 async def test_output_is_never_continued_by_another_model() -> None:
+    # Met elsewhere: A rolling update paired two versions, or two sets of weights of one
+    # shape.
     async with fake_workers(decode=2) as workers:
         workers[1].digest = b"another"
         async with router_on(workers, no_worker_grace_s=0.2) as router:

@@ -1,6 +1,7 @@
 """What clients get, through the openai client and a real server."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -255,3 +256,17 @@ async def test_tokenize_and_detokenize_are_inverse(served: Served) -> None:
             assert back.json() == {"prompt": TEXT}
         chat = (await http.post("/tokenize", json={"messages": USER})).json()
         assert chat["tokens"] == CHAT_IDS
+
+
+async def test_a_megabyte_of_prompt_arrives_whole() -> None:
+    # Met elsewhere: Bodies of more than some kilobytes broke on their way.
+    words = "hello world" * (1_100_000 // 11)
+    generator = ScriptedGenerator(lambda _: says("ok"))
+    assert generator.served is not None
+    generator.served = replace(generator.served, max_model_len=1_000_000)
+    async with serve(generator) as served, client(served) as http:
+        body = {"model": "tiny", "prompt": words, "max_tokens": 4}
+        answer = (await http.post("/v1/completions", json=body)).json()
+    assert answer["choices"][0]["text"] == "ok"
+    (request,) = generator.requests
+    assert answer["usage"]["prompt_tokens"] == len(request.prompt_ids) == 200_000

@@ -297,6 +297,7 @@ def test_a_full_prefill_worker_refuses_a_probe(make_pair: MakePair) -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_grammar_goes_on_across_the_hand_over(make_pair: MakePair, late: bool) -> None:
+    # Met elsewhere: The first token was accepted twice; JSON of one token crashed.
     grammars = HeldCompiler() if late else ready_compiler(structure(9))
     pair = make_pair(grammars=grammars)
     params = pair.submit(PROMPT, seed=3, max_tokens=12, structured=structure(9))
@@ -329,6 +330,7 @@ def test_a_definition_that_cannot_be_ends_both_sides_with_the_same_cause(
 
 def test_prefill_is_drained_once_its_leases_are_read_and_not_before(make_pair: MakePair) -> None:
     """Whenever it is told to drain, decode gets all of what it was promised."""
+    # Met elsewhere: Prefill left while decode was still to read from it.
     for turns in range(1, TURNS_OF_A_HANDOVER, 2):
         pair = make_pair(max_chunk_tokens=4)
         params = pair.submit(PROMPT)

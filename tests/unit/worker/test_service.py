@@ -21,6 +21,7 @@ class AnsweringPipe:
 
 async def test_routers_hear_of_a_drain_before_the_engine_does() -> None:
     """Scale-down in two phases: marked as draining first, so that nothing new comes."""
+    # Met elsewhere: Scaling down killed what was under way.
     clock, pipe = FakeClock(), AnsweringPipe()
     board = Switchboard(pipe)  # type: ignore[arg-type]
     view = EngineView(stall_after_s=9, clock=clock)
