@@ -8,8 +8,8 @@ Pure Python, no I/O, no clock: dispatch feeds it what happens and sends what it 
 
 Invariants: every output index is given out once and in order, whichever leg or attempt it came
 from, and none before the log probabilities of the whole prompt are here, if they are wanted; a leg
-that has not finished and is not lost is named in exactly one `Effects.aborts`; nothing happens
-after ENDED.
+that has not finished and is not lost is named in exactly one `Effects.aborts`, and so is an export
+that nobody took over; nothing happens after ENDED.
 """
 
 from collections.abc import Iterable, Sequence
@@ -125,6 +125,8 @@ class RequestLedger:
         self._open: dict[str, Leg] = {}
         self._early: dict[int, tuple[Token, str]] = {}
         """Tokens above one that another leg still owes, and the worker they came from."""
+        self._handed: Leg | None = None
+        """The export leg that is complete, until decode is known to have what it exported."""
         self._decode_began = False
         self._exporter: str | None = None
         self._cached_tokens: int | None = None
@@ -142,6 +144,7 @@ class RequestLedger:
         self._mode = mode
         self._open = {leg.worker: leg for leg in legs}
         self._decode_began = False
+        self._handed = None
         self._began_at = len(self.emitted)
         if not self.emitted:
             self._prompt.clear()  # a worker of another model may compute this attempt
@@ -163,7 +166,9 @@ class RequestLedger:
             return _NOTHING
         if cached_tokens is not None:
             self._note_cached(leg, cached_tokens)
-        self._decode_began |= leg.phase is Phase.IMPORT
+        if leg.phase is Phase.IMPORT:
+            self._decode_began = True
+            self._handed = None
         for token in tokens:
             if token.index >= len(self.emitted):
                 self._early.setdefault(token.index, (token, worker))
@@ -216,6 +221,7 @@ class RequestLedger:
                 return self._end_well(end.reason, end.matched_stop)
             case FinishReason.HANDED_OVER if leg.phase is Phase.EXPORT:
                 self._note_cached(leg, end.cached_tokens)
+                self._handed = None if self._decode_began else leg
                 return self._fail_on_gap()
             case FinishReason.FAILED:
                 return self._fail_attempt(Failure(end.error_code, end.error_message, worker))
@@ -228,6 +234,8 @@ class RequestLedger:
 
     def lost(self, worker: str, cause: str) -> Effects:
         """The stream to `worker` ended; whatever it did for this request is gone."""
+        if self._handed is not None and self._handed.worker == worker:
+            self._handed = None
         leg = self._open.pop(worker, None)
         if leg is None:
             return _NOTHING
@@ -352,7 +360,9 @@ class RequestLedger:
         return None
 
     def _close_legs(self) -> tuple[Leg, ...]:
-        legs = tuple(self._open.values())
+        handed = () if self._handed is None else (self._handed,)
+        legs = (*self._open.values(), *handed)
+        self._handed = None
         self._open.clear()
         self._early.clear()
         self._ending = None

@@ -133,7 +133,9 @@ class EngineLoop:
             case "abort":
                 key = Key(message.abort.request_id, message.abort.attempt)
                 submission = self._submissions.find(key)
-                if submission is not None and submission.channel == channel:
+                if submission is None:
+                    self._role.withdraw(key, channel)
+                elif submission.channel == channel:
                     self._abort(submission)
             case "resync":
                 self._snapshot(channel)
