@@ -120,6 +120,9 @@ class Importer:
         """Give the hand-over up; blocks return when no READ is pending into them."""
         self._do(self._machine.aborted(submission.key, self._clock()))
 
+    def withdraw(self, key: Key, channel: int) -> None:
+        """Here a submission lives as long as its hand-over."""
+
     def receive(self, command: ipc_pb2.EngineCommand) -> None:
         """A prefill worker's message, or the end of its link."""
         now = self._clock()

@@ -89,6 +89,7 @@ class _Export:
     key: Key
     decode_worker_id: str
     num_tokens: int
+    router: int = 0
     blocks: list[int] = field(default_factory=list)
     state: ExportState = ExportState.PREFILLING
     settled_at: float = 0.0
@@ -134,16 +135,19 @@ class ExportMachine:
     # What the engine reports.
 
     def submitted(
-        self, key: Key, decode_worker_id: str, num_tokens: int, now: float
+        self, key: Key, decode_worker_id: str, num_tokens: int, now: float, *, router: int = 0
     ) -> list[ExportAction]:
-        """The router asks for this prompt of `num_tokens` tokens, to be handed to that worker."""
+        """A router asks for this prompt of `num_tokens` tokens, to be handed to that worker.
+
+        `router` names its stream, for `router_left`.
+        """
         ending = self._endings.get(key)
         if ending is not None:
             return [CancelPrefill(key, ending.code, ending.message)]
         if key in self._exports:
             self.counters["duplicate_submit"] += 1
             return []
-        export = _Export(key, decode_worker_id, num_tokens)
+        export = _Export(key, decode_worker_id, num_tokens, router)
         self._exports[key] = export
         actions: list[ExportAction] = []
         for link in self._links.values():
@@ -218,6 +222,25 @@ class ExportMachine:
         if export.link.closed:
             return []
         return [Send(export.link.number, Revoke(key, code, message))]
+
+    def withdrawn(self, key: Key, router: int) -> list[ExportAction]:
+        """The router whose prompt this is has given up the part of decode.
+
+        What decode has claimed is its own to release. What it has not, it never will; should a
+        claim come after all, it gets a Revoke, and the router places the request again.
+        """
+        export = self._exports.get(key)
+        if export is None or export.router != router or export.link is not None:
+            return []
+        if export.state is ExportState.PREFILLING:
+            return []  # its own failure is still to come
+        message = f"The router gave {key.request_id} up before it was claimed."
+        return self._end(export, ErrorCode.KV_TRANSFER, message)
+
+    def router_left(self, router: int) -> list[ExportAction]:
+        """The stream of a router ended, and with it the parts of decode that came over another."""
+        keys = [export.key for export in self._exports.values() if export.router == router]
+        return [action for key in keys for action in self.withdrawn(key, router)]
 
     # What links report.
 

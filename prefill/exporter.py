@@ -99,7 +99,11 @@ class Exporter:
         self._prompts[request.request_id] = _Prompt(submission)
         num_tokens = len(request.prompt_ids) + len(request.output_ids)
         decode_worker_id = submission.submit.export.decode_worker_id
-        self._do(self._machine.submitted(key, decode_worker_id, num_tokens, now))
+        self._do(
+            self._machine.submitted(
+                key, decode_worker_id, num_tokens, now, router=submission.channel
+            )
+        )
 
     def abort(self, submission: Submission) -> None:
         """Nobody wants the prompt any more; a lease that decode may be reading lives on."""
@@ -109,9 +113,14 @@ class Exporter:
             self._machine.failed(submission.key, ErrorCode.KV_TRANSFER, message, self._clock())
         )
 
+    def withdraw(self, key: Key, channel: int) -> None:
+        """A prompt that is complete has lost the part of decode; unclaimed, it is freed."""
+        self._do(self._machine.withdrawn(key, channel))
+
     def receive(self, command: ipc_pb2.EngineCommand) -> None:
-        """A decode worker's message, or the end of its link."""
+        """A decode worker's message, or the end of its link or of a router's stream."""
         if command.HasField("closed"):
+            self._do(self._machine.router_left(command.closed.channel))
             self._links.discard(command.closed.channel)
             self._do(self._machine.link_closed(command.closed.channel, self._clock()))
             return

@@ -45,6 +45,9 @@ from rpc.v1 import worker_pb2
 
 log = logging.getLogger(__name__)
 
+MAX_DOUBLINGS = 5
+"""Of the wait before a worker that failed a request is tried again."""
+
 
 class Workers(Protocol):
     """What dispatch needs of the fleet."""
@@ -392,7 +395,8 @@ class Dispatcher:
             extra={"request_id": run.request.request_id, "trace_id": run.request.trace_id},
         )
         self._metrics.retries.labels(failure.code.value).inc()
-        backoff_s = self._settings.retry_backoff_s * 2 ** (run.ledger.attempt - 1)
+        doublings = min(run.ledger.fruitless - 1, MAX_DOUBLINGS)
+        backoff_s = self._settings.retry_backoff_s * 2**doublings
         run.retry_at = self._clock() + backoff_s
         self._settle(run)
 

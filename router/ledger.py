@@ -8,8 +8,8 @@ Pure Python, no I/O, no clock: dispatch feeds it what happens and sends what it 
 
 Invariants: every output index is given out once and in order, whichever leg or attempt it came
 from, and none before the log probabilities of the whole prompt are here, if they are wanted; a leg
-that has not finished and is not lost is named in exactly one `Effects.aborts`; nothing happens
-after ENDED.
+that has not finished and is not lost is named in exactly one `Effects.aborts`, and so is an export
+that nobody took over; nothing happens after ENDED.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,6 +32,14 @@ from core.sampling import SamplingParams
 from core.tokens import PromptLogprobs, join_prompt_logprobs
 from router.fleet.worker import LegEnd, Phase
 from router.generation import GenerationEnd, Token
+
+FRUITFUL_TOKENS = 16
+"""A failed attempt that brought this many tokens begins the count towards `max_attempts` anew.
+
+A long output may outlive any number of workers, but a request that ends every worker it comes to
+must not: where it does so at a certain token, each further attempt brings one token or two.
+Source: own judgement.
+"""
 
 
 class RequestState(Enum):
@@ -87,6 +95,7 @@ class RequestLedger:
         max_model_len: int,
         max_attempts: int,
     ) -> None:
+        """`max_attempts`: fruitless ones in a row after which the request fails."""
         self._prompt_len = prompt_len
         self._sampling = sampling
         self._eos = frozenset(() if sampling.ignore_eos else eos_token_ids)
@@ -97,6 +106,8 @@ class RequestLedger:
         self.state = RequestState.WAITING
         self.attempt = 0
         """Of the current or latest placement; the first is 1."""
+        self.fruitless = 0
+        """Failed attempts in a row since one brought FRUITFUL_TOKENS, that one included."""
         self.emitted: list[int] = []
         """Every token id given out so far."""
         self.avoid: set[str] = set()
@@ -109,9 +120,13 @@ class RequestLedger:
         self._prompt: list[PromptLogprobs] = []
         """Log probabilities of the prompt as far as they are known; all of one attempt."""
         self._mode = ""
+        self._began_at = 0
+        """Tokens that were there when the latest attempt began."""
         self._open: dict[str, Leg] = {}
         self._early: dict[int, tuple[Token, str]] = {}
         """Tokens above one that another leg still owes, and the worker they came from."""
+        self._handed: Leg | None = None
+        """The export leg that is complete, until decode is known to have what it exported."""
         self._decode_began = False
         self._exporter: str | None = None
         self._cached_tokens: int | None = None
@@ -129,6 +144,8 @@ class RequestLedger:
         self._mode = mode
         self._open = {leg.worker: leg for leg in legs}
         self._decode_began = False
+        self._handed = None
+        self._began_at = len(self.emitted)
         if not self.emitted:
             self._prompt.clear()  # a worker of another model may compute this attempt
         self._exporter = next(
@@ -149,7 +166,9 @@ class RequestLedger:
             return _NOTHING
         if cached_tokens is not None:
             self._note_cached(leg, cached_tokens)
-        self._decode_began |= leg.phase is Phase.IMPORT
+        if leg.phase is Phase.IMPORT:
+            self._decode_began = True
+            self._handed = None
         for token in tokens:
             if token.index >= len(self.emitted):
                 self._early.setdefault(token.index, (token, worker))
@@ -202,6 +221,7 @@ class RequestLedger:
                 return self._end_well(end.reason, end.matched_stop)
             case FinishReason.HANDED_OVER if leg.phase is Phase.EXPORT:
                 self._note_cached(leg, end.cached_tokens)
+                self._handed = None if self._decode_began else leg
                 return self._fail_on_gap()
             case FinishReason.FAILED:
                 return self._fail_attempt(Failure(end.error_code, end.error_message, worker))
@@ -214,6 +234,8 @@ class RequestLedger:
 
     def lost(self, worker: str, cause: str) -> Effects:
         """The stream to `worker` ended; whatever it did for this request is gone."""
+        if self._handed is not None and self._handed.worker == worker:
+            self._handed = None
         leg = self._open.pop(worker, None)
         if leg is None:
             return _NOTHING
@@ -282,6 +304,8 @@ class RequestLedger:
         )
 
     def _note_cached(self, leg: Leg, cached_tokens: int) -> None:
+        if self._began_at and self._cached_tokens is not None:
+            return  # what spared work to whoever goes on is nothing to the client
         if leg.phase is not Phase.IMPORT or self._cached_tokens is None:
             self._cached_tokens = min(cached_tokens, self._prompt_len)
 
@@ -308,11 +332,13 @@ class RequestLedger:
         complete = self._already_complete()
         if complete is not None:
             return Effects(aborts=(*aborts, *self._end_well(*complete).aborts))
+        brought = len(self.emitted) - self._began_at
+        self.fruitless = 1 if brought >= FRUITFUL_TOKENS else self.fruitless + 1
         if failure.code not in RETRYABLE:
             self.error = _as_error(failure.code, failure.message)
-        elif self.attempt >= self._max_attempts:
-            plural = "s" if self.attempt > 1 else ""
-            message = f"Gave up after {self.attempt} attempt{plural}. {failure.message}"
+        elif self.fruitless >= self._max_attempts:
+            attempts = "1 attempt" if self.fruitless == 1 else f"{self.fruitless} attempts in a row"
+            message = f"Gave up after {attempts}. {failure.message}"
             self.error = _as_error(failure.code, message)
         self.state = RequestState.WAITING if self.error is None else RequestState.ENDED
         return Effects(aborts=aborts, failure=failure)
@@ -334,7 +360,9 @@ class RequestLedger:
         return None
 
     def _close_legs(self) -> tuple[Leg, ...]:
-        legs = tuple(self._open.values())
+        handed = () if self._handed is None else (self._handed,)
+        legs = (*self._open.values(), *handed)
+        self._handed = None
         self._open.clear()
         self._early.clear()
         self._ending = None

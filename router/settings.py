@@ -139,13 +139,16 @@ class RouterSettings(BaseModel):
         600.0, gt=0, description="Time that a request has from its arrival to its last token."
     )
     max_attempts: int = Field(
-        4, ge=1, description="Most times that a request is placed, the first time included."
+        4,
+        ge=1,
+        description="Attempts in a row that may fail before the request does; one that brought 16 "
+        "tokens begins the count anew, so that a long output may outlive any number of workers.",
     )
     retry_backoff_s: Seconds = Field(
         0.1,
         gt=0,
         description="Wait before a request goes back to a worker that failed it; doubles each "
-        "time. Another worker is tried at once.",
+        "time, five times at most. Another worker is tried at once.",
     )
     no_worker_grace_s: Seconds = Field(
         10.0, ge=0, description="How long a request waits while no worker can take it."

@@ -103,12 +103,16 @@ class EngineChild:
         pipe.send(ipc_pb2.EngineCommand(start=start))
         return cls(process, pipe)
 
+    def stop(self) -> None:
+        """Ask it to end. It hands back what it has, and closes the pipe when it has said so."""
+        with suppress(ConnectionError):
+            self.pipe.send(ipc_pb2.EngineCommand(stop=ipc_pb2.Stop()))
+
     async def end(self) -> None:
         """Ask, wait, then kill. Idempotent."""
         if self._process.returncode is not None:
             return
-        with suppress(ConnectionError):
-            self.pipe.send(ipc_pb2.EngineCommand(stop=ipc_pb2.Stop()))
+        self.stop()
         self.pipe.close()
         try:
             async with asyncio.timeout(_EXIT_S):

@@ -76,6 +76,7 @@ class EngineLoop:
         try:
             while not self._stopping:
                 self.turn()
+            self._hand_back()
         finally:
             self._role.close()
 
@@ -132,7 +133,9 @@ class EngineLoop:
             case "abort":
                 key = Key(message.abort.request_id, message.abort.attempt)
                 submission = self._submissions.find(key)
-                if submission is not None and submission.channel == channel:
+                if submission is None:
+                    self._role.withdraw(key, channel)
+                elif submission.channel == channel:
                     self._abort(submission)
             case "resync":
                 self._snapshot(channel)
@@ -193,6 +196,15 @@ class EngineLoop:
             log.warning("router left with %d requests here (%s): aborting them", len(gone), reason)
         for submission in gone:
             self._abort(submission)
+
+    def _hand_back(self) -> None:
+        """Let routers take what still runs here elsewhere now, not when their streams break."""
+        left = list(self._submissions)
+        if left:
+            log.warning("ending with %d requests here: handing them back", len(left))
+        for submission in left:
+            self._release(submission)
+            self._submissions.fail(submission.key, UnavailableError("The worker is ending."))
 
     def _call(self, call: ipc_pb2.AdminCall) -> None:
         match call.WhichOneof("verb"):

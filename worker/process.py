@@ -8,7 +8,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 WORKER_SERVICE = "diptych.v1.Worker"
 _SERVER_GRACE_S = 1.0
+_LEAVE_S = 3.0
+"""Time for the step under way at the end, and for last words to reach whoever still reads."""
 
 
 class Extension(Protocol):
@@ -84,7 +86,8 @@ class RoleProcesses:
 async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
     """Run a worker, or one node of it, until SIGTERM or SIGINT; returns the process's exit status.
 
-    The first signal drains, a second one ends at once.
+    The first signal drains, a second one ends at once. What still runs at the end is handed back to
+    its routers, which take it to other workers.
     """
     credentials = credentials_of(settings)
     signals: asyncio.Queue[int] = asyncio.Queue()
@@ -137,8 +140,9 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         log.info("listening on %s:%d, metrics on port %d", settings.host, port, metrics_port)
         told = StopRequests(signals, nodes.stopping if nodes else None)
         events = _read_events(child.pipe, view, switchboard, service, extension)
+        reading = asyncio.create_task(events)
         tasks = [
-            asyncio.create_task(events),
+            reading,
             asyncio.create_task(_report(view, switchboard, settings.report_interval_s)),
             asyncio.create_task(_serve_until_told(settings, view, server, service, told)),
         ]
@@ -147,6 +151,8 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         stack.callback(lambda: [task.cancel() for task in tasks])
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         status, reason = _outcome(done, nodes)
+        if status == 0 and view.description is not None:
+            await _take_leave(child, reading, switchboard)
         if nodes:
             if status == 0:
                 await child.end()  # while other nodes can hear of it through this process
@@ -169,6 +175,20 @@ def _outcome(done: "set[asyncio.Task[None]]", nodes: NodesService | None) -> tup
     log.error("%s", reason)
     lost = isinstance(error, NodeLostError) or missing
     return EXIT_NODE_LOST if lost else EXIT_FAILED, reason
+
+
+async def _take_leave(
+    child: EngineChild, reading: "asyncio.Task[None]", switchboard: Switchboard
+) -> None:
+    """End the engine; its last words reach routers and peers before their streams end."""
+    child.stop()
+    try:
+        async with asyncio.timeout(_LEAVE_S):
+            with suppress(EngineFailedError):
+                await reading
+            await switchboard.close_all("the worker is ending")
+    except TimeoutError:
+        log.warning("the engine or a peer did not take leave within %.0f s", _LEAVE_S)
 
 
 async def _serve_until_told(
@@ -317,4 +337,6 @@ async def _drain(service: WorkerService, timeout_s: float) -> None:
         log.warning("the engine did not answer the drain")
         return
     if not response.drained:
-        log.warning("ending with %d requests and %d leases", response.running, response.leases)
+        log.warning(
+            "%d requests and %d leases are left after the drain", response.running, response.leases
+        )

@@ -104,6 +104,10 @@ class Role(Protocol):
         """Its router took it back; the submission is gone when this returns."""
         ...
 
+    def withdraw(self, key: Key, channel: int) -> None:
+        """The router on `channel` took back what has ended here already, or is not known."""
+        ...
+
     def receive(self, command: ipc_pb2.EngineCommand) -> None:
         """A KvExport frame, or word that a channel closed."""
         ...

@@ -31,6 +31,8 @@ class EngineView:
         self._ready_after_s: float | None = None
         self.description: worker_pb2.WorkerDescription | None = None
         self.metrics = b""
+        self.draining = False
+        """True from when the engine was told to drain; its own word for it comes later."""
 
     def on_heartbeat(self, heartbeat: ipc_pb2.Heartbeat) -> None:
         """The loop turned."""
@@ -67,6 +69,7 @@ class EngineView:
         return (
             self.description is not None
             and self.live
+            and not self.draining
             and self._load.state == worker_pb2.WORKER_STATE_READY
         )
 
@@ -77,6 +80,8 @@ class EngineView:
         report.heartbeat_age_ms = int(self.heartbeat_age_s * 1000)
         if not self.live:
             report.state = worker_pb2.WORKER_STATE_STALLED
+        elif self.draining:
+            report.state = worker_pb2.WORKER_STATE_DRAINING
         return report
 
 
@@ -152,6 +157,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         Raises:
             TimeoutError: the engine did not answer within its time and a margin.
         """
+        self._engine.draining = not request.resume
+        # Routers must not go on placing requests here until the next regular report.
+        self._switchboard.broadcast(worker_pb2.WorkerMessage(load=self._engine.load()))
         timeout_s = request.timeout_ms / 1000 + _ADMIN_TIMEOUT_S
         reply = await self._call(ipc_pb2.AdminCall(drain=request), timeout_s)
         return reply.drain

@@ -182,7 +182,10 @@ class WorkerSettings(BaseModel):
         description="Seconds that loading the model may take, and waiting for other nodes.",
     )
     drain_timeout_s: Seconds = Field(
-        30.0, ge=0, description="Seconds that SIGTERM leaves running requests to finish."
+        30.0,
+        ge=0,
+        description="Seconds that SIGTERM leaves running requests to finish; routers take what "
+        "is left then to other workers.",
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(

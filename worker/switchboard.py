@@ -66,6 +66,8 @@ class Switchboard:
         self._pipe = pipe
         self._channels: dict[int, Channel[object]] = {}
         self._numbers = itertools.count(1)
+        self._empty = asyncio.Event()
+        self._empty.set()
 
     def __len__(self) -> int:
         return len(self._channels)
@@ -74,6 +76,7 @@ class Switchboard:
         """Open a channel; what the engine addresses to it is queued from now on."""
         channel: Channel[Out] = Channel(next(self._numbers) if number is None else number)
         self._channels[channel.number] = channel  # type: ignore[assignment]
+        self._empty.clear()
         return channel
 
     @contextmanager
@@ -84,6 +87,8 @@ class Switchboard:
         finally:
             channel.close("the stream ended")
             del self._channels[channel.number]
+            if not self._channels:
+                self._empty.set()
             closed = ipc_pb2.ChannelClosed(channel=channel.number, reason=channel.close_reason)
             self._pipe.send(ipc_pb2.EngineCommand(closed=closed))
 
@@ -131,3 +136,9 @@ class Switchboard:
         channel = self._channels.get(number)
         if channel is not None:
             channel.close(reason)
+
+    async def close_all(self, reason: str) -> None:
+        """End every channel, and wait until what was queued has gone out and the streams ended."""
+        for channel in list(self._channels.values()):
+            channel.close(reason)
+        await self._empty.wait()

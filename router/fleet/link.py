@@ -129,9 +129,14 @@ class WorkerLink:
     async def run(self) -> None:
         """Keep a session open until cancelled, or until the last one of a worker not listed."""
         backoff = BACKOFF_FIRST_S
+        task = asyncio.current_task()
         while True:
             if await self._attend():
                 backoff = BACKOFF_FIRST_S
+            if task is not None and task.cancelling():
+                # A task group that ends by itself swallows a cancellation that comes meanwhile.
+                # Source: python/cpython issue 116720.
+                raise asyncio.CancelledError
             if not self.listed:
                 return
             # Jitter, so that routers do not come back all at once.

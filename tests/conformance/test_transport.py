@@ -242,6 +242,7 @@ def test_peer_with_another_token_can_not_be_read(
 
 
 def test_peer_killed_mid_read_fails_it(name: str) -> None:
+    # Met elsewhere: One transport broke under load, and there was no other.
     pool = own_pool(**BIG)
     transport = open_named(name, pool)
     pairs = [(i, i) for i in range(pool.num_blocks)]
@@ -333,6 +334,7 @@ def test_connect_to_frozen_peer_returns_and_can_be_undone(name: str) -> None:
 def test_restarted_peer_is_read_under_a_new_name(
     name: str, pool: HostPool, transport: Transport
 ) -> None:
+    # Met elsewhere: Decode crashed when it met a restarted prefill worker.
     for epoch in (1, 2):
         with peer(name, num_blocks=8, block_bytes=BLOCK_BYTES, seed=epoch) as (_, metadata):
             transport.connect(f"p/{epoch}", metadata)

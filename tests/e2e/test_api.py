@@ -69,6 +69,8 @@ def test_streamed_and_whole_answers_are_the_same(client: openai.OpenAI, model: s
 def test_cached_tokens_are_those_that_were_not_computed(
     client: openai.OpenAI, model: str, system: Cluster
 ) -> None:
+    # Met elsewhere: cached_tokens was the whole prompt, and log probabilities of the prompt
+    # were lost.
     for worker in system.workers:
         worker.flush_cache()
     prompt = "Never seen before: " + "abc " * 40

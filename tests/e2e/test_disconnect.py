@@ -48,6 +48,7 @@ def some_load(system: Cluster, holds: Callable[[Any], bool]) -> Callable[[], boo
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_mid_prefill(system: Cluster, stream: bool) -> None:
+    # Met elsewhere: The client had gone, and prefill went on through 128k tokens.
     for worker in system.workers:
         worker.flush_cache()
     leave_when(system, some_load(system, lambda load: load.backlog_tokens > 64), stream=stream)
@@ -84,6 +85,8 @@ def test_while_blocks_are_pulled(system: Cluster) -> None:
 
 
 def test_before_a_worker_has_said_anything(system: Cluster) -> None:
+    # Met elsewhere: A client that left before decode took its request stranded the prompt's
+    # KV for minutes.
     for _ in range(10):
         leave_when(system, lambda: True, stream=True)
     assert system.wait_balanced() < 5.0

@@ -77,6 +77,8 @@ def victim_of(system: Cluster, role: str) -> Worker:
 @over_tcp
 @pytest.mark.parametrize("swallows", ["everything", "messages", "bytes"])
 def test_a_black_hole_between_the_two(wired: Wired, long_answer: list[int], swallows: str) -> None:
+    # Met elsewhere: After days the link was gone, both sides looked healthy, and nothing
+    # mended it.
     system, between = wired
     stream = struck_half_way(system, between)
     if swallows != "bytes":
@@ -127,6 +129,8 @@ def test_blocks_overwritten_while_decode_was_frozen_are_not_used(
     wired: Wired, slow_llama: Path, long_answer: list[int]
 ) -> None:
     """Decode wakes up with all it was told still true to it, and reads what is another's by now."""
+    # Met elsewhere: An abort freed blocks that a late transfer still wrote to: one
+    # request's text in another's.
     system, between = wired
     prefill, decode = system.workers
     with routed(slow_llama, prefill=[prefill], decode=[]) as alone:

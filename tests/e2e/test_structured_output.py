@@ -127,6 +127,8 @@ def test_choices_share_a_grammar_and_have_seeds_of_their_own(client: openai.Open
 def test_a_schema_that_cannot_be_is_a_400_that_says_why(
     client: openai.OpenAI, system: Cluster, stream: bool
 ) -> None:
+    # Met elsewhere: Bad requests counted as failures of workers: one bad client took the
+    # fleet down.
     bad: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "record"}}}
     with pytest.raises(openai.BadRequestError, match="record"):
         chat(client, response_format=bad, stream=stream)

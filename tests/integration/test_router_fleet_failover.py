@@ -9,7 +9,14 @@ from router.dispatch import Dispatcher
 from router.main import dispatcher_on_fleet
 from router.settings import RouterSettings
 from rpc.v1 import worker_pb2
-from tests.support.fake_worker import EOS, FakeWorker, expected, fake_workers, until
+from tests.support.fake_worker import (
+    DEADLINE_S,
+    EOS,
+    FakeWorker,
+    expected,
+    fake_workers,
+    until,
+)
 from tests.support.process import free_port
 from tests.support.router_fleet import collect, make_request, ready_workers, router_on, run
 
@@ -186,6 +193,7 @@ async def test_attempts_are_bounded() -> None:
 
 @pytest.mark.parametrize("code", ["internal", "invalid_request", "no such code"])
 async def test_other_failures_reach_the_client_once(code: str) -> None:
+    # Met elsewhere: A failure of prefill got lost on the way, and decode hung.
     async with fake_workers(prefill=1, decode=2) as workers, router_on(workers) as router:
         workers[0].fail = failing(code)
         with pytest.raises(DiptychError, match="on purpose") as caught:
@@ -227,6 +235,8 @@ async def test_worker_lost_after_the_last_token_ends_the_request_well() -> None:
 
 
 async def test_output_is_never_continued_by_another_model() -> None:
+    # Met elsewhere: A rolling update paired two versions, or two sets of weights of one
+    # shape.
     async with fake_workers(decode=2) as workers:
         workers[1].digest = b"another"
         async with router_on(workers, no_worker_grace_s=0.2) as router:
@@ -268,3 +278,13 @@ async def test_a_worker_that_was_never_reached_shows_as_lost() -> None:
         for state, count in (("lost", 1), ("ready", 0)):
             labels = {"role": "decode", "state": state}
             assert registry.get_sample_value("diptych_router_workers", labels) == count
+
+
+async def test_router_ends_at_whatever_moment_its_links_do() -> None:
+    """A link whose stream has just broken must hear that the router ends."""
+    async with fake_workers(decode=1) as workers:
+        for turns in range(40):
+            async with asyncio.timeout(DEADLINE_S), router_on(workers):
+                workers[0].break_streams()
+                for _ in range(turns):
+                    await asyncio.sleep(0)

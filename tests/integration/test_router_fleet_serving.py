@@ -21,6 +21,7 @@ from tests.support.router_fleet import collect, make_request, ready_workers, rou
 
 
 async def test_a_pair_serves_a_request_in_two_legs() -> None:
+    # Met elsewhere: Prefill and decode each tokenized the prompt.
     async with fake_workers(prefill=1, decode=1) as (p, d), router_on((p, d)) as router:
         prompt = list(range(10, 30))
         request = make_request(prompt, 6, seed=5)
@@ -101,6 +102,8 @@ async def test_output_that_ends_at_the_first_token_aborts_decode() -> None:
     ("prefill", "decode", "mode"), [(0, 1, "decode_only"), (1, 0, "prefill_only")]
 )
 async def test_one_pool_serves_alone(prefill: int, decode: int, mode: str) -> None:
+    # Met elsewhere: The only decode worker was lost, and the model with it, though prefill
+    # was well.
     async with (
         fake_workers(prefill=prefill, decode=decode) as workers,
         router_on(workers) as router,
@@ -165,6 +168,7 @@ async def test_task_cancellation_frees_both_workers() -> None:
 
 
 async def test_deadline_ends_the_request_and_frees_both_workers() -> None:
+    # Met elsewhere: Requests hung for minutes after their workers were chosen.
     async with fake_workers(prefill=1, decode=1) as (p, d), router_on((p, d)) as router:
         d.running = False
         request = make_request([4, 5], timeout_s=0.15)
@@ -267,6 +271,8 @@ async def test_requests_follow_the_cached_prefix() -> None:
 
 
 async def test_gap_in_cache_events_asks_for_a_snapshot_once() -> None:
+    # Met elsewhere: The index kept blocks of a restarted engine, or brought back what was
+    # gone.
     async with fake_workers(decode=1) as workers:
         registry = CollectorRegistry()
         async with router_on(workers, registry=registry):

@@ -17,7 +17,7 @@ from rpc.auth import Credentials
 from rpc.server import RpcServer
 from rpc.v1 import worker_pb2, worker_pb2_grpc
 
-VOCAB = 250
+VOCAB = 400
 EOS = 2
 DEADLINE_S = 10.0
 
@@ -27,7 +27,7 @@ def next_token(sequence: Sequence[int], seed: int = 0) -> int:
     value = seed
     for token in sequence:
         value = (value * 31 + token + 7) % 1_000_003
-    return 3 + value % (VOCAB - 3)
+    return 3 + value % 247
 
 
 def expected(prompt_ids: Sequence[int], count: int, seed: int = 0) -> list[int]:
@@ -53,6 +53,8 @@ class Running:
     tokens: list[int]
     prompt_len: int
     handed_over: bool = False
+    scored: int = 1
+    """First prompt position whose log probability was not told yet."""
 
     @property
     def phase(self) -> str:
@@ -91,6 +93,10 @@ class FakeWorker:
     """Never say that a request is finished."""
     snapshot_on_hello: bool = True
     place: worker_pb2.Place = field(default_factory=worker_pb2.Place)
+    says: Callable[[worker_pb2.Submit], Sequence[int]] | None = None
+    """The whole output of a request; None: a function of the sequence."""
+    prompt_steps: int = 2
+    """Steps that log probabilities of a prompt take, before the one of its first token."""
 
     port: int = 0
     attaches: int = 0
@@ -120,6 +126,11 @@ class FakeWorker:
         """Requests that it still works on."""
         return list(self._sequences)
 
+    @property
+    def sequences(self) -> list[Running]:
+        """The same, with all that it knows of them."""
+        return list(self._sequences.values())
+
     async def start(self) -> None:
         self._server = RpcServer(self.credentials, services=["diptych.v1.Worker"])
         worker_pb2_grpc.add_WorkerServicer_to_server(_Servicer(self), self._server.grpc_server)
@@ -142,6 +153,8 @@ class FakeWorker:
         """One token for every request that can have one."""
         deltas, ends = [], []
         for sequence in list(self._sequences.values()):
+            if self._score(sequence):
+                continue
             produced = self._advance(sequence)
             if produced is None:
                 continue
@@ -152,6 +165,8 @@ class FakeWorker:
                     attempt=sequence.submit.attempt,
                     first_index=first_index,
                     token_ids=ids,
+                    logprobs=_logprobs(sequence, first_index, ids),
+                    cached_tokens=1 if first_index == len(sequence.submit.output_ids) else None,
                 )
             )
             end = self._end_of(sequence)
@@ -162,6 +177,41 @@ class FakeWorker:
         for sequence, end in ends:
             self.finish(sequence.key, end)
 
+    def _score(self, sequence: Running) -> bool:
+        """Tell a part of the prompt's log probabilities, if wanted; True if that was all it did."""
+        sampling, prompt_len = sequence.submit.sampling, sequence.prompt_len
+        if not sampling.HasField("prompt_logprobs") or sequence.phase == "import":
+            return False
+        if sequence.scored >= prompt_len:
+            return False
+        part = -(-(prompt_len - 1) // max(1, self.prompt_steps))
+        end = min(sequence.scored + part, prompt_len)
+        positions = range(sequence.scored, end)
+        self._tell(
+            worker_pb2.WorkerMessage(
+                prompt=worker_pb2.PromptLogprobs(
+                    request_id=sequence.submit.request_id,
+                    attempt=sequence.submit.attempt,
+                    first=sequence.scored,
+                    logprobs=[-float(position) for position in positions],
+                    ranks=list(positions),
+                    num_top=sampling.prompt_logprobs,
+                    top_ids=[3 + i for _ in positions for i in range(sampling.prompt_logprobs)],
+                    top_logprobs=[
+                        -1.0 - i for _ in positions for i in range(sampling.prompt_logprobs)
+                    ],
+                )
+            )
+        )
+        sequence.scored = end
+        return self.prompt_steps > 0
+
+    def _next(self, sequence: Running) -> int:
+        done = len(sequence.tokens) - sequence.prompt_len
+        if self.says is not None:
+            return self.says(sequence.submit)[done]
+        return next_token(sequence.tokens, sequence.submit.sampling.seed)
+
     def _advance(self, sequence: Running) -> tuple[int, list[int]] | None:
         done = len(sequence.tokens) - sequence.prompt_len
         if sequence.phase == "import" and not sequence.handed_over:
@@ -169,16 +219,16 @@ class FakeWorker:
             if sequence.key not in peer.handed:
                 return None
             sequence.handed_over = True
-            sequence.tokens.append(next_token(sequence.tokens, sequence.submit.sampling.seed))
+            sequence.tokens.append(self._next(sequence))
             return (done, sequence.tokens[-1:]) if self.report_first_import else None
-        sequence.tokens.append(next_token(sequence.tokens, sequence.submit.sampling.seed))
+        sequence.tokens.append(self._next(sequence))
         if done == self.end_with_eos_at:
             sequence.tokens[-1] = EOS
         return done, sequence.tokens[-1:]
 
     def _end_of(self, sequence: Running) -> int | None:
         done = len(sequence.tokens) - sequence.prompt_len
-        if sequence.tokens[-1] == EOS:
+        if sequence.tokens[-1] in (EOS, *sequence.submit.sampling.stop_token_ids):
             return worker_pb2.FINISH_REASON_STOP
         if done >= sequence.submit.sampling.max_tokens:
             return worker_pb2.FINISH_REASON_LENGTH
@@ -191,7 +241,10 @@ class FakeWorker:
 
     def finish(self, key: tuple[str, int], reason: int, code: str = "", message: str = "") -> None:
         """Say the last word about a request."""
-        self._sequences.pop(key, None)
+        ended = self._sequences.pop(key, None)
+        matched_stop = None
+        if ended is not None and reason == worker_pb2.FINISH_REASON_STOP:
+            matched_stop = ended.tokens[-1] if ended.tokens[-1] != EOS else None
         if reason == worker_pb2.FINISH_REASON_HANDED_OVER:
             self.handed.add(key)
         self._tell(
@@ -203,6 +256,7 @@ class FakeWorker:
                     error_code=code,
                     error_message=message,
                     cached_tokens=1,
+                    matched_stop=matched_stop,
                     kv_bytes=64,
                     times=worker_pb2.StageTimes(queue_s=1e-4, prefill_s=2e-4, transfer_s=1e-4),
                 )
@@ -335,6 +389,25 @@ class FakeWorker:
             place=self.place,
             kv_address=f"127.0.0.1:{self.port}" if self.role == "prefill" else "",
         )
+
+
+def _logprobs(
+    sequence: Running, first_index: int, ids: Sequence[int]
+) -> list[worker_pb2.TokenLogprobs]:
+    """Of each token, if wanted: a function of the token and its index."""
+    sampling = sequence.submit.sampling
+    if not sampling.HasField("logprobs"):
+        return []
+    return [
+        worker_pb2.TokenLogprobs(
+            logprob=-index - token_id / 1024,
+            top=[
+                worker_pb2.TokenLogprob(token_id=(token_id + i) % VOCAB, logprob=-index - i)
+                for i in range(sampling.logprobs)
+            ],
+        )
+        for index, token_id in enumerate(ids, first_index)
+    ]
 
 
 class _Servicer(worker_pb2_grpc.WorkerServicer):

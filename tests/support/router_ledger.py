@@ -14,7 +14,7 @@ from core.sampling import SamplingParams
 from core.tokens import PromptLogprobs
 from router.fleet.worker import LegEnd, Phase
 from router.generation import Token
-from router.ledger import Effects, Leg, RequestLedger, RequestState
+from router.ledger import FRUITFUL_TOKENS, Effects, Leg, RequestLedger, RequestState
 
 PROMPT_LEN = 3
 FIRST_TOKEN = 100
@@ -45,6 +45,10 @@ class World:
     unsaid: dict[Leg, list[tuple[str, int]]] = field(default_factory=dict)
     """What each leg has yet to say; also of aborted legs, whose last words may be on their way."""
     open: set[Leg] = field(default_factory=set)
+    handed: Leg | None = None
+    """An export that is complete, as long as decode has said nothing."""
+    decoded: Leg | None = None
+    """The import that said something last."""
     given: int = 0
     failed: int = 0
     stopped: bool = False
@@ -93,6 +97,8 @@ class World:
             case ("lose", str(worker)):
                 self._spend_failure()
                 self.open = {leg for leg in self.open if leg.worker != worker}
+                if worker == P:
+                    self.handed = None
                 self.unsaid = {k: v for k, v in self.unsaid.items() if k.worker != worker}
                 effects = self.ledger.lost(worker, "test")
             case ("fail", Leg() as leg, ErrorCode() as code):
@@ -160,8 +166,14 @@ class World:
             told = PromptLogprobs(first=index, logprobs=[score(leg.attempt, index)], ranks=[1])
             return self.ledger.prompt(leg.worker, leg.attempt, told)
         if word == "token":
+            if leg.phase is Phase.IMPORT and leg in self.open:
+                self.handed = None
+                self.decoded = leg
             return self.ledger.tokens(leg.worker, leg.attempt, [token(index)])
         del self.unsaid[leg]
+        if word == "handed_over" and leg in self.open:
+            began = self.decoded is not None and self.decoded.attempt == leg.attempt
+            self.handed = None if began else leg
         self.open.discard(leg)
         return self.ledger.finished(leg.worker, end(leg, FinishReason(word)))
 
@@ -174,14 +186,18 @@ class World:
             self.given += 1
         assert ledger.emitted == [FIRST_TOKEN + index for index in range(self.given)]
         for leg in effects.aborts:
-            assert leg in self.open, "only open legs are aborted, once"
+            assert leg in self.open or leg == self.handed, "only open legs are aborted, once"
             self.open.discard(leg)
+            self.handed = None if leg == self.handed else self.handed
         assert set(ledger.legs) == self.open, "the ledger knows which legs are at work"
-        assert ledger.attempt <= min(self.max_attempts, 1 + self.failed), "no attempt is wasted"
+        assert ledger.attempt <= 1 + self.failed, "no attempt is wasted"
+        assert ledger.fruitless <= self.max_attempts, "a request does not end worker after worker"
+        if self.max_tokens < FRUITFUL_TOKENS:
+            assert ledger.attempt <= self.max_attempts
         if ledger.error is not None:
             assert self.failed or self.stopped, "an error has a cause"
         if ledger.state is not RequestState.RUNNING:
-            assert not self.open, "no leg is left alone"
+            assert not self.open and not self.handed, "no leg is left alone"
         if ledger.state is RequestState.RUNNING:
             assert self.open, "somebody works on it"
         if was_ended:
@@ -210,7 +226,7 @@ class World:
         """Equal for worlds with the same future."""
         fields = {name: value for name, value in vars(self.ledger).items() if name != "failure"}
         unsaid = sorted((repr(leg), words) for leg, words in self.unsaid.items())
-        return repr((fields, unsaid, self.failures, self.stopped))
+        return repr((fields, unsaid, self.failures, self.stopped, self.handed))
 
     def fork(self) -> "World":
         return copy.deepcopy(self)

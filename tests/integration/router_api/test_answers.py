@@ -1,6 +1,8 @@
 """What clients get, through the openai client and a real server."""
 
+import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -255,3 +257,19 @@ async def test_tokenize_and_detokenize_are_inverse(served: Served) -> None:
             assert back.json() == {"prompt": TEXT}
         chat = (await http.post("/tokenize", json={"messages": USER})).json()
         assert chat["tokens"] == CHAT_IDS
+
+
+async def test_a_megabyte_of_prompt_arrives_whole() -> None:
+    # Met elsewhere: Bodies of more than some kilobytes broke on their way.
+    ids = [100 + index % 100 for index in range(260_000)]
+    generator = ScriptedGenerator(lambda _: says("ok"))
+    assert generator.served is not None
+    generator.served = replace(generator.served, max_model_len=1_000_000)
+    async with serve(generator) as served, client(served) as http:
+        body = {"model": "tiny", "prompt": ids, "max_tokens": 4}
+        raw = json.dumps(body)
+        assert len(raw) > 1 << 20
+        answer = (await http.post("/v1/completions", content=raw)).json()
+    assert answer["choices"][0]["text"] == "ok"
+    (request,) = generator.requests
+    assert list(request.prompt_ids) == ids

@@ -53,6 +53,7 @@ def fleets(draw: st.DrawFn) -> list[WorkerView]:
 def test_only_able_and_matching_workers_are_chosen(
     views: list[WorkerView], avoid: set[str], digest: bytes | None, local: int
 ) -> None:
+    # Met elsewhere: Decode was told while prefill was known to be gone.
     demand = Demand(prompt=PROMPT, avoid=avoid, model_digest=digest)
     able = {
         view.key

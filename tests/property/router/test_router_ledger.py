@@ -45,7 +45,7 @@ def test_every_course_of_events_ends_once_and_loses_nothing(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.integers(1, 8),
+    st.integers(1, 8) | st.integers(30, 50),
     st.integers(1, 4),
     st.integers(0, 6),
     st.booleans(),

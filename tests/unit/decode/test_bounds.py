@@ -13,6 +13,7 @@ def blocks_in_flight(*argv: str, heads: int = 1) -> int:
 
 
 def test_bytes_in_flight_from_one_peer_are_bounded_whatever_the_block() -> None:
+    # Met elsewhere: With many requests at once transfers fell to a few megabytes a second.
     assert LAYOUT.block_bytes == 512
     assert blocks_in_flight("--max-inflight-bytes=8KiB") == 16
     assert blocks_in_flight("--max-inflight-bytes=8KiB", heads=4) == 4, "of all ranks together"

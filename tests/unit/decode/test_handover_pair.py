@@ -5,9 +5,10 @@ from typing import Protocol
 
 import pytest
 
+from core.errors import RETRYABLE
 from engine.executor import ExecutorLostError
 from kvtransfer.rank_transport import RankTransport
-from rpc.v1 import worker_pb2
+from rpc.v1 import ipc_pb2, worker_pb2
 from tests.support.engine import undisturbed
 from tests.support.grammar import BAD, HeldCompiler, ready_compiler, structure
 from tests.support.loops import COPY_S, LEASE_TTL_S, Pair
@@ -296,6 +297,7 @@ def test_a_full_prefill_worker_refuses_a_probe(make_pair: MakePair) -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_grammar_goes_on_across_the_hand_over(make_pair: MakePair, late: bool) -> None:
+    # Met elsewhere: The first token was accepted twice; JSON of one token crashed.
     grammars = HeldCompiler() if late else ready_compiler(structure(9))
     pair = make_pair(grammars=grammars)
     params = pair.submit(PROMPT, seed=3, max_tokens=12, structured=structure(9))
@@ -324,3 +326,53 @@ def test_a_definition_that_cannot_be_ends_both_sides_with_the_same_cause(
             "invalid_request",
         )
         assert not side.tokens() and side.balanced
+
+
+def test_prefill_is_drained_once_its_leases_are_read_and_not_before(make_pair: MakePair) -> None:
+    """Whenever it is told to drain, decode gets all of what it was promised."""
+    # Met elsewhere: Prefill left while decode was still to read from it.
+    for turns in range(1, TURNS_OF_A_HANDOVER, 2):
+        pair = make_pair(max_chunk_tokens=4)
+        params = pair.submit(PROMPT)
+        for _ in range(turns):
+            pair.turn()
+        drain = worker_pb2.DrainRequest(timeout_ms=60_000)
+        call = ipc_pb2.AdminCall(id=1, drain=drain)
+        pair.prefill.pipe.inbox.append(ipc_pb2.EngineCommand(call=call))
+        for _ in range(10 * TURNS_OF_A_HANDOVER):
+            pair.turn()
+            replies = [e.reply for e in pair.prefill.pipe.sent if e.HasField("reply")]
+            if replies:
+                break
+        assert replies[0].drain.drained
+        assert not pair.prefill.role.leases and pair.prefill.balanced
+        pair.run()
+        pair.settle()
+        assert pair.decode.tokens() == undisturbed(PROMPT, params)
+        assert pair.decode.balanced
+
+
+def test_prefill_that_ends_at_any_turn_never_gives_a_wrong_token(make_pair: MakePair) -> None:
+    """Its last words reach decode and the router; what was handed over goes on."""
+    for turns in range(1, TURNS_OF_A_HANDOVER, 2):
+        pair = make_pair(max_chunk_tokens=4)
+        params = pair.submit(PROMPT)
+        for _ in range(turns):
+            pair.turn()
+        pair.prefill.pipe.inbox.append(ipc_pb2.EngineCommand(stop=ipc_pb2.Stop()))
+        pair.prefill.loop.run()
+        pair.relay()
+        pair.cut()
+        for _ in range(10 * TURNS_OF_A_HANDOVER):
+            pair.decode.loop.turn()
+            pair.clock.now += 0.01
+            if pair.decode.finished() and pair.decode.balanced:
+                break
+        (end,) = pair.decode.finished()
+        expected = undisturbed(PROMPT, params)
+        if end.reason == worker_pb2.FINISH_REASON_FAILED:
+            assert end.error_code in RETRYABLE
+            assert pair.decode.tokens() == expected[: len(pair.decode.tokens())]
+        else:
+            assert pair.decode.tokens() == expected
+        assert pair.decode.balanced

@@ -71,6 +71,7 @@ def test_series_end_with_the_last_link_and_routers_go_on_knowing_the_rate(
 def test_a_link_much_slower_than_the_others_is_warned_of_once(
     rates: LinkRates, caplog: pytest.LogCaptureFixture
 ) -> None:
+    # Met elsewhere: RDMA fell back to TCP, and nobody noticed.
     for peer in ("b", "c"):
         rates.opened(f"{peer}/1", peer)
         rates.read(f"{peer}/1", FULL, 0.1)

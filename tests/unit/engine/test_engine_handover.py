@@ -222,6 +222,7 @@ def test_adopted_token_that_ends_the_output_ends_it_at_once(
 
 
 def test_resubmitted_import_brings_in_prompt_and_earlier_output(make_engine: MakeEngine) -> None:
+    # Met elsewhere: A request that was taken back went to a rank that had none of its KV.
     request = make_request("r", 6, max_tokens=9)
     expected = undisturbed(request.prompt_ids, request.sampling)
     engine, executor = make_engine()
@@ -233,6 +234,7 @@ def test_resubmitted_import_brings_in_prompt_and_earlier_output(make_engine: Mak
 
 
 def test_preempted_import_is_computed_here(make_engine: MakeEngine) -> None:
+    # Met elsewhere: A request was put back after its KV had come, and never taken up again.
     engine, executor = make_engine(num_blocks=7)
     engine.add(make_request("old", 8, max_tokens=14))
     engine.step()
@@ -248,6 +250,8 @@ def test_preempted_import_is_computed_here(make_engine: MakeEngine) -> None:
 
 
 def test_reservation_leaves_the_watermark_to_running_sequences(make_engine: MakeEngine) -> None:
+    # Met elsewhere: Limits left out what was promised but not running: one full pool froze
+    # the node.
     engine, _ = make_engine(num_blocks=6)
     engine.add(make_request("running", 8))
     engine.step()

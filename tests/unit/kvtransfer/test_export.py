@@ -8,7 +8,17 @@ import pytest
 from core.errors import ErrorCode
 from kvtransfer.actions import CancelPrefill, CloseLink, ExportAction, FreeBlocks, Send
 from kvtransfer.export import ExportConfig, ExportMachine
-from kvtransfer.messages import Claim, Offer, Progress, Refused, Release, Renew, Renewed, Revoke
+from kvtransfer.messages import (
+    Claim,
+    Key,
+    Offer,
+    Progress,
+    Refused,
+    Release,
+    Renew,
+    Renewed,
+    Revoke,
+)
 from tests.support.kv_messages import KEY, LAYOUT, LOST, make_commit, make_hello
 
 TTL = 10.0
@@ -165,6 +175,24 @@ def test_unclaimed_prompt_lives_while_it_is_computed_and_a_ttl_longer(
     finish(machine, 1000)
     assert machine.expire(1000 + TTL - 1) == []
     assert machine.expire(1000 + TTL) == [FreeBlocks(KEY, (5, 9))]
+
+
+def test_unclaimed_prompt_ends_with_its_router_and_a_claimed_one_does_not(
+    machine: ExportMachine,
+) -> None:
+    machine.submitted(KEY, "D", 6, 0, router=7)
+    assert machine.router_left(7) == [], "what is computed fails by itself"
+    finish(machine)
+    assert machine.router_left(8) == machine.withdrawn(KEY, 8) == []
+    assert machine.router_left(7) == [FreeBlocks(KEY, (5, 9))]
+    (revoke,) = sent(machine.received(1, Claim(KEY), 0))
+    assert isinstance(revoke, Revoke) and not machine.num_leases
+    other = Key("other", 1)
+    machine.submitted(other, "D", 6, 0, router=7)
+    machine.received(1, Claim(other), 0)
+    machine.progressed(other, [5, 9], 0)
+    machine.committed(other, 42, None, 4, 0)
+    assert machine.router_left(7) == machine.withdrawn(other, 7) == []
 
 
 def test_failure_frees_an_unclaimed_prompt_and_answers_a_later_claim(

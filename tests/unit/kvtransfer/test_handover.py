@@ -175,6 +175,8 @@ def test_no_read_starts_within_the_margin(machine: HandoverMachine) -> None:
 def test_read_that_ends_after_validity_is_not_delivered_without_proof(
     machine: HandoverMachine,
 ) -> None:
+    # Met elsewhere: Prefill timed out and freed; decode read on: wrong output without an
+    # error.
     reading(machine)
     machine.received(1, make_commit(), 2)
     assert machine.read_done(KEY, 1, 9.0) == []
@@ -209,12 +211,16 @@ def test_gap_between_renews_fails_what_was_read(machine: HandoverMachine) -> Non
     ],
 )
 def test_commit_that_does_not_fit_fails(machine: HandoverMachine, commit: Commit) -> None:
+    # Met elsewhere: Stale block ids were used again: status 200 with the previous prompt's
+    # answer.
     reading(machine)
     assert failure(machine.received(1, commit, 2)).code is ErrorCode.KV_TRANSFER
     assert kinds(machine.read_done(KEY, 1, 3)) == [DropBlocks, Send]
 
 
 def test_commit_without_all_blocks_fails(machine: HandoverMachine) -> None:
+    # Met elsewhere: Prefill refused, and decode made garbage from half a cache or called it
+    # a full answer.
     offered(machine)
     machine.received(1, Progress(1, 0, (50,)), 1)
     assert "blocks missing" in failure(machine.received(1, make_commit(), 2)).message
@@ -263,6 +269,8 @@ def test_refusal_fails_with_its_reason(machine: HandoverMachine) -> None:
 
 
 def test_revoke_fails_at_once_and_releases_after_the_read(machine: HandoverMachine) -> None:
+    # Met elsewhere: An abort by prefill was never told: decode waited out 300 s, request
+    # after request.
     reading(machine)
     actions = machine.received(1, Revoke(KEY, "overloaded", "why"), 2)
     assert actions == [Fail(KEY, ErrorCode.OVERLOADED, "why")]
@@ -297,6 +305,8 @@ def test_abort_while_waiting_for_room_cancels_the_reservation(machine: HandoverM
 
 
 def test_failed_read_drops_the_peer_and_everything_on_it(machine: HandoverMachine) -> None:
+    # Met elsewhere: A write that was not posted left decode counting to a number that never
+    # came.
     reading(machine)
     submit(machine, OTHER)
     actions = machine.read_failed(KEY, 1, "reset", 2)
@@ -329,6 +339,8 @@ def test_closed_link_fails_without_a_word_on_it(machine: HandoverMachine) -> Non
 
 
 def test_link_without_hello_is_given_up(machine: HandoverMachine) -> None:
+    # Met elsewhere: An aborted load held decode blocks for ever when prefill never
+    # reported.
     submit(machine)
     assert machine.tick(4.9) == []
     assert failure(machine.tick(5)).code is ErrorCode.WORKER_LOST

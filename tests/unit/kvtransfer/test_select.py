@@ -78,6 +78,7 @@ def test_device_memory_does_not_go_by_tcp(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "no-such-host.invalid"])
 def test_host_that_peers_can_not_reach_is_refused(host: str) -> None:
+    # Met elsewhere: A default host name made peers look for a worker at themselves.
     with pytest.raises(TransferError):
         select.open_transport("tcp", HostPool(2, 4096), host=host, token="")
 

@@ -5,7 +5,7 @@ from core.finish import FinishReason
 from core.sampling import SamplingParams
 from router.fleet.worker import LegEnd, Phase
 from router.generation import Token
-from router.ledger import Leg, RequestLedger, RequestState
+from router.ledger import FRUITFUL_TOKENS, Leg, RequestLedger, RequestState
 
 EXPORT, IMPORT = Leg("p", 1, Phase.EXPORT), Leg("d", 1, Phase.IMPORT)
 
@@ -137,6 +137,31 @@ def test_last_attempt_names_its_cause() -> None:
     assert "1 attempt." in ledger.error.message and "stream broke" in ledger.error.message
 
 
+def lose(ledger: RequestLedger, tokens: int) -> None:
+    """One attempt on a worker that brings so many tokens and is lost."""
+    attempt = ledger.attempt + 1
+    ledger.place((Leg("d", attempt, Phase.LOCAL),), mode="decode_only")
+    ledger.tokens("d", attempt, run_of(len(ledger.emitted), *[7] * tokens))
+    ledger.lost("d", "gone")
+
+
+def test_long_output_outlives_any_number_of_workers() -> None:
+    ledger = make_ledger(max_attempts=2, max_tokens=900, max_model_len=1000)
+    for _ in range(20):
+        lose(ledger, FRUITFUL_TOKENS)
+    assert ledger.state is RequestState.WAITING and len(ledger.emitted) == 20 * FRUITFUL_TOKENS
+
+
+def test_request_that_ends_each_worker_at_some_token_is_given_up() -> None:
+    ledger = make_ledger(max_attempts=3, max_tokens=900, max_model_len=1000)
+    lose(ledger, 200)
+    lose(ledger, 1)
+    assert ledger.state is RequestState.WAITING
+    lose(ledger, 1)
+    assert isinstance(ledger.error, WorkerLostError)
+    assert "3 attempts in a row." in ledger.error.message
+
+
 def test_failure_that_no_retry_cures_ends_the_request() -> None:
     ledger = paired()
     failed = end(FinishReason.FAILED, error_code=ErrorCode.CONTEXT_LENGTH, error_message="too long")
@@ -159,3 +184,13 @@ def test_cached_tokens_are_those_of_the_worker_that_computed_the_prompt() -> Non
     ledger.finished("p", end(FinishReason.HANDED_OVER, cached_tokens=4))
     ledger.finished("d", end(FinishReason.STOP, cached_tokens=9))
     assert ledger.end is not None and ledger.end.cached_tokens == 4
+
+
+def test_cached_tokens_stay_those_of_the_attempt_that_began_the_output() -> None:
+    ledger = paired()
+    ledger.tokens("p", 1, run_of(0, 50), 0)
+    ledger.lost("d", "gone")
+    ledger.place((Leg("d", 2, Phase.LOCAL),), mode="decode_only")
+    ledger.tokens("d", 2, run_of(1, 51), 9)
+    ledger.finished("d", end(FinishReason.STOP, 2, cached_tokens=9))
+    assert ledger.end is not None and ledger.end.cached_tokens == 0

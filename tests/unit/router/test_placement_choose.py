@@ -106,6 +106,7 @@ def test_equal_workers_take_turns() -> None:
 
 def test_pairs_only_within_one_digest_and_layout() -> None:
     """What others find out at transfer time, or not at all: llm-d#2433, vllm#55776."""
+    # Met elsewhere: Layouts that do not fit were found out during the transfer, as a hang.
     placement = place(
         make_view("p0", "prefill", model_digest=b"other"),
         make_view("p1", "prefill", layout=make_layout(2000)),

@@ -3,6 +3,7 @@
 import pytest
 from google.protobuf.message import Message
 
+from core.errors import RETRYABLE
 from core.sampling import SamplingParams
 from engine.executor import ExecutorLostError
 from rpc.v1 import ipc_pb2, worker_pb2
@@ -293,6 +294,19 @@ def test_drain_gives_up_at_its_timeout(side: Side, clock: FakeClock) -> None:
     (reply,) = [e.reply for e in side.pipe.sent if e.HasField("reply")]
     assert not reply.drain.drained
     assert reply.drain.running == 1
+
+
+def test_at_its_end_a_worker_hands_back_what_still_runs(side: Side) -> None:
+    for name in "ab":
+        submit(side, name)
+    turn(side, 2)
+    side.pipe.inbox.append(ipc_pb2.EngineCommand(stop=ipc_pb2.Stop()))
+    side.loop.run()
+    for name in "ab":
+        (end,) = side.finished(name)
+        assert end.reason == worker_pb2.FINISH_REASON_FAILED
+        assert end.error_code in RETRYABLE
+    assert side.balanced
 
 
 def test_a_failing_step_fails_its_requests_and_the_loop_goes_on(side: Side) -> None:

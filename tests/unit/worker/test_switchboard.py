@@ -104,3 +104,16 @@ async def test_a_frame_right_behind_the_opening_is_queued() -> None:
     with board.serving(channel):
         channel.close("test")
         assert [message async for message in channel.outgoing()] == [hello]
+
+
+async def test_close_all_lets_out_what_is_queued_and_waits_for_the_streams_to_end() -> None:
+    board = Switchboard(RecordingPipe())  # type: ignore[arg-type]
+    channel: Channel[worker_pb2.WorkerMessage] = board.open()
+    with board.serving(channel):
+        board.to_router(frame(channel.number, HELLO))
+        closing = asyncio.create_task(board.close_all("the worker is ending"))
+        assert await collect(channel) == [HELLO]
+        assert not closing.done(), "its stream has not ended"
+    async with asyncio.timeout(5):
+        await closing
+    assert channel.close_reason == "the worker is ending"
