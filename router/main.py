@@ -36,6 +36,7 @@ from router.api.settings import ApiSettings
 from router.app import create_app
 from router.dispatch import Dispatcher
 from router.fleet.discovery import Discovery
+from router.fleet.faulty_link import attach_with
 from router.fleet.fleet import Fleet
 from router.fleet.link import LinkSettings
 from router.fleet.sources import open_discovery
@@ -53,6 +54,7 @@ from router.tls import ServerCertificate, server_certificate
 from router.watched import LOOK_EVERY_S
 from rpc.auth import Credentials
 from rpc.channel import open_channel
+from telemetry.faults import Faults, parse_faults
 from telemetry.logs import setup
 from telemetry.metrics import serve_metrics
 
@@ -193,6 +195,8 @@ async def dispatcher_on_fleet(
         key=settings.tls_key,
         server_name=settings.tls_server_name,
     )
+    faults = Faults(parse_faults(settings.faults), "router")
+    faults.announce()
     router_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     fleet = Fleet(
         discovery or open_discovery(settings, registry),
@@ -205,6 +209,7 @@ async def dispatcher_on_fleet(
             reconnect_max_s=settings.reconnect_max_s,
             queue_size=settings.link_queue,
         ),
+        attach_with(faults),
     )
     placer = Placer(
         CostSettings(

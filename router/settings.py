@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from core.settings import ByteSize, Seconds, secret_names
+from telemetry.faults import fault_text
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[^\s:\[\]]+):(\d{1,5})")
 
@@ -208,6 +209,11 @@ class RouterSettings(BaseModel):
     )
     shutdown_grace_s: Seconds = Field(
         20.0, ge=0, description="Time that SIGTERM leaves running requests to finish."
+    )
+    faults: Annotated[str, AfterValidator(fault_text)] = Field(
+        "",
+        description="Fails on purpose, for tests: a text such as rpc.link.send:cut@0.01;seed=7, "
+        "or a file of it; docs/fault-injection.md has the names.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe messages to log."

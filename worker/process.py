@@ -19,8 +19,10 @@ from core.clock import monotonic
 from rpc.auth import Credentials
 from rpc.server import RpcServer, build_server
 from rpc.v1 import ipc_pb2, worker_pb2, worker_pb2_grpc
+from telemetry.faults import Faults, Point, parse_faults
 from telemetry.metrics import serve_metrics
 from worker.engine_child import EngineChild
+from worker.faulty_links import FaultySwitchboard
 from worker.ipc import ServicePipe
 from worker.service import EngineView, WorkerService
 from worker.settings import WorkerSettings
@@ -95,7 +97,7 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         child = await EngineChild.start(settings, role.engine_module)
         stack.push_async_callback(child.end)
         view = EngineView(stall_after_s=settings.stall_after_s, clock=monotonic)
-        switchboard = Switchboard(child.pipe)
+        switchboard = _switchboard(settings, child.pipe)
         service = WorkerService(child.pipe, switchboard, view)
         extension = role.build_extension(switchboard, credentials)
         stack.push_async_callback(extension.close)
@@ -158,6 +160,13 @@ async def _serve_until_told(
     finally:
         stop.cancel()
         start.cancel()
+
+
+def _switchboard(settings: WorkerSettings, pipe: ServicePipe) -> Switchboard:
+    faults = Faults(parse_faults(settings.faults), settings.worker_id or "")
+    if faults.has(Point.LINK_OPEN, Point.LINK_SEND, Point.LINK_RECEIVE):
+        return FaultySwitchboard(pipe, faults)
+    return Switchboard(pipe)
 
 
 def process_registry(view: EngineView, switchboard: Switchboard) -> CollectorRegistry:
