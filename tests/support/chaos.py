@@ -1,0 +1,293 @@
+"""A whole system under blows: real processes, requests of every kind, and a verdict at the end.
+
+Used by tests/e2e/test_chaos.py and, for hours, by benchmarks/chaos.py. Requests and blows follow
+from a seed; every answer must equal the one that the same processes gave while they were left in
+peace, and at the end nothing may be held anywhere.
+"""
+
+import asyncio
+import json
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import httpx
+
+from tests.support.chaos_requests import (
+    TEMPLATE,
+    Answer,
+    ChaosRequest,
+    answer_within,
+    difference,
+    make_requests,
+)
+from tests.support.chaos_schedule import Blow, make_schedule
+from tests.support.cluster import Cluster, Worker, make_worker, routed
+from tests.support.models import make_checkpoint
+from tests.support.process import frozen, wait_until
+from tests.support.proxy import Proxy, proxy
+
+STEP_DELAY = "engine.step:delay=40ms"
+"""Makes a tiny model slow enough for blows to fall amid answers, without work for the processor."""
+WORKER = {
+    "kv_cache_memory": "4MiB",
+    "max_num_seqs": 16,
+    "max_step_tokens": 64,
+    "stall_after_s": "2s",
+    "drain_timeout_s": "5s",
+    "served_model_name": "chaos",
+    "faults": STEP_DELAY,
+}
+ROUTER = {
+    "worker_silence_s": "1500ms",
+    "connect_timeout_s": "3s",
+    "no_worker_grace_s": "30s",
+    "request_timeout_s": "60s",
+    "max_attempts": 12,
+    "served_model_name": "chaos",
+}
+LIMIT_S = 70.0
+"""Longest that a request may take by the client's clock: the router's own limit and some."""
+BALANCE_S = 40.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChaosPlan:
+    """What is done to the system. Everything but the processes' own timing follows from it."""
+
+    seed: int
+    requests: int = 200
+    duration_s: float = 40.0
+    prefill: int = 3
+    decode: int = 3
+    transport: str = "tcp"
+
+    @property
+    def schedule(self) -> list[Blow]:
+        return make_schedule(
+            self.seed, prefill=self.prefill, decode=self.decode, duration_s=self.duration_s
+        )
+
+
+@dataclass(slots=True)
+class ChaosReport:
+    """What came of it."""
+
+    plan: ChaosPlan
+    failures: list[str] = field(default_factory=list)
+    answers: Counter[str] = field(default_factory=Counter)
+    """By kind of request."""
+    retries: dict[str, float] = field(default_factory=dict)
+    balanced_after_s: float = 0.0
+    phases_s: dict[str, float] = field(default_factory=dict)
+    log: str = ""
+
+    def __str__(self) -> str:
+        schedule = "\n".join(map(str, self.plan.schedule))
+        return "\n".join(
+            [
+                f"plan: {self.plan}",
+                schedule,
+                f"answers: {dict(self.answers)}; attempts that failed: {self.retries}; "
+                f"balanced after {self.balanced_after_s:.1f} s; phases {self.phases_s}",
+                *(f"FAILURE {failure}" for failure in self.failures),
+            ]
+        )
+
+
+@contextmanager
+def chaos_cluster(model: Path, plan: ChaosPlan) -> Iterator[tuple[Cluster, list[Proxy]]]:
+    """The system, with a proxy between the router and each worker."""
+    with ExitStack() as stack:
+        pools = {
+            role: [
+                make_worker(
+                    role, model, plan.transport, {**WORKER, **own, "worker_id": f"{role}{i}"}
+                )
+                for i in range(count)
+            ]
+            for role, count, own in (
+                ("prefill", plan.prefill, {"lease_ttl_s": "4s"}),
+                ("decode", plan.decode, {"peer_silence_s": "2s", "probe_interval_s": "5s"}),
+            )
+        }
+        proxies: dict[int, Proxy] = {}
+        for worker in (*pools["prefill"], *pools["decode"]):
+            stack.callback(worker.stack.close)
+            worker.start()
+            between = proxy(("127.0.0.1", 0), ("127.0.0.1", worker.port))
+            proxies[worker.port] = stack.enter_context(between)
+
+        def through(worker: Worker) -> str:
+            host, port = proxies[worker.port].address
+            return f"{host}:{port}"
+
+        system = stack.enter_context(routed(model, **pools, router=ROUTER, through=through))
+        yield system, list(proxies.values())
+
+
+async def undisturbed(system: Cluster, requests: Sequence[ChaosRequest]) -> dict[int, Answer]:
+    """What the system answers while it is left in peace."""
+    turn = asyncio.Semaphore(48)
+    async with httpx.AsyncClient(base_url=system.url, timeout=LIMIT_S, trust_env=False) as client:
+
+        async def one(request: ChaosRequest) -> Answer:
+            async with turn:
+                return await answer_within(client, request, LIMIT_S, stay=True)
+
+        answers = await asyncio.gather(*map(one, requests))
+    return {request.number: each for request, each in zip(requests, answers, strict=True)}
+
+
+async def under_blows(
+    system: Cluster,
+    proxies: Sequence[Proxy],
+    plan: ChaosPlan,
+    requests: Sequence[ChaosRequest],
+    on_answer: Callable[[ChaosRequest, Answer], None],
+) -> None:
+    """Send every request at its time while the schedule is carried out; undo all blows."""
+    source = random.Random(f"arrivals/{plan.seed}")
+    arrivals = sorted(source.uniform(0, plan.duration_s) for _ in requests)
+    began = time.monotonic()
+
+    async def until(at_s: float) -> None:
+        await asyncio.sleep(max(0.0, began + at_s - time.monotonic()))
+
+    async def ask(client: httpx.AsyncClient, request: ChaosRequest, at_s: float) -> None:
+        await until(at_s)
+        on_answer(request, await answer_within(client, request, LIMIT_S))
+
+    async def strike(blow: Blow) -> None:
+        await until(blow.at_s)
+        await _strike(system.workers[blow.worker], proxies[blow.worker], blow)
+
+    limits = httpx.Limits(max_connections=None)
+    async with (
+        httpx.AsyncClient(
+            base_url=system.url, timeout=LIMIT_S, trust_env=False, limits=limits
+        ) as client,
+        asyncio.TaskGroup() as group,
+    ):
+        for blow in plan.schedule:
+            group.create_task(strike(blow))
+        for request, at_s in zip(requests, arrivals, strict=True):
+            group.create_task(ask(client, request, at_s))
+
+
+async def _strike(worker: Worker, between: Proxy, blow: Blow) -> None:
+    match blow.kind:
+        case "kill":
+            await asyncio.to_thread(worker.kill)
+        case "drain":
+            assert worker.process is not None
+            worker.process.signal(signal.SIGTERM)
+            await asyncio.to_thread(worker.process.wait, 20)
+            worker.kill()
+        case "freeze":
+            with ExitStack() as stack:
+                pids = worker.pids
+                # Sometimes all of it, sometimes the engine behind a service that still answers.
+                for pid in pids if blow.for_s > 1 else pids[1:]:
+                    stack.enter_context(frozen(pid))
+                await asyncio.sleep(blow.for_s)
+            return
+        case "slow":
+            between.delay_s = blow.for_s / 10
+            await asyncio.sleep(blow.for_s)
+            between.delay_s = 0.0
+            return
+        case "dark":
+            between.black_hole()
+        case "refuse":
+            between.refuse()
+    await asyncio.sleep(blow.for_s)
+    if blow.kind in ("kill", "drain"):
+        faults = f"{STEP_DELAY};{blow.faults};seed={int(blow.at_s * 100)}"
+        worker.start("--faults", faults)
+    else:
+        between.mend()
+
+
+def make_model(folder: Path) -> Path:
+    """A small random one whose chat template knows functions."""
+    model = make_checkpoint(folder, max_position_embeddings=4096)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = TEMPLATE
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    return model
+
+
+def run_chaos(model: Path, plan: ChaosPlan) -> ChaosReport:
+    """Start the system, strike it, and judge. Takes `duration_s` and about half a minute more."""
+    report = ChaosReport(plan)
+    requests = make_requests(plan.seed, plan.requests)
+    began = time.monotonic()
+
+    def phase_ended(name: str) -> None:
+        report.phases_s[name] = round(time.monotonic() - began - sum(report.phases_s.values()), 1)
+
+    with chaos_cluster(model, plan) as (system, proxies):
+        phase_ended("start")
+        expected = asyncio.run(undisturbed(system, requests))
+        for worker in system.workers:
+            worker.flush_cache()
+        report.failures += [
+            f"{_name(request)} in peace: {expected[request.number].error}"
+            for request in requests
+            if expected[request.number].error and request.kind != "invalid"
+        ]
+        phase_ended("peace")
+        take = partial(_judge, report, expected)
+        asyncio.run(under_blows(system, proxies, plan, requests, take))
+        phase_ended("blows")
+        _settle(system, report)
+        report.log = system.log
+        phase_ended("settle")
+    return report
+
+
+def _judge(
+    report: ChaosReport, expected: dict[int, Answer], request: ChaosRequest, answer: Answer
+) -> None:
+    report.answers[request.kind] += 1
+    wrong = difference(expected[request.number], answer)
+    if wrong:
+        report.failures.append(f"{_name(request)}: {wrong}")
+
+
+def _name(request: ChaosRequest) -> str:
+    return f"chaos-{request.number} ({request.kind}, {request.path}, {request.body})"
+
+
+def _settle(system: Cluster, report: ChaosReport) -> None:
+    """Everything is whole again: workers attached, pools balanced, the router's books empty."""
+    try:
+        system.wait_ready(60)
+        report.balanced_after_s = system.wait_balanced(BALANCE_S)
+        wait_until(lambda: not any(_books(system).values()), 10, "the router to be done")
+    except AssertionError as error:
+        report.failures.append(f"at the end: {error}; router: {_books(system)}")
+    report.retries = _samples(system, "diptych_router_retries_total")
+
+
+def _books(system: Cluster) -> dict[str, float]:
+    names = ("in_flight", "queued", "waiting")
+    return {
+        name: sum(_samples(system, f"diptych_router_generations_{name}").values()) for name in names
+    }
+
+
+def _samples(system: Cluster, name: str) -> dict[str, float]:
+    found = {}
+    for line in system.get("/metrics").text.splitlines():
+        if line.startswith((f"{name}{{", f"{name} ")):
+            sample, _, value = line.rpartition(" ")
+            found[sample.removeprefix(name)] = float(value)
+    return found
