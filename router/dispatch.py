@@ -21,6 +21,7 @@ from core.errors import (
     UnavailableError,
 )
 from router.admission import Admission, AdmissionLimits, Priority, Ticket, check_fits, pushed_out
+from router.fleet.breakers import Breakers
 from router.fleet.worker import (
     CacheChange,
     LegEnd,
@@ -79,6 +80,7 @@ class Dispatcher:
         metrics: FleetMetrics,
         clock: Clock,
         spans: Spans,
+        breakers: Breakers,
     ) -> None:
         self._workers = workers
         self._placer = placer
@@ -86,6 +88,7 @@ class Dispatcher:
         self._metrics = metrics
         self._clock = clock
         self._spans = spans
+        self._breakers = breakers
         self._runs: dict[str, Run] = {}
         self._waiting: dict[str, Run] = {}
         """Runs that no worker could take."""
@@ -157,6 +160,11 @@ class Dispatcher:
         """End every sequence with what it has; see Generator."""
         return sum([self.abort(request_id) for request_id in list(self._runs)])
 
+    @property
+    def breakers(self) -> Breakers:
+        """Whom it trusts."""
+        return self._breakers
+
     def recent(self, count: int) -> list[RequestTimeline]:
         """Timelines of the latest requests, newest first."""
         return self._timelines.latest(count)
@@ -187,6 +195,7 @@ class Dispatcher:
     def lost(self, worker: str, cause: str) -> None:
         """A worker is gone: each of its requests goes on elsewhere."""
         self._placer.drop(worker)
+        self._breakers.lost(worker, cause)
         self._ready.discard(worker)
         self._metrics.count_workers(self._workers.census)
         for run in list(self._runs.values()):
@@ -326,6 +335,7 @@ class Dispatcher:
                 now,
                 avoid=run.ledger.avoid | self._apart_from_sibling(run),
                 allow_avoided=now >= run.retry_at,
+                distrust=self._breakers.distrust(),
                 model_digest=run.model_digest if run.ledger.emitted else None,
                 absent=[
                     Refusal((worker,), cause) for worker, cause in self._workers.absent.items()
@@ -365,6 +375,7 @@ class Dispatcher:
         run.prompt_worker = placement.prefill
         run.ledger.place(messages, mode=placement.mode.value)
         run.timeline.placed(run.ledger.attempt, placement, worker_ids)
+        self._breakers.placed(placement)
         self._metrics.routing.labels(placement.mode.value).inc()
         self._metrics.prefix_match.observe(placement.cached_tokens / run.prompt.num_tokens)
         run.wake()
@@ -381,12 +392,27 @@ class Dispatcher:
         if effects.tokens:
             run.timeline.tokens(len(effects.tokens))
             run.push(effects.tokens)
+            if run.charges:
+                self._prove(run)
         if effects.failure is not None:
             run.timeline.attempt_failed(effects.failure)
+            self._charge(run, effects.failure)
         if run.ledger.state is RequestState.ENDED:
             self._ended(run)
         elif effects.failure is not None:
             self._retry(run, effects.failure)
+
+    def _charge(self, run: Run, failure: Failure) -> None:
+        attempt = run.timeline.attempts[-1]
+        charge = self._breakers.failed(failure, attempt.placement, attempt.placed_at)
+        if charge is not None:
+            run.charges.append(charge)
+
+    def _prove(self, run: Run) -> None:
+        """The attempt under way has brought what earlier ones could not."""
+        for charge in run.charges:
+            self._breakers.proven(charge, run.timeline.attempts[-1].placement)
+        run.charges.clear()
 
     def _retry(self, run: Run, failure: Failure) -> None:
         log.info(
@@ -436,6 +462,9 @@ class Dispatcher:
         self._leave_waiting(run)
         run.cancel_timer("deadline")
         run.timeline.ended(run.ledger.end, run.ledger.error)
+        attempt = run.timeline.attempts[-1] if run.timeline.attempts else None
+        if attempt is not None and attempt.num_tokens and attempt.failed_at is None:
+            self._breakers.succeeded(attempt.placement, attempt.placed_at)
         if run.ledger.end is not None:
             self._placer.generated(len(run.ledger.emitted))
         self._metrics.generations.labels(run.timeline.outcome).inc()

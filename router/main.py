@@ -35,6 +35,8 @@ from router.access.salt import tenant_salt
 from router.api.settings import ApiSettings
 from router.app import create_app
 from router.dispatch import Dispatcher
+from router.fleet.breaker import BreakerLimits
+from router.fleet.breakers import Breakers
 from router.fleet.discovery import Discovery
 from router.fleet.faulty_link import attach_with
 from router.fleet.fleet import Fleet
@@ -60,6 +62,8 @@ from telemetry.metrics import serve_metrics
 
 log = logging.getLogger(__name__)
 
+BREAKER_WINDOW_S = 60.0
+"""A failure counts together with one before it if no more time lies between, in seconds."""
 FLUSH_S = 2.0
 """Time that answers have to reach their clients once the last request has ended."""
 
@@ -120,7 +124,7 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
                 body_limit_bytes=settings.max_body,
                 body_timeout_s=settings.body_timeout_s,
             ),
-            observed=Observer(fleet, dispatcher),
+            observed=Observer(fleet, dispatcher, dispatcher.breakers),
             registry=registry,
         )
         server = http_server(
@@ -223,7 +227,15 @@ async def dispatcher_on_fleet(
     spans = open_spans(
         settings.trace_endpoint, router_id=router_id, ratio=settings.trace_ratio, clock=monotonic
     )
-    dispatcher = Dispatcher(fleet, placer, settings, FleetMetrics(registry), monotonic, spans)
+    metrics = FleetMetrics(registry)
+    limits = BreakerLimits(
+        failures=settings.breaker_failures,
+        window_s=BREAKER_WINDOW_S,
+        open_s=settings.breaker_open_s,
+        open_max_s=settings.breaker_open_max_s,
+    )
+    breakers = Breakers(limits, metrics, monotonic)
+    dispatcher = Dispatcher(fleet, placer, settings, metrics, monotonic, spans, breakers)
     async with asyncio.TaskGroup() as group:
         links = group.create_task(fleet.run(dispatcher), name="fleet")
         await asyncio.sleep(0)  # a static list is known before the first request comes

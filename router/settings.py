@@ -151,6 +151,21 @@ class RouterSettings(BaseModel):
     no_worker_grace_s: Seconds = Field(
         10.0, ge=0, description="How long a request waits while no worker can take it."
     )
+    breaker_failures: int = Field(
+        3,
+        ge=1,
+        description="Failures of a worker in a row, each within a minute of the one before, after "
+        "which it gets nothing while another can serve; a client's fault never counts.",
+    )
+    breaker_open_s: Seconds = Field(
+        2.0,
+        gt=0,
+        description="How long such a worker, or a pair whose hand-over failed, is left alone until "
+        "one request tries it; doubles each time up to breaker_open_max_s.",
+    )
+    breaker_open_max_s: Seconds = Field(
+        60.0, gt=0, description="Longest time that one is left alone."
+    )
     connect_timeout_s: Seconds = Field(
         5.0, gt=0, description="Time that a worker has to answer when the router attaches to it."
     )

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,18 +145,27 @@ async def send(client: httpx.AsyncClient, request: ChaosRequest, *, stay: bool) 
         if response.status_code != 200:
             return _whole(response.status_code, json.loads(await response.aread()))
         answer, seen, ended = Answer(200, {}), 0, False
-        async for line in response.aiter_lines():
+        async for line in _lines(response):
             if seen == request.leaves_after and not stay:
                 answer.left = True
                 return answer
-            if line == "data: [DONE]":
+            if line == b"data: [DONE]":
                 ended = True
-            elif line.startswith("data: "):
-                _add(answer, json.loads(line.removeprefix("data: ")))
+            elif line.startswith(b"data: "):
+                _add(answer, json.loads(line.removeprefix(b"data: ")))
                 seen += 1
         if not ended and not answer.error:
             answer.error = "the stream ended without [DONE]"
         return answer
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """As server-sent events part them; httpx would part at U+0085 and U+2028 as well."""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
 
 
 def _whole(status: int, body: dict[str, Any]) -> Answer:
