@@ -60,7 +60,7 @@ async def test_with_nobody_else_a_failing_worker_is_used_all_the_same() -> None:
         left = [True] * 9
         only.fail = lambda _: ("internal", "on purpose") if left and left.pop() else None
         for _ in range(2):
-            with pytest.raises(DiptychError, match="4 attempts.*on purpose"):
+            with pytest.raises(DiptychError, match=r"4 attempts.*on purpose"):
                 await run(router, make_request(PROMPT))
         await served(router)
 

@@ -190,11 +190,9 @@ async def _strike(worker: Worker, between: Proxy, blow: Blow) -> None:
             worker.process.signal(signal.SIGTERM)
             await asyncio.to_thread(worker.process.wait, 20)
             worker.kill()
-        case "freeze":
+        case "freeze" | "hang":
             with ExitStack() as stack:
-                pids = worker.pids
-                # Sometimes all of it, sometimes the engine behind a service that still answers.
-                for pid in pids if blow.for_s > 1 else pids[1:]:
+                for pid in worker.pids[blow.kind == "hang" :]:
                     stack.enter_context(frozen(pid))
                 await asyncio.sleep(blow.for_s)
             return

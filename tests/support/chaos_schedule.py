@@ -8,8 +8,9 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["kill", "freeze", "slow", "dark", "refuse", "drain"]
-KINDS: tuple[Kind, ...] = ("kill", "kill", "freeze", "freeze", "slow", "dark", "refuse", "drain")
+Kind = Literal["kill", "freeze", "hang", "slow", "dark", "refuse", "drain"]
+KINDS: tuple[Kind, ...] = ("kill", "kill", "freeze", "hang", "slow", "dark", "refuse", "drain")
+"""freeze: all of a worker; hang: its engine, behind a service that still answers."""
 LATER_FAULTS = (
     "kv.read:fail@0.2",
     "kv.read:short@0.2",
