@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=200, help="Per round.")
     parser.add_argument("--duration", type=float, default=40.0, help="Of a round's blows, seconds.")
     parser.add_argument("--transport", default="tcp", help="How KV moves.")
+    parser.add_argument("--vary", action="store_true", help="Other settings with every seed.")
     parser.add_argument("--logs", type=Path, help="Folder for the logs of rounds that failed.")
     given = parser.parse_args()
     end = time.monotonic() + 60 * given.minutes
@@ -36,6 +37,7 @@ def main() -> int:
                 requests=given.requests,
                 duration_s=given.duration,
                 transport=given.transport,
+                vary=given.vary,
             )
             report = run_chaos(model, plan)
             rounds += 1

@@ -11,10 +11,9 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import httpx
@@ -52,6 +51,23 @@ ROUTER = {
     "max_attempts": 12,
     "served_model_name": "chaos",
 }
+VARIED_WORKER: dict[str, Sequence[object]] = {
+    "kv_cache_memory": ["768KiB", "1MiB", "2MiB"],
+    "host_kv_memory": [0, "2MiB"],
+    "max_step_tokens": [32, 64, 512],
+    "block_size": [8, 16],
+    "attention_backend": ["auto", "torch_native"],
+}
+VARIED_ROUTER: dict[str, Sequence[object]] = {
+    "local_prefill_max_tokens": [0, 40],
+    "max_in_flight": [10, 1024],
+    "faults": [
+        "",
+        "rpc.link.receive:cut@0.0005",
+        "rpc.link.send:cut@0.005",
+        "rpc.link.receive:delay=5ms@0.3",
+    ],
+}
 LIMIT_S = 70.0
 """Longest that a request may take by the client's clock: the router's own limit and some."""
 BALANCE_S = 40.0
@@ -67,6 +83,18 @@ class ChaosPlan:
     prefill: int = 3
     decode: int = 3
     transport: str = "tcp"
+    vary: bool = False
+    """Other settings of workers and router with every seed."""
+
+    @property
+    def worker_settings(self) -> dict[str, object]:
+        source = random.Random(f"workers/{self.seed}")
+        return _varied(WORKER, VARIED_WORKER, source) if self.vary else dict(WORKER)
+
+    @property
+    def router_settings(self) -> dict[str, object]:
+        source = random.Random(f"router/{self.seed}")
+        return _varied(ROUTER, VARIED_ROUTER, source) if self.vary else dict(ROUTER)
 
     @property
     def schedule(self) -> list[Blow]:
@@ -93,12 +121,19 @@ class ChaosReport:
         return "\n".join(
             [
                 f"plan: {self.plan}",
+                f"workers: {self.plan.worker_settings}; router: {self.plan.router_settings}",
                 schedule,
                 f"answers: {dict(self.answers)}; attempts that failed: {self.retries}; "
                 f"balanced after {self.balanced_after_s:.1f} s; phases {self.phases_s}",
                 *(f"FAILURE {failure}" for failure in self.failures),
             ]
         )
+
+
+def _varied(
+    settings: Mapping[str, object], varied: Mapping[str, Sequence[object]], source: random.Random
+) -> dict[str, object]:
+    return {**settings, **{name: source.choice(each) for name, each in varied.items()}}
 
 
 @contextmanager
@@ -108,7 +143,10 @@ def chaos_cluster(model: Path, plan: ChaosPlan) -> Iterator[tuple[Cluster, list[
         pools = {
             role: [
                 make_worker(
-                    role, model, plan.transport, {**WORKER, **own, "worker_id": f"{role}{i}"}
+                    role,
+                    model,
+                    plan.transport,
+                    {**plan.worker_settings, **own, "worker_id": f"{role}{i}"},
                 )
                 for i in range(count)
             ]
@@ -128,7 +166,9 @@ def chaos_cluster(model: Path, plan: ChaosPlan) -> Iterator[tuple[Cluster, list[
             host, port = proxies[worker.port].address
             return f"{host}:{port}"
 
-        system = stack.enter_context(routed(model, **pools, router=ROUTER, through=through))
+        system = stack.enter_context(
+            routed(model, **pools, router=plan.router_settings, through=through)
+        )
         yield system, list(proxies.values())
 
 
@@ -150,7 +190,8 @@ async def under_blows(
     proxies: Sequence[Proxy],
     plan: ChaosPlan,
     requests: Sequence[ChaosRequest],
-    on_answer: Callable[[ChaosRequest, Answer], None],
+    report: ChaosReport,
+    expected: Mapping[int, Answer],
 ) -> None:
     """Send every request at its time while the schedule is carried out; undo all blows."""
     source = random.Random(f"arrivals/{plan.seed}")
@@ -162,11 +203,15 @@ async def under_blows(
 
     async def ask(client: httpx.AsyncClient, request: ChaosRequest, at_s: float) -> None:
         await until(at_s)
-        on_answer(request, await answer_within(client, request, LIMIT_S))
+        answer = await answer_within(client, request, LIMIT_S)
+        report.answers[request.kind] += 1
+        wrong = difference(expected[request.number], answer)
+        if wrong:
+            report.failures.append(f"{_name(request)}: {wrong}")
 
     async def strike(blow: Blow) -> None:
         await until(blow.at_s)
-        await _strike(system.workers[blow.worker], proxies[blow.worker], blow)
+        report.log += await _strike(system.workers[blow.worker], proxies[blow.worker], blow)
 
     limits = httpx.Limits(max_connections=None)
     async with (
@@ -181,36 +226,39 @@ async def under_blows(
             group.create_task(ask(client, request, at_s))
 
 
-async def _strike(worker: Worker, between: Proxy, blow: Blow) -> None:
+async def _strike(worker: Worker, between: Proxy, blow: Blow) -> str:
+    """Carry it out and undo it; returns the log of a worker that was ended."""
+    log = ""
     match blow.kind:
-        case "kill":
-            await asyncio.to_thread(worker.kill)
-        case "drain":
-            assert worker.process is not None
-            worker.process.signal(signal.SIGTERM)
-            await asyncio.to_thread(worker.process.wait, 20)
-            worker.kill()
+        case "kill" | "drain":
+            log = await asyncio.to_thread(_end, worker, blow)
+            await asyncio.sleep(blow.for_s)
+            faults = f"{STEP_DELAY};{blow.faults};seed={int(blow.at_s * 100)}"
+            worker.start("--faults", faults)
         case "freeze" | "hang":
             with ExitStack() as stack:
                 for pid in worker.pids[blow.kind == "hang" :]:
                     stack.enter_context(frozen(pid))
                 await asyncio.sleep(blow.for_s)
-            return
         case "slow":
             between.delay_s = blow.for_s / 10
             await asyncio.sleep(blow.for_s)
             between.delay_s = 0.0
-            return
-        case "dark":
-            between.black_hole()
-        case "refuse":
-            between.refuse()
-    await asyncio.sleep(blow.for_s)
-    if blow.kind in ("kill", "drain"):
-        faults = f"{STEP_DELAY};{blow.faults};seed={int(blow.at_s * 100)}"
-        worker.start("--faults", faults)
-    else:
-        between.mend()
+        case "dark" | "refuse":
+            (between.black_hole if blow.kind == "dark" else between.refuse)()
+            await asyncio.sleep(blow.for_s)
+            between.mend()
+    return log
+
+
+def _end(worker: Worker, blow: Blow) -> str:
+    process = worker.process
+    assert process is not None
+    if blow.kind == "drain":
+        process.signal(signal.SIGTERM)
+        process.wait(20)
+    worker.kill()
+    return f"== {process.name}, {blow}\n{process.log}\n"
 
 
 def make_model(folder: Path) -> Path:
@@ -242,26 +290,28 @@ def run_chaos(model: Path, plan: ChaosPlan) -> ChaosReport:
             if expected[request.number].error and request.kind != "invalid"
         ]
         phase_ended("peace")
-        take = partial(_judge, report, expected)
-        asyncio.run(under_blows(system, proxies, plan, requests, take))
+        asyncio.run(under_blows(system, proxies, plan, requests, report, expected))
         phase_ended("blows")
         _settle(system, report)
-        report.log = system.log
+        report.log += system.log
+        report.failures += unforeseen(report.log)
         phase_ended("settle")
     return report
 
 
-def _judge(
-    report: ChaosReport, expected: dict[int, Answer], request: ChaosRequest, answer: Answer
-) -> None:
-    report.answers[request.kind] += 1
-    wrong = difference(expected[request.number], answer)
-    if wrong:
-        report.failures.append(f"{_name(request)}: {wrong}")
-
-
 def _name(request: ChaosRequest) -> str:
     return f"chaos-{request.number} ({request.kind}, {request.path}, {request.body})"
+
+
+def unforeseen(log: str) -> list[str]:
+    """Every traceback in a log that no fault point is the cause of."""
+    found = []
+    for part in log.split("Traceback (most recent call last):")[1:]:
+        lines = part.splitlines()
+        end = next((i for i, line in enumerate(lines[1:], 1) if line[:1].strip()), len(lines) - 1)
+        if "injected fault" not in lines[end]:
+            found.append("a traceback: " + "\n".join(lines[max(0, end - 6) : end + 1]))
+    return found
 
 
 def _settle(system: Cluster, report: ChaosReport) -> None:

@@ -35,7 +35,7 @@ def test_a_text_is_read() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("kv.raed:fail", "did you mean kv.read"),
+        ("kv.rea:fail", "did you mean kv.read"),
         ("nonsense:fail", "kv.read, kv.probe, lease.renew, rpc.link.open"),
         ("kv.read:cut", "there are: delay, fail, short, corrupt"),
         ("kv.read", "is not point:effect"),
