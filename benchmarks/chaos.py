@@ -7,6 +7,7 @@ something prints its plan, so that `--seed N --rounds 1` plays it again, and the
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,8 @@ def main() -> int:
     parser.add_argument("--vary", action="store_true", help="Other settings with every seed.")
     parser.add_argument("--logs", type=Path, help="Folder for the logs of rounds that failed.")
     given = parser.parse_args()
+    # As at an interrupt: the processes of a round end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     end = time.monotonic() + 60 * given.minutes
     bad = rounds = 0
     with tempfile.TemporaryDirectory() as folder:

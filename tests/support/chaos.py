@@ -14,8 +14,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import grpc
 import httpx
 
 from tests.support.chaos_requests import (
@@ -27,7 +29,7 @@ from tests.support.chaos_requests import (
     make_requests,
 )
 from tests.support.chaos_schedule import Blow, make_schedule
-from tests.support.cluster import Cluster, Worker, make_worker, routed
+from tests.support.cluster import START_S, Cluster, Worker, make_worker, routed
 from tests.support.models import make_checkpoint
 from tests.support.process import frozen, wait_until
 from tests.support.proxy import Proxy, proxy
@@ -52,7 +54,7 @@ ROUTER = {
     "served_model_name": "chaos",
 }
 VARIED_WORKER: dict[str, Sequence[object]] = {
-    "kv_cache_memory": ["768KiB", "1MiB", "2MiB"],
+    "kv_cache_memory": ["1536KiB", "2MiB", "4MiB"],
     "host_kv_memory": [0, "2MiB"],
     "max_step_tokens": [32, 64, 512],
     "block_size": [8, 16],
@@ -64,7 +66,7 @@ VARIED_ROUTER: dict[str, Sequence[object]] = {
     "faults": [
         "",
         "rpc.link.receive:cut@0.0005",
-        "rpc.link.send:cut@0.005",
+        "rpc.link.send:cut@0.001",
         "rpc.link.receive:delay=5ms@0.3",
     ],
 }
@@ -111,6 +113,8 @@ class ChaosReport:
     failures: list[str] = field(default_factory=list)
     answers: Counter[str] = field(default_factory=Counter)
     """By kind of request."""
+    left_out: list[Blow] = field(default_factory=list)
+    """Blows that would have left nobody to go on: others had not come back in time."""
     retries: dict[str, float] = field(default_factory=dict)
     balanced_after_s: float = 0.0
     phases_s: dict[str, float] = field(default_factory=dict)
@@ -125,6 +129,7 @@ class ChaosReport:
                 schedule,
                 f"answers: {dict(self.answers)}; attempts that failed: {self.retries}; "
                 f"balanced after {self.balanced_after_s:.1f} s; phases {self.phases_s}",
+                *(f"left out: {blow}" for blow in self.left_out),
                 *(f"FAILURE {failure}" for failure in self.failures),
             ]
         )
@@ -209,9 +214,18 @@ async def under_blows(
         if wrong:
             report.failures.append(f"{_name(request)}: {wrong}")
 
+    hurt: set[int] = set()
+
     async def strike(blow: Blow) -> None:
         await until(blow.at_s)
+        prefills = range(plan.prefill)
+        role = prefills if blow.worker in prefills else range(plan.prefill, len(proxies))
+        if blow.worker in hurt or len(hurt.intersection(role)) >= len(role) - 1:
+            report.left_out.append(blow)
+            return
+        hurt.add(blow.worker)
         report.log += await _strike(system.workers[blow.worker], proxies[blow.worker], blow)
+        hurt.discard(blow.worker)
 
     limits = httpx.Limits(max_connections=None)
     async with (
@@ -235,6 +249,7 @@ async def _strike(worker: Worker, between: Proxy, blow: Blow) -> str:
             await asyncio.sleep(blow.for_s)
             faults = f"{STEP_DELAY};{blow.faults};seed={int(blow.at_s * 100)}"
             worker.start("--faults", faults)
+            await asyncio.to_thread(wait_until, partial(_answers, worker), START_S, "its return")
         case "freeze" | "hang":
             with ExitStack() as stack:
                 for pid in worker.pids[blow.kind == "hang" :]:
@@ -249,6 +264,14 @@ async def _strike(worker: Worker, between: Proxy, blow: Blow) -> str:
             await asyncio.sleep(blow.for_s)
             between.mend()
     return log
+
+
+def _answers(worker: Worker) -> bool:
+    try:
+        worker.describe()
+    except grpc.RpcError:
+        return False
+    return True
 
 
 def _end(worker: Worker, blow: Blow) -> str:

@@ -1,7 +1,8 @@
 """What goes wrong and when: a list of blows from a seed, and who carries one out.
 
-Invariant: of each role one worker is out of reach of the list at any time, so that somebody is
-always there to go on; which one changes.
+Invariant: of each role one worker is left in peace at any time, so that somebody is always there to
+go on; which one changes. The list sees to that with the time that a worker is given to come
+back; who carries it out on a busy machine leaves a blow out where that was too short.
 """
 
 import random
