@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.support.chaos import ChaosPlan, make_model, run_chaos
+from tests.support.chaos import make_model, run_chaos
+from tests.support.chaos_plan import ChaosPlan
 
 
 def main() -> int:

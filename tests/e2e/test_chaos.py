@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chaos import ChaosPlan, make_model, run_chaos
+from tests.support.chaos import make_model, run_chaos
+from tests.support.chaos_plan import ChaosPlan
 
 SEED = 7
 
