@@ -392,27 +392,14 @@ class Dispatcher:
         if effects.tokens:
             run.timeline.tokens(len(effects.tokens))
             run.push(effects.tokens)
-            if run.charges:
-                self._prove(run)
+            self._breakers.progressed(run.charges, run.timeline.attempts[-1])
         if effects.failure is not None:
             run.timeline.attempt_failed(effects.failure)
-            self._charge(run, effects.failure)
+            self._breakers.failed(effects.failure, run.timeline.attempts[-1], run.charges)
         if run.ledger.state is RequestState.ENDED:
             self._ended(run)
         elif effects.failure is not None:
             self._retry(run, effects.failure)
-
-    def _charge(self, run: Run, failure: Failure) -> None:
-        attempt = run.timeline.attempts[-1]
-        charge = self._breakers.failed(failure, attempt.placement, attempt.placed_at)
-        if charge is not None:
-            run.charges.append(charge)
-
-    def _prove(self, run: Run) -> None:
-        """The attempt under way has brought what earlier ones could not."""
-        for charge in run.charges:
-            self._breakers.proven(charge, run.timeline.attempts[-1].placement)
-        run.charges.clear()
 
     def _retry(self, run: Run, failure: Failure) -> None:
         log.info(
@@ -462,9 +449,7 @@ class Dispatcher:
         self._leave_waiting(run)
         run.cancel_timer("deadline")
         run.timeline.ended(run.ledger.end, run.ledger.error)
-        attempt = run.timeline.attempts[-1] if run.timeline.attempts else None
-        if attempt is not None and attempt.num_tokens and attempt.failed_at is None:
-            self._breakers.succeeded(attempt.placement, attempt.placed_at)
+        self._breakers.ended(run.timeline.attempts)
         if run.ledger.end is not None:
             self._placer.generated(len(run.ledger.emitted))
         self._metrics.generations.labels(run.timeline.outcome).inc()

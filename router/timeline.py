@@ -42,7 +42,9 @@ class StageSpan:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Attempt:
+class Attempt:
+    """One attempt of a request: where it went, and what came of it."""
+
     number: int
     placement: Placement
     worker_ids: Mapping[str, str]
@@ -108,7 +110,7 @@ class RequestTimeline:
 
     request: GenerationRequest
     clock: Clock
-    attempts: list[_Attempt] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
     admitted_at: float | None = None
     queued: bool = False
     """Its turn did not come at once."""
@@ -127,7 +129,7 @@ class RequestTimeline:
     def placed(self, number: int, placement: Placement, worker_ids: Mapping[str, str]) -> None:
         """An attempt was sent to its workers."""
         self.attempts.append(
-            _Attempt(
+            Attempt(
                 number=number,
                 placement=placement,
                 worker_ids=worker_ids,

@@ -9,7 +9,7 @@ Fed by dispatch, asked by it before each placement, shown by the observer. What 
 - a failed hand-over, against the pair. Both workers may be well, and others may reach them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from core.clock import Clock
@@ -19,6 +19,7 @@ from router.ledger import Failure
 from router.metrics import FleetMetrics
 from router.placement.decision import Placement
 from router.placement.prices import Distrust
+from router.timeline import Attempt
 
 Pair = tuple[str, str]
 """Addresses of a prefill and of a decode worker."""
@@ -69,26 +70,31 @@ class Breakers:
             del self._breakers[key]
         self._fail(worker, now, f"it was lost: {cause}")
 
-    def failed(self, failure: Failure, placement: Placement, placed_at: float) -> Charge | None:
-        """An attempt failed; returns what is to be charged once it is proven."""
-        if failure.code is ErrorCode.KV_TRANSFER and placement.prefill is not None:
-            self._fail((placement.prefill, placement.worker), placed_at, failure.message)
+    def failed(self, failure: Failure, attempt: Attempt, charges: list[Charge]) -> None:
+        """An attempt failed; what is not proven yet is added to the charges of its request."""
+        prefill, worker = attempt.placement.prefill, attempt.placement.worker
+        if failure.code is ErrorCode.KV_TRANSFER and prefill is not None:
+            self._fail((prefill, worker), attempt.placed_at, failure.message)
         elif failure.code in SUSPECT:
-            return Charge(failure.worker, placed_at, failure.message)
-        return None
+            charges.append(Charge(failure.worker, attempt.placed_at, failure.message))
 
-    def proven(self, charge: Charge, placement: Placement) -> None:
-        """The workers of another attempt have done what had failed."""
-        if charge.worker not in (placement.worker, placement.prefill):
-            self._fail(charge.worker, charge.began_at, charge.cause)
+    def progressed(self, charges: list[Charge], attempt: Attempt) -> None:
+        """An attempt brought the token that those before it could not: their charges are proven."""
+        for charge in charges:
+            if charge.worker not in (attempt.placement.worker, attempt.placement.prefill):
+                self._fail(charge.worker, charge.began_at, charge.cause)
+        charges.clear()
 
-    def succeeded(self, placement: Placement, placed_at: float) -> None:
-        """An attempt ended well, or its client had enough of what came."""
-        for key in _keys(placement):
-            breaker = self._breakers.get(key)
-            if breaker is not None:
-                breaker.succeeded(placed_at)
-        self._tidy()
+    def ended(self, attempts: Sequence[Attempt]) -> None:
+        """A request is over: well for the last attempt, unless that failed or brought nothing."""
+        if not self._breakers or not attempts:
+            return
+        last = attempts[-1]
+        if last.num_tokens and last.failed_at is None:
+            for key in _keys(last.placement):
+                if key in self._breakers:
+                    self._breakers[key].succeeded(last.placed_at)
+            self._tidy()
 
     def distrust(self) -> Distrust:
         """Whom not to place on now, and why."""

@@ -5,10 +5,11 @@ from prometheus_client import CollectorRegistry
 
 from core.errors import ErrorCode
 from router.fleet.breaker import BreakerLimits
-from router.fleet.breakers import Breakers
+from router.fleet.breakers import Breakers, Charge
 from router.ledger import Failure
 from router.metrics import FleetMetrics
 from router.placement.decision import Mode, Placement
+from router.timeline import Attempt
 from tests.support.engine import FakeClock
 
 LIMITS = BreakerLimits(failures=2, window_s=60.0, open_s=2.0, open_max_s=60.0)
@@ -35,12 +36,23 @@ class Side:
     def attempt_fails(
         self, code: str, placement: Placement, *, cured_by: Placement | None = None
     ) -> None:
-        began_at = self.clock.now
+        attempt = self.attempt(placement)
         self.clock.now += 0.1
         failure = Failure(ErrorCode(code), "on purpose", placement.worker)
-        charge = self.breakers.failed(failure, placement, began_at)
-        if charge is not None and cured_by is not None:
-            self.breakers.proven(charge, cured_by)
+        charges: list[Charge] = []
+        self.breakers.failed(failure, attempt, charges)
+        if cured_by is not None:
+            self.breakers.progressed(charges, self.attempt(cured_by))
+            assert not charges
+
+    def attempt(self, placement: Placement, num_tokens: int = 0) -> Attempt:
+        return Attempt(
+            number=1,
+            placement=placement,
+            worker_ids={},
+            placed_at=self.clock.now,
+            num_tokens=num_tokens,
+        )
 
     @property
     def shut(self) -> set[object]:
@@ -69,7 +81,9 @@ def test_a_worker_that_fails_what_another_can_do_is_left_alone(side: Side, code:
     assert not side.shut and side.breakers.describe("a")["state"] == "half_open"
     side.breakers.placed(placed("a"))
     assert side.shut == {"a"}, "one request tries it"
-    side.breakers.succeeded(placed("a"), side.clock.now)
+    side.breakers.ended([side.attempt(placed("a"))])
+    assert side.shut == {"a"}, "it has brought nothing"
+    side.breakers.ended([side.attempt(placed("a"), num_tokens=1)])
     assert not side.shut
     assert side.breakers.describe("a") == {"state": "closed", "failures": 0}
     assert side.metric("breakers_open", "worker") == 0
