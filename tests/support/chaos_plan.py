@@ -83,6 +83,8 @@ class ChaosReport:
     failures: list[str] = field(default_factory=list)
     answers: Counter[str] = field(default_factory=Counter)
     """By kind of request."""
+    near_ties: list[int] = field(default_factory=list)
+    """Requests whose answers differ by rounding alone; see chaos_ties.py."""
     left_out: list[Blow] = field(default_factory=list)
     """Blows that would have left nobody to go on: others had not come back in time."""
     retries: dict[str, float] = field(default_factory=dict)
@@ -98,7 +100,8 @@ class ChaosReport:
                 f"workers: {self.plan.worker_settings}; router: {self.plan.router_settings}",
                 schedule,
                 f"answers: {dict(self.answers)}; attempts that failed: {self.retries}; "
-                f"balanced after {self.balanced_after_s:.1f} s; phases {self.phases_s}",
+                f"near ties: {self.near_ties}; phases {self.phases_s}; "
+                f"balanced after {self.balanced_after_s:.1f} s",
                 *(f"left out: {blow}" for blow in self.left_out),
                 *(f"FAILURE {failure}" for failure in self.failures),
             ]
