@@ -10,8 +10,8 @@ from tests.support.chaos_schedule import Blow, make_schedule
 STEP_DELAY = "engine.step:delay=40ms"
 """Makes a tiny model slow enough for blows to fall amid answers, without work for the processor."""
 WORKER = {
-    "kv_cache_memory": "4MiB",
-    "max_num_seqs": 16,
+    "kv_cache_memory": "6MiB",
+    "max_num_seqs": 32,
     "max_step_tokens": 64,
     "stall_after_s": "2s",
     "drain_timeout_s": "5s",
@@ -22,7 +22,7 @@ ROUTER = {
     "worker_silence_s": "1500ms",
     "connect_timeout_s": "3s",
     "no_worker_grace_s": "30s",
-    "request_timeout_s": "60s",
+    "request_timeout_s": "120s",
     "max_attempts": 12,
     "served_model_name": "chaos",
 }
@@ -35,7 +35,7 @@ VARIED_WORKER: dict[str, Sequence[object]] = {
 }
 VARIED_ROUTER: dict[str, Sequence[object]] = {
     "local_prefill_max_tokens": [0, 40],
-    "max_in_flight": [10, 1024],
+    "max_in_flight": [64, 1024],
     "faults": [
         "",
         "rpc.link.receive:cut@0.0005",
