@@ -27,7 +27,7 @@ from tests.support.chaos_requests import (
     make_requests,
 )
 from tests.support.chaos_schedule import Blow
-from tests.support.chaos_ties import is_near_tie
+from tests.support.chaos_ties import MOST_TIES, is_near_tie
 from tests.support.cluster import START_S, Cluster, Worker, make_worker, routed
 from tests.support.models import make_checkpoint
 from tests.support.process import frozen, http_status, wait_until
@@ -211,6 +211,8 @@ def run_chaos(model: Path, plan: ChaosPlan) -> ChaosReport:
         phase_ended("peace")
         asyncio.run(under_blows(system, proxies, model, plan, requests, report, expected))
         phase_ended("blows")
+        if len(report.near_ties) > MOST_TIES:
+            report.failures.append(f"too many near ties for chance: {report.near_ties}")
         _settle(system, report)
         report.log += system.log
         report.failures += unforeseen(report.log)
