@@ -449,7 +449,8 @@ class Dispatcher:
         self._leave_waiting(run)
         run.cancel_timer("deadline")
         run.timeline.ended(run.ledger.end, run.ledger.error)
-        self._breakers.ended(run.timeline.attempts)
+        if run.ledger.error is None:
+            self._breakers.ended(run.timeline.attempts)
         if run.ledger.end is not None:
             self._placer.generated(len(run.ledger.emitted))
         self._metrics.generations.labels(run.timeline.outcome).inc()

@@ -100,6 +100,11 @@ class Breaker:
         return True
 
     def forgettable(self, now: float) -> bool:
-        """True if a new one would act alike."""
-        closed = self.state(now) is BreakerState.CLOSED
-        return closed and (not self.failures or now - self._failed_at > self._limits.window_s)
+        """True if a new one would act alike, or nothing has been heard for so long that it may.
+
+        What has gone for good must not be remembered for good.
+        """
+        quiet_s = now - self._failed_at
+        if self.state(now) is BreakerState.CLOSED:
+            return not self.failures or quiet_s > self._limits.window_s
+        return quiet_s > self._limits.window_s + 2 * self._limits.open_max_s

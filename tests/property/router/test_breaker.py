@@ -110,3 +110,12 @@ def test_failures_that_came_together_count_once_and_old_ones_are_forgotten() -> 
     assert breaker.failures == 2
     assert not breaker.failed(33.5, 33.5, "x") and breaker.failures == 1
     assert not breaker.forgettable(60.0) and breaker.forgettable(63.6)
+
+
+def test_what_has_gone_for_good_is_forgotten() -> None:
+    breaker = Breaker(LIMITS)
+    for at in range(3):
+        breaker.failed(at, at, "x")
+    assert breaker.state(2.0) is BreakerState.OPEN
+    assert not breaker.forgettable(60.0), "half-open, and to be tried with care"
+    assert breaker.forgettable(64.1)
