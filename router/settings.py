@@ -228,7 +228,7 @@ class RouterSettings(BaseModel):
     faults: Annotated[str, AfterValidator(fault_text)] = Field(
         "",
         description="Fails on purpose, for tests: a text such as rpc.link.send:cut@0.01;seed=7, "
-        "or a file of it; docs/fault-injection.md has the names.",
+        "or a file of it; docs/fault-injection.md has the names; default: none.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe messages to log."

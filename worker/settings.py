@@ -167,7 +167,7 @@ class WorkerSettings(BaseModel):
     faults: FaultText = Field(
         "",
         description="Fails on purpose, for tests: a text such as kv.read:fail@0.1;seed=7, or a "
-        "file of it; docs/fault-injection.md has the names.",
+        "file of it; docs/fault-injection.md has the names; default: none.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe messages to log."
