@@ -39,6 +39,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
 
 RETRYABLE: frozenset[ErrorCode] = frozenset(
     {ErrorCode.WORKER_LOST, ErrorCode.KV_TRANSFER, ErrorCode.OVERLOADED, ErrorCode.UNAVAILABLE}
+    | {ErrorCode.INTERNAL}
 )
 """Causes that another attempt on another worker can cure."""
 

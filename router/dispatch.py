@@ -21,6 +21,7 @@ from core.errors import (
     UnavailableError,
 )
 from router.admission import Admission, AdmissionLimits, Priority, Ticket, check_fits, pushed_out
+from router.fleet.breakers import Breakers
 from router.fleet.worker import (
     CacheChange,
     LegEnd,
@@ -82,6 +83,7 @@ class Dispatcher:
         metrics: FleetMetrics,
         clock: Clock,
         spans: Spans,
+        breakers: Breakers,
     ) -> None:
         self._workers = workers
         self._placer = placer
@@ -91,6 +93,7 @@ class Dispatcher:
         metrics.watch_workers(lambda: workers.census)
         self._clock = clock
         self._spans = spans
+        self._breakers = breakers
         self._runs: dict[str, Run] = {}
         self._waiting: dict[str, Run] = {}
         """Runs that no worker could take."""
@@ -162,6 +165,11 @@ class Dispatcher:
         """End every sequence with what it has; see Generator."""
         return sum([self.abort(request_id) for request_id in list(self._runs)])
 
+    @property
+    def breakers(self) -> Breakers:
+        """Whom it trusts."""
+        return self._breakers
+
     def recent(self, count: int) -> list[RequestTimeline]:
         """Timelines of the latest requests, newest first."""
         return self._timelines.latest(count)
@@ -192,6 +200,7 @@ class Dispatcher:
     def lost(self, worker: str, cause: str) -> None:
         """A worker is gone: each of its requests goes on elsewhere."""
         self._placer.drop(worker)
+        self._breakers.lost(worker, cause)
         self._ready.discard(worker)
         for run in list(self._runs.values()):
             self._carry_out(run, run.ledger.lost(worker, cause))
@@ -325,6 +334,7 @@ class Dispatcher:
                 now,
                 avoid=run.ledger.avoid | self._apart_from_sibling(run),
                 allow_avoided=now >= run.retry_at,
+                distrust=self._breakers.distrust(),
                 model_digest=run.model_digest if run.ledger.emitted else None,
                 absent=[
                     Refusal((worker,), cause) for worker, cause in self._workers.absent.items()
@@ -364,6 +374,7 @@ class Dispatcher:
         run.prompt_worker = placement.prefill
         run.ledger.place(messages, mode=placement.mode.value)
         run.timeline.placed(run.ledger.attempt, placement, worker_ids)
+        self._breakers.placed(placement)
         self._metrics.routing.labels(placement.mode.value).inc()
         self._metrics.prefix_match.observe(placement.cached_tokens / run.prompt.num_tokens)
         run.wake()
@@ -380,8 +391,10 @@ class Dispatcher:
         if effects.tokens:
             run.timeline.tokens(len(effects.tokens))
             run.push(effects.tokens)
+            self._breakers.progressed(run.charges, run.timeline.attempts[-1])
         if effects.failure is not None:
             run.timeline.attempt_failed(effects.failure)
+            self._breakers.failed(effects.failure, run.timeline.attempts[-1], run.charges)
         if run.ledger.state is RequestState.ENDED:
             self._ended(run)
         elif effects.failure is not None:
@@ -436,6 +449,8 @@ class Dispatcher:
         self._leave_waiting(run)
         run.cancel_timer("deadline")
         run.timeline.ended(run.ledger.end, run.ledger.error)
+        if run.ledger.error is None:
+            self._breakers.ended(run.timeline.attempts)
         if run.ledger.end is not None:
             self._placer.generated(len(run.ledger.emitted))
         self._metrics.generations.labels(run.timeline.outcome).inc()

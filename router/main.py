@@ -35,7 +35,10 @@ from router.api.settings import ApiSettings
 from router.api.slo import SloTargets
 from router.app import create_app
 from router.dispatch import Dispatcher
+from router.fleet.breaker import BreakerLimits
+from router.fleet.breakers import Breakers
 from router.fleet.discovery import Discovery
+from router.fleet.faulty_link import attach_with
 from router.fleet.fleet import Fleet
 from router.fleet.link import LinkSettings
 from router.fleet.sources import open_discovery
@@ -53,11 +56,14 @@ from router.tls import ServerCertificate, server_certificate
 from router.watched import LOOK_EVERY_S
 from rpc.auth import Credentials
 from rpc.channel import open_channel
+from telemetry.faults import Faults, parse_faults
 from telemetry.logs import setup
 from telemetry.metrics import ProcessRegistry, serve_metrics, show_build
 
 log = logging.getLogger(__name__)
 
+BREAKER_WINDOW_S = 60.0
+"""A failure counts together with one before it if no more time lies between, in seconds."""
 FLUSH_S = 2.0
 """Time that answers have to reach their clients once the last request has ended."""
 
@@ -121,7 +127,7 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
                     itl_s=settings.slo_itl_s,
                 ),
             ),
-            observed=Observer(fleet, dispatcher),
+            observed=Observer(fleet, dispatcher, dispatcher.breakers),
             registry=registry,
         )
         server = http_server(
@@ -205,6 +211,8 @@ async def dispatcher_on_fleet(
         key=settings.tls_key,
         server_name=settings.tls_server_name,
     )
+    faults = Faults(parse_faults(settings.faults), "router")
+    faults.announce()
     router_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     fleet = Fleet(
         discovery or open_discovery(settings, registry),
@@ -217,6 +225,7 @@ async def dispatcher_on_fleet(
             reconnect_max_s=settings.reconnect_max_s,
             queue_size=settings.link_queue,
         ),
+        attach_with(faults),
     )
     placer = Placer(
         CostSettings(
@@ -230,7 +239,15 @@ async def dispatcher_on_fleet(
     spans = open_spans(
         settings.trace_endpoint, router_id=router_id, ratio=settings.trace_ratio, clock=monotonic
     )
-    dispatcher = Dispatcher(fleet, placer, settings, FleetMetrics(registry), monotonic, spans)
+    metrics = FleetMetrics(registry)
+    limits = BreakerLimits(
+        failures=settings.breaker_failures,
+        window_s=BREAKER_WINDOW_S,
+        open_s=settings.breaker_open_s,
+        open_max_s=settings.breaker_open_max_s,
+    )
+    breakers = Breakers(limits, metrics, monotonic)
+    dispatcher = Dispatcher(fleet, placer, settings, metrics, monotonic, spans, breakers)
     async with asyncio.TaskGroup() as group:
         links = group.create_task(fleet.run(dispatcher), name="fleet")
         await asyncio.sleep(0)  # a static list is known before the first request comes

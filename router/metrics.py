@@ -128,6 +128,18 @@ class FleetMetrics:
             "Distinct KV blocks known or predicted to be cached on some worker.",
             registry=registry,
         )
+        self.breakers = Gauge(
+            "diptych_router_breakers_open",
+            "Workers, or pairs of a prefill and a decode worker, that are not trusted now.",
+            ["scope"],
+            registry=registry,
+        )
+        self.breaker_openings = Counter(
+            "diptych_router_breaker_openings_total",
+            "Times that failures shut out a worker, or a pair of them.",
+            ["scope"],
+            registry=registry,
+        )
         self.stale_messages = Counter(
             "diptych_router_stale_messages_total",
             "Messages about a request or an attempt that is over.",

@@ -27,6 +27,13 @@ class Statuses(Protocol):
         """Every known worker."""
 
 
+class Trust(Protocol):
+    """What is read of the breakers."""
+
+    def describe(self, key: str | tuple[str, str]) -> Mapping[str, object]:
+        """Of a worker, or of a prefill and a decode worker, by address."""
+
+
 class Recent(Protocol):
     """What is read of dispatch."""
 
@@ -54,9 +61,10 @@ class CacheHit:
 class Observer:
     """Answers what the console and scripts ask of a router."""
 
-    def __init__(self, fleet: Statuses, requests: Recent) -> None:
+    def __init__(self, fleet: Statuses, requests: Recent, trust: Trust) -> None:
         self._fleet = fleet
         self._requests = requests
+        self._trust = trust
 
     def fleet(self) -> dict[str, object]:
         """Every worker with its load, and every link from a prefill to a decode worker."""
@@ -64,8 +72,11 @@ class Observer:
         hits = cache_hits(self._requests.recent(CACHE_WINDOW))
         return {
             "object": "fleet",
-            "workers": [_worker(status, hits) for status in statuses],
-            "links": _links(statuses),
+            "workers": [
+                _worker(status, hits) | {"breaker": self._trust.describe(status.address)}
+                for status in statuses
+            ],
+            "links": _links(statuses, self._trust),
         }
 
     def requests(self, count: int) -> list[dict[str, object]]:
@@ -121,18 +132,19 @@ def _worker(status: WorkerStatus, hits: Mapping[str, CacheHit]) -> dict[str, obj
     }
 
 
-def _links(statuses: Sequence[WorkerStatus]) -> list[dict[str, object]]:
-    attached = [(status.load, status.info) for status in statuses if status.info is not None]
+def _links(statuses: Sequence[WorkerStatus], trust: Trust) -> list[dict[str, object]]:
+    attached = [(status, status.info) for status in statuses if status.info is not None]
     return [
         {
             "prefill": source.worker_id,
             "decode": target.worker_id,
-            "bytes_per_s": load.link_bytes_per_s.get(source.worker_id),
-            "latency_s": load.link_latency_s.get(source.worker_id),
-            "transport": load.transport or None,
+            "bytes_per_s": here.load.link_bytes_per_s.get(source.worker_id),
+            "latency_s": here.load.link_latency_s.get(source.worker_id),
+            "transport": here.load.transport or None,
+            "breaker": trust.describe((there.address, here.address)),
         }
-        for _, source in attached
+        for there, source in attached
         if source.role is Role.PREFILL
-        for load, target in attached
+        for here, target in attached
         if target.role is Role.DECODE
     ]

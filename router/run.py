@@ -11,6 +11,7 @@ from dataclasses import replace
 from core.block_hash import hash_blocks, root_hash
 from core.sampling import SamplingParams
 from core.tokens import PromptLogprobs
+from router.fleet.breakers import Charge
 from router.fleet.wire import submit_to_proto, with_phase
 from router.fleet.worker import Phase, TokenRun, WorkerInfo
 from router.generation import GenerationEnd, GenerationRequest, Token
@@ -36,6 +37,8 @@ class Run:
         """Where another worker than the one that generates computes the prompt, if one does."""
         self.retry_at = 0.0
         """From when on a worker that failed it may be tried again, monotonic seconds."""
+        self.charges: list[Charge] = []
+        """Failures of workers that are not proven to be theirs yet."""
         self.refusal = ""
         """Why no worker could take it when last tried."""
         self._timers: dict[str, asyncio.TimerHandle] = {}

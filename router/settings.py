@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from core.settings import ByteSize, Seconds, secret_names
+from telemetry.faults import fault_text
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[^\s:\[\]]+):(\d{1,5})")
 
@@ -153,6 +154,21 @@ class RouterSettings(BaseModel):
     no_worker_grace_s: Seconds = Field(
         10.0, ge=0, description="How long a request waits while no worker can take it."
     )
+    breaker_failures: int = Field(
+        3,
+        ge=1,
+        description="Failures of a worker in a row, each within a minute of the one before, after "
+        "which it gets nothing while another can serve; a client's fault never counts.",
+    )
+    breaker_open_s: Seconds = Field(
+        2.0,
+        gt=0,
+        description="How long such a worker, or a pair whose hand-over failed, is left alone until "
+        "one request tries it; doubles each time up to breaker_open_max_s.",
+    )
+    breaker_open_max_s: Seconds = Field(
+        60.0, gt=0, description="Longest time that one is left alone."
+    )
     connect_timeout_s: Seconds = Field(
         5.0, gt=0, description="Time that a worker has to answer when the router attaches to it."
     )
@@ -221,6 +237,11 @@ class RouterSettings(BaseModel):
     )
     shutdown_grace_s: Seconds = Field(
         20.0, ge=0, description="Time that SIGTERM leaves running requests to finish."
+    )
+    faults: Annotated[str, AfterValidator(fault_text)] = Field(
+        "",
+        description="Fails on purpose, for tests: a text such as rpc.link.send:cut@0.01;seed=7, "
+        "or a file of it; docs/fault-injection.md has the names; default: none.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe messages to log."

@@ -51,7 +51,9 @@ class StageSpan:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Attempt:
+class Attempt:
+    """One attempt of a request: where it went, and what came of it."""
+
     number: int
     placement: Placement
     worker_ids: Mapping[str, str]
@@ -117,7 +119,7 @@ class RequestTimeline:
 
     request: GenerationRequest
     clock: Clock
-    attempts: list[_Attempt] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
     admitted_at: float | None = None
     queued: bool = False
     """Its turn did not come at once."""
@@ -136,7 +138,7 @@ class RequestTimeline:
     def placed(self, number: int, placement: Placement, worker_ids: Mapping[str, str]) -> None:
         """An attempt was sent to its workers."""
         self.attempts.append(
-            _Attempt(
+            Attempt(
                 number=number,
                 placement=placement,
                 worker_ids=worker_ids,

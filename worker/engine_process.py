@@ -27,10 +27,12 @@ from engine.parallel.meeting import Meeting
 from engine.parallel.peers import OtherNodes
 from kvtransfer.wire import layout_to_proto
 from rpc.v1 import ipc_pb2, worker_pb2
+from telemetry.faults import Faults, Point, parse_faults
 from telemetry.logs import setup
 from telemetry.metrics import ProcessRegistry
 from worker.convert import error_of
-from worker.ipc import EnginePipe, PipeClosedError
+from worker.faulty import FaultyExecutor, FaultyPipe
+from worker.ipc import CommandPipe, EnginePipe, PipeClosedError
 from worker.loop import EngineLoop
 from worker.role import BuildRole, Outbox, Role, RoleContext
 from worker.settings import WorkerSettings, engine_config
@@ -99,14 +101,20 @@ def _other_nodes(settings: WorkerSettings, told: ipc_pb2.OtherNodes) -> OtherNod
 def _build(
     settings: WorkerSettings,
     build_role: BuildRole,
-    pipe: EnginePipe,
+    pipe: CommandPipe,
     elsewhere: OtherNodes | None,
 ) -> EngineLoop:
     def progress(stage: str) -> None:
         pipe.send(ipc_pb2.EngineEvent(progress=ipc_pb2.StartupProgress(stage=stage)))
 
+    faults = Faults(parse_faults(settings.faults), settings.worker_id or "")
+    faults.announce()
     config = engine_config(settings)
     executor = build_executor(config, progress, rank_module=RANK_MODULE, elsewhere=elsewhere)
+    if faults.has(Point.ENGINE_STEP):
+        executor = FaultyExecutor(executor, faults)
+    if faults.has(Point.SUBMIT, Point.LEASE_RENEW, Point.KV_PROBE):
+        pipe = FaultyPipe(pipe, faults)
     registry = ProcessRegistry()
     dtype = executor.pool.layout.dtype
     digest = _kv_digest(executor.model_digest, dtype)
@@ -127,6 +135,7 @@ def _build(
                 outbox=outbox,
                 description=description,
                 registry=registry,
+                faults=faults,
             )
         )
 

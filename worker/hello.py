@@ -1,5 +1,7 @@
 """How a worker meets its peers: the transport it offers and the hello that says so."""
 
+from core.clock import monotonic
+from kvtransfer.faulty import FaultyTransport
 from kvtransfer.messages import Hello
 from kvtransfer.rank_transport import RankTransport
 from kvtransfer.ranked_transport import LET_GO_S, RankedTransport
@@ -8,6 +10,7 @@ from kvtransfer.wire import layout_from_proto
 from kvtransfer.worker_transport import WorkerTransport
 from rpc.v1 import worker_pb2
 from rpc.v1.kv_ranks_pb2 import RankOpen
+from telemetry.faults import Point
 from worker.role import RoleContext
 from worker.settings import WorkerSettings
 
@@ -32,7 +35,7 @@ def own_transport(settings: WorkerSettings, context: RoleContext) -> WorkerTrans
     )
     own = RankTransport(transport, layout_from_proto(layout), size=size)
     if context.ranks is None:
-        return own
+        return _faulty(own, context)
     opening = RankOpen(
         layout=layout,
         size=size,
@@ -42,10 +45,16 @@ def own_transport(settings: WorkerSettings, context: RoleContext) -> WorkerTrans
         descriptor_bytes=settings.descriptor_bytes,
     )
     try:
-        return RankedTransport(own, context.ranks, opening, let_go_s=LET_GO_S)
+        return _faulty(RankedTransport(own, context.ranks, opening, let_go_s=LET_GO_S), context)
     except BaseException:
         own.close()
         raise
+
+
+def _faulty(transport: WorkerTransport, context: RoleContext) -> WorkerTransport:
+    if not context.faults.has(Point.KV_READ):
+        return transport
+    return FaultyTransport(transport, context.pool, context.faults, monotonic)
 
 
 def own_hello(

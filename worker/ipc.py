@@ -11,7 +11,7 @@ import select
 import socket
 import struct
 from collections.abc import AsyncIterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -57,6 +57,18 @@ def _decode(kind: type[M], body: bytes) -> M:
         return kind.FromString(body)
     except DecodeError as error:
         raise PipeClosedError(f"a frame of {len(body)} bytes is no {kind.__name__}") from error
+
+
+class CommandPipe(Protocol):
+    """What the engine loop needs of its end of the pipe; see EnginePipe."""
+
+    def receive(self, timeout_s: float) -> list[ipc_pb2.EngineCommand]:
+        """Commands that have arrived."""
+        ...
+
+    def send(self, event: ipc_pb2.EngineEvent) -> None:
+        """Send one event."""
+        ...
 
 
 class EnginePipe:

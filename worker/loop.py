@@ -19,7 +19,7 @@ from kvtransfer.messages import Key
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.metrics import exposition
 from worker.convert import load_to_proto, lower_tiers_to_proto, request_from_proto
-from worker.ipc import EnginePipe
+from worker.ipc import CommandPipe
 from worker.role import Outbox, Role, Submission, engine_id
 from worker.submissions import Submissions
 
@@ -39,7 +39,7 @@ class EngineLoop:
         *,
         engine: Engine,
         build_role: Callable[[Outbox], Role],
-        pipe: EnginePipe,
+        pipe: CommandPipe,
         description: worker_pb2.WorkerDescription,
         heartbeat_interval_s: float,
         clock: Clock,

@@ -21,9 +21,11 @@ from core.version import installed_version
 from rpc.auth import Credentials
 from rpc.server import RpcServer, build_server
 from rpc.v1 import ipc_pb2, nodes_pb2_grpc, worker_pb2, worker_pb2_grpc
+from telemetry.faults import Faults, Point, parse_faults
 from telemetry.metrics import ProcessRegistry, serve_metrics, show_build
 from worker.engine_child import EngineChild, EngineFailedError
 from worker.exit_status import EXIT_FAILED, EXIT_NODE_LOST
+from worker.faulty_links import FaultySwitchboard
 from worker.following import serve_follower
 from worker.ipc import ServicePipe
 from worker.leading import NODES_SERVICE, NodeLostError, NodesService
@@ -110,7 +112,7 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         )
         stack.push_async_callback(child.end)
         view = EngineView(stall_after_s=settings.stall_after_s, clock=monotonic)
-        switchboard = Switchboard(child.pipe)
+        switchboard = _switchboard(settings, child.pipe)
         service = WorkerService(child.pipe, switchboard, view)
         extension = role.build_extension(switchboard, credentials)
         stack.push_async_callback(extension.close)
@@ -218,6 +220,13 @@ async def _serve_until_told(
     finally:
         stop.cancel()
         start.cancel()
+
+
+def _switchboard(settings: WorkerSettings, pipe: ServicePipe) -> Switchboard:
+    faults = Faults(parse_faults(settings.faults), settings.worker_id or "")
+    if faults.has(Point.LINK_OPEN, Point.LINK_SEND, Point.LINK_RECEIVE):
+        return FaultySwitchboard(pipe, faults)
+    return Switchboard(pipe)
 
 
 def process_registry(

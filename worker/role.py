@@ -19,6 +19,7 @@ from engine.request import EngineRequest, StepOutputs
 from kvtransfer.messages import Key
 from kvtransfer.transport import BlockPool
 from rpc.v1 import ipc_pb2, worker_pb2
+from telemetry.faults import Faults
 
 
 def engine_id(key: Key) -> str:
@@ -149,6 +150,7 @@ class RoleContext:
     outbox: Outbox
     description: worker_pb2.WorkerDescription
     registry: CollectorRegistry
+    faults: Faults = field(default_factory=Faults)
 
 
 BuildRole = Callable[[RoleContext], Role]

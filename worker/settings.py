@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, mo
 
 from core.settings import ByteSize, Seconds
 from engine.config import EngineConfig
+from telemetry.faults import fault_text
 
 
 def _known_device(name: str) -> str:
@@ -17,6 +18,7 @@ def _known_device(name: str) -> str:
 
 
 Device = Annotated[str, AfterValidator(_known_device)]
+FaultText = Annotated[str, AfterValidator(fault_text)]
 
 
 class WorkerSettings(BaseModel):
@@ -188,6 +190,11 @@ class WorkerSettings(BaseModel):
         "is left then to other workers.",
     )
 
+    faults: FaultText = Field(
+        "",
+        description="Fails on purpose, for tests: a text such as kv.read:fail@0.1;seed=7, or a "
+        "file of it; docs/fault-injection.md has the names; default: none.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe messages to log."
     )

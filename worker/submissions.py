@@ -19,14 +19,14 @@ from worker.convert import (
     logprobs_to_proto,
     prompt_logprobs_to_proto,
 )
-from worker.ipc import EnginePipe
+from worker.ipc import CommandPipe
 from worker.role import Submission, engine_id
 
 
 class Submissions:
     """Live submissions by key, and the way back to their routers; a `worker.role.Outbox`."""
 
-    def __init__(self, pipe: EnginePipe, clock: Clock) -> None:
+    def __init__(self, pipe: CommandPipe, clock: Clock) -> None:
         self._pipe = pipe
         self._clock = clock
         self._by_key: dict[Key, Submission] = {}

@@ -74,7 +74,12 @@ class Switchboard:
 
     def open(self, number: int | None = None) -> Channel[Out]:
         """Open a channel; what the engine addresses to it is queued from now on."""
-        channel: Channel[Out] = Channel(next(self._numbers) if number is None else number)
+        return self._add(Channel(self._numbered(number)))
+
+    def _numbered(self, number: int | None) -> int:
+        return next(self._numbers) if number is None else number
+
+    def _add(self, channel: Channel[Out]) -> Channel[Out]:
         self._channels[channel.number] = channel  # type: ignore[assignment]
         self._empty.clear()
         return channel

@@ -12,7 +12,7 @@ from typing import cast
 import grpc
 
 from router.fleet.discovery import Discovery, Member
-from router.fleet.link import LinkListener, LinkSettings, WorkerLink
+from router.fleet.link import LinkListener, LinkSettings, Stream, WorkerLink, attach
 from router.fleet.worker import Role, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 from rpc.v1 import worker_pb2, worker_pb2_grpc
 
@@ -25,10 +25,12 @@ class Fleet:
         discovery: Discovery,
         open_channel: Callable[[str], grpc.aio.Channel],
         settings: LinkSettings,
+        attach: Callable[[grpc.aio.Channel], Stream] = attach,
     ) -> None:
         self._discovery = discovery
         self._open_channel = open_channel
         self._settings = settings
+        self._attach = attach
         self._links: dict[str, WorkerLink] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._listener: LinkListener | None = None
@@ -51,7 +53,14 @@ class Fleet:
             self.update(address, member)  # it comes back while its link was ending
             return
         assert self._group is not None and self._listener is not None
-        link = WorkerLink(address, member, self._open_channel, self._listener, self._settings)
+        link = WorkerLink(
+            address,
+            member,
+            self._open_channel,
+            self._listener,
+            self._settings,
+            self._attach,
+        )
         self._links[address] = link
         self._tasks[address] = self._group.create_task(self._keep(link), name=f"link {address}")
 

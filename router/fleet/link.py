@@ -44,7 +44,21 @@ BACKOFF_FIRST_S = 0.1
 RESYNC_INTERVAL_S = 0.5
 """Shortest time between two requests for a snapshot: one in flight answers many gaps."""
 
-_Stream = grpc.aio.StreamStreamCall[worker_pb2.RouterMessage, worker_pb2.WorkerMessage]
+
+class Stream(Protocol):
+    """What a session needs of an Attach stream; see grpc.aio.StreamStreamCall."""
+
+    async def read(self) -> object:
+        """The next message, or grpc.aio.EOF. Raises InvalidStateError as `write` does."""
+
+    async def write(self, request: worker_pb2.RouterMessage) -> None:
+        """Send a message. Raises asyncio.InvalidStateError once the stream is over."""
+
+
+def attach(channel: grpc.aio.Channel) -> Stream:
+    """Open an Attach stream."""
+    # The stub is typed for synchronous channels.
+    return cast(Stream, worker_pb2_grpc.WorkerStub(channel).Attach())
 
 
 class LinkListener(Protocol):
@@ -103,6 +117,7 @@ class WorkerLink:
         open_channel: Callable[[str], grpc.aio.Channel],
         listener: LinkListener,
         settings: LinkSettings,
+        attach: Callable[[grpc.aio.Channel], Stream] = attach,
     ) -> None:
         self.address = address
         self.member = member
@@ -118,6 +133,7 @@ class WorkerLink:
         self.cause = "not reached yet"
         """Why it is lost."""
         self._open_channel = open_channel
+        self._attach = attach
         self._listener = listener
         self._settings = settings
         self._queue: asyncio.Queue[worker_pb2.RouterMessage] | None = None
@@ -204,9 +220,7 @@ class WorkerLink:
         return attached
 
     async def _session(self, channel: grpc.aio.Channel) -> None:
-        # The stub is typed for synchronous channels.
-        stub = worker_pb2_grpc.WorkerStub(channel)
-        stream = cast(_Stream, stub.Attach())
+        stream = self._attach(channel)
         early: list[worker_pb2.WorkerMessage] = []
         try:
             async with asyncio.timeout(self._settings.connect_timeout_s):
@@ -250,13 +264,13 @@ class WorkerLink:
                 self._heard_at = loop.time()
                 self._take(message)
 
-    async def _write(self, stream: _Stream, queue: asyncio.Queue[worker_pb2.RouterMessage]) -> None:
+    async def _write(self, stream: Stream, queue: asyncio.Queue[worker_pb2.RouterMessage]) -> None:
         while True:
             message = await queue.get()
             try:
                 await stream.write(message)
-            except asyncio.InvalidStateError:
-                raise _SessionEnded("the stream broke") from None
+            except asyncio.InvalidStateError as error:
+                raise _SessionEnded(str(error) or "the stream broke") from error
 
     async def _watch(self) -> None:
         """Look after the session: silence, a full queue, a snapshot that is still missing."""
@@ -325,8 +339,11 @@ class WorkerLink:
             self.send(worker_pb2.RouterMessage(resync=worker_pb2.Resync()))
 
 
-async def _read(stream: _Stream) -> worker_pb2.WorkerMessage:
-    message = await stream.read()
+async def _read(stream: Stream) -> worker_pb2.WorkerMessage:
+    try:
+        message = await stream.read()
+    except asyncio.InvalidStateError as error:
+        raise _SessionEnded(str(error) or "the stream broke") from error
     if not isinstance(message, worker_pb2.WorkerMessage):
         raise _SessionEnded("it closed the stream")
     return message

@@ -5,7 +5,7 @@ them; a decode worker that computes the prompt too, where what it lacks is short
 and, only if neither is possible, any worker alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from router.placement.decision import (
     TransferRate,
 )
 from router.placement.pairing import cheapest, cheapest_pair
-from router.placement.prices import Demand, Outlook, Prices, fits
+from router.placement.prices import Demand, Distrust, Outlook, Prices, fits
 
 MAX_REASONS = 16
 """Refusals that an error names."""
@@ -48,22 +48,37 @@ def choose(
     prices = Prices(columns, demand, outlook)
     refused = [*absent, *_refusals(columns, demand)]
     usable = prices.usable
-    avoided = np.zeros_like(usable)
-    for key in demand.avoid:
-        row = columns.row(key)
-        if row is not None:
-            avoided[row] = True
-    placement = _choose_among(prices, usable & ~avoided, refused)
-    if placement is None and demand.allow_avoided and (usable & avoided).any():
-        placement = _choose_among(prices, usable, refused)
-    if placement is not None:
-        return placement
-    refused += [
-        Refusal((columns.view(row).key,), "failed this request")
-        for row in np.flatnonzero(usable & avoided).tolist()
-    ]
+    avoided = _marked(columns, demand.avoid)
+    shut = _marked(columns, demand.distrust.workers)
+    # One that failed others is better than one that failed this request, and either than none.
+    choices = [usable & ~avoided & ~shut, usable & ~avoided]
+    if demand.allow_avoided:
+        choices += [usable & ~shut, usable]
+    for rows in choices:
+        if rows.any():
+            refused += _left_out(columns, usable & ~rows, demand)
+            return _choose_among(prices, rows, refused, demand.distrust)
+    refused += _left_out(columns, usable, demand)
     reasons = "; ".join(str(refusal) for refusal in refused[:MAX_REASONS])
     raise UnavailableError(f"No worker can take the request: {reasons or 'none is configured'}.")
+
+
+def _marked(columns: WorkerColumns, keys: Iterable[str]) -> Flags:
+    marked = np.zeros_like(columns.flags("present"))
+    rows = [row for key in keys if (row := columns.row(key)) is not None]
+    marked[rows] = True
+    return marked
+
+
+def _left_out(columns: WorkerColumns, rows: Flags, demand: Demand) -> list[Refusal]:
+    """Why workers that could serve the demand are not asked to."""
+    refusals = []
+    for row in np.flatnonzero(rows)[:MAX_CANDIDATES].tolist():
+        key = columns.view(row).key
+        failed = "failed this request"
+        reason = failed if key in demand.avoid else demand.distrust.workers.get(key, failed)
+        refusals.append(Refusal((key,), reason))
+    return refusals
 
 
 def least_backlog_s(columns: WorkerColumns, now: float) -> float:
@@ -104,28 +119,40 @@ class _Plan:
     """The workers that were compared, where one serves alone."""
 
 
-def _choose_among(prices: Prices, usable: Flags, refused: Sequence[Refusal]) -> Placement | None:
+def _choose_among(
+    prices: Prices, usable: Flags, refused: Sequence[Refusal], distrust: Distrust
+) -> Placement:
+    """The cheapest plan with the usable workers, of which there is one at least."""
     columns = prices.columns
     prefill = np.flatnonzero(usable & columns.flags("prefills"))
     decode = np.flatnonzero(usable & ~columns.flags("prefills"))
-    refused = [*refused, *_unpaired(columns, prefill, decode)]
+    dark = [
+        (source, target)
+        for pair in distrust.pairs
+        if (source := columns.row(pair[0])) is not None
+        and (target := columns.row(pair[1])) is not None
+    ]
+    refused = [
+        *refused,
+        *(Refusal(pair, why) for pair, why in distrust.pairs.items()),
+        *_unpaired(columns, prefill, decode),
+    ]
 
-    plans = _pairs(prices, prefill, decode)
+    plans = _pairs(prices, prefill, decode, dark)
     limit = prices.outlook.local_prefill_max_tokens
     near = decode[prices.uncached[decode] <= limit] if len(prefill) else decode[:0]
     if len(near):
         why = f"it lacks at most {limit} tokens, and no pair is cheaper"
         plans.append(_alone(prices, near, Mode.LOCAL, why))
     if not plans:
-        everyone = np.flatnonzero(usable)
-        if not len(everyone):
-            return None
-        plans.append(_any_alone(prices, everyone, prefill, decode))
+        plans.append(_any_alone(prices, np.flatnonzero(usable), prefill, decode))
     best = min(plans, key=lambda plan: plan.cost_s)
     return _placement(prices, best, plans, (prefill, decode), refused)
 
 
-def _pairs(prices: Prices, prefill: Rows, decode: Rows) -> list[_Plan]:
+def _pairs(
+    prices: Prices, prefill: Rows, decode: Rows, dark: Sequence[tuple[int, int]]
+) -> list[_Plan]:
     """The cheapest pair among the workers that can exchange KV, if there is any."""
     columns = prices.columns
     exporters = prefill[columns.flags("exports")[prefill]]
@@ -139,6 +166,7 @@ def _pairs(prices: Prices, prefill: Rows, decode: Rows) -> list[_Plan]:
             prices.side(sources, prices.prefill),
             prices.side(targets, prices.decode),
             prices.kv_bytes[targets],
+            dark,
         )
         if pair is not None:
             pairs.append(pair)

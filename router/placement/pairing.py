@@ -4,6 +4,7 @@ Used by choose.py on workers that it has priced. Invariant: no pair is cheaper t
 of equally cheap ones it is the one whose workers were placed on least.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,30 +40,42 @@ def cheapest(side: Side, placed: Column) -> int:
 
 
 def cheapest_pair(
-    columns: WorkerColumns, exporters: Side, importers: Side, kv_bytes: Column
+    columns: WorkerColumns,
+    exporters: Side,
+    importers: Side,
+    kv_bytes: Column,
+    dark: Sequence[tuple[int, int]] = (),
 ) -> Pair | None:
-    """The best pair of workers that can exchange KV; None if one side is empty.
+    """The best pair of workers that can exchange KV; None if there is none.
 
     Args:
         columns: links and how often each worker was placed on.
         exporters: prefill workers.
         importers: decode workers.
         kv_bytes: what each importer would have to read, [importers].
+        dark: rows of pairs that are not taken at any cost.
     """
     if not len(exporters.rows) or not len(importers.rows):
         return None
     # Only exporters that could win with the best link of all need a look at each of their links.
     first = int(np.argmin(exporters.cost_s))
     rates = columns.link_rates(exporters.rows[first : first + 1], importers.rows)
-    reachable = exporters.cost_s[first] + (importers.cost_s + transfer_s(kv_bytes, rates[0])).min()
+    reachable = exporters.cost_s[first] + importers.cost_s + transfer_s(kv_bytes, rates[0])
+    for source, target in dark:
+        if source == exporters.rows[first]:
+            reachable[importers.rows == target] = np.inf
     fastest = columns["fastest_link"][importers.rows]
     floor = (importers.cost_s + transfer_s(kv_bytes, fastest)).min()
-    able = np.flatnonzero(exporters.cost_s + floor <= reachable + TIE_S)
+    able = np.flatnonzero(exporters.cost_s + floor <= reachable.min() + TIE_S)
 
     rows = exporters.rows[able]
     rates = columns.link_rates(rows, importers.rows)
     cost_s = exporters.cost_s[able, None] + (importers.cost_s + transfer_s(kv_bytes, rates))
+    for source, target in dark:
+        cost_s[np.ix_(rows == source, importers.rows == target)] = np.inf
     best_s = float(cost_s.min())
+    if best_s == np.inf:
+        return None
     sources, targets = np.nonzero(cost_s <= best_s + TIE_S)
     placed = columns["placed"]
     turns = np.lexsort((placed[importers.rows[targets]], placed[rows[sources]]))[0]

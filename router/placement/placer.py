@@ -14,7 +14,7 @@ from router.placement.columns import WorkerColumns, WorkerView
 from router.placement.cost import EXPECTED_OUTPUT_TOKENS, CostSettings, Prompt
 from router.placement.decision import Placement, Refusal
 from router.placement.prefix_index import Applied, PrefixIndex
-from router.placement.prices import Demand, Outlook
+from router.placement.prices import Demand, Distrust, Outlook
 from router.placement.rate import RecentCount, RecentCounts
 
 TRANSIT_S = 0.02
@@ -155,6 +155,7 @@ class Placer:
         *,
         avoid: Collection[str] = (),
         allow_avoided: bool = False,
+        distrust: Distrust | None = None,
         model_digest: bytes | None = None,
         absent: Sequence[Refusal] = (),
     ) -> Placement:
@@ -166,6 +167,7 @@ class Placer:
             now: monotonic seconds, the clock of `report`.
             avoid: workers that failed this request.
             allow_avoided: take one of them if there is no other.
+            distrust: who fails of late.
             model_digest: only workers with this digest.
             absent: workers that are known but not attached, with the reason.
 
@@ -180,6 +182,7 @@ class Placer:
             popularity=self._popularity.add(longest, now) if longest else 0.0,
             avoid=avoid,
             allow_avoided=allow_avoided,
+            distrust=distrust or Distrust(),
             model_digest=model_digest,
         )
         placement = choose(self._columns, demand, self._outlook(now), absent=absent)

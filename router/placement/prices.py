@@ -17,6 +17,16 @@ from router.placement.pairing import Side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Distrust:
+    """Who fails of late, and why; see fleet/breakers.py."""
+
+    workers: Mapping[str, str] = field(default_factory=dict)
+    """Used only if there is nobody else."""
+    pairs: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """Prefill and decode worker between which no KV is moved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
     """What is to be placed, and under which conditions."""
 
@@ -29,6 +39,7 @@ class Demand:
     """Workers that failed this request."""
     allow_avoided: bool = False
     """Take one of them if there is no other."""
+    distrust: Distrust = Distrust()
     model_digest: bytes | None = None
     """Only workers with this digest: another model would not continue the output alike."""
 

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,11 +51,15 @@ class Worker:
         assert self.process is not None
         return [self.process.pid, *descendants(self.process.pid)]
 
-    def start(self) -> None:
+    def start(self, *flags: str) -> None:
+        """Start it, with other flags behind its own."""
         name = f"{self.role}-{self.port}"
-        self.process = self.stack.enter_context(running(self.command, name=name, env=self.env))
+        command = [*self.command, *flags]
+        self.process = self.stack.enter_context(running(command, name=name, env=self.env))
         self.others = [
-            self.stack.enter_context(running(command, name=f"{name}/{node}", env=self.env))
+            self.stack.enter_context(
+                running([*command, *flags], name=f"{name}/{node}", env=self.env)
+            )
             for node, command in enumerate(self.other_nodes, 1)
         ]
 
@@ -270,17 +274,18 @@ def routed(
     router: Mapping[str, object] | None = None,
     router_env: Mapping[str, str] | None = None,
     headers: Mapping[str, str] | None = None,
+    through: Callable[[Worker], str] = lambda worker: worker.address,
     wait: bool = True,
 ) -> Iterator[Cluster]:
     """A router in front of workers that were started already; others may be in front of them too.
 
-    See `cluster` for the arguments.
+    See `cluster` for the arguments; `through` says at which address the router finds a worker.
     """
     port = free_port()
     options: dict[str, object] = {"port": port, "model": model, **(router or {})}
     for role, workers in (("prefill", prefill), ("decode", decode)):
         if workers:
-            options[role] = ",".join(one.address for one in workers)
+            options[role] = ",".join(through(one) for one in workers)
     command = [sys.executable, "-m", "router", *_flags(options)]
     env = {"DIPTYCH_ROUTER_AUTH_TOKEN": TOKEN, **(router_env or {})}
     with running(command, name="router", env=env) as process:

@@ -13,14 +13,17 @@ from decode.metrics import ImportMetrics
 from engine.engine import Engine
 from engine.grammar.compiler import GrammarCompiler
 from engine.metrics import EngineMetrics
+from kvtransfer.faulty import FaultyTransport
 from kvtransfer.handover_config import HandoverConfig
 from kvtransfer.messages import Hello
 from kvtransfer.rank_transport import RankTransport
 from kvtransfer.transport import BlockPieces, ReadState
+from kvtransfer.worker_transport import WorkerTransport
 from prefill.exporter import Exporter
 from prefill.metrics import ExportMetrics
 from router.fleet.wire import sampling_to_proto
 from rpc.v1 import ipc_pb2, worker_pb2
+from telemetry.faults import Faults, Point, parse_faults
 from tests.support.engine import (
     DIGEST,
     FakeClock,
@@ -29,6 +32,7 @@ from tests.support.engine import (
     WatchedEngine,
     make_config,
 )
+from worker.faulty import FaultyExecutor, FaultyPipe
 from worker.loop import EngineLoop
 from worker.role import Outbox, Role
 
@@ -180,18 +184,28 @@ def make_side(
     probe_blocks: int = 0,
     grammars: GrammarCompiler | None = None,
     num_host_blocks: int = 0,
+    faults: str = "",
     **config: object,
 ) -> Side:
-    """A worker of that role."""
+    """A worker of that role; `faults` is the text of its setting."""
+    armed = Faults(parse_faults(faults), role)
     executor = FakeExecutor(
         num_blocks, BLOCK_SIZE, overlaps=overlaps, num_host_blocks=num_host_blocks
     )
     metrics_registry = CollectorRegistry()
     metrics = EngineMetrics(metrics_registry)
-    engine = WatchedEngine(
-        make_config(**config), executor, model_digest=DIGEST, clock=clock, grammars=grammars
+    # A watched engine looks into its executor, so it can have no other around it.
+    failing = armed.has(Point.ENGINE_STEP)
+    engine = (Engine if failing else WatchedEngine)(
+        make_config(**config),
+        FaultyExecutor(executor, armed) if failing else executor,
+        model_digest=DIGEST,
+        clock=clock,
+        grammars=grammars,
     )
-    transport = RankTransport(CopyTransport(executor.pool, pools), LAYOUT)
+    transport: WorkerTransport = RankTransport(CopyTransport(executor.pool, pools), LAYOUT)
+    if armed:
+        transport = FaultyTransport(transport, executor.pool, armed, clock)
     pipe = ListPipe()
     built: list[Role] = []
     hello = Hello(
@@ -242,7 +256,7 @@ def make_side(
     loop = EngineLoop(
         engine=engine,
         build_role=build,
-        pipe=pipe,  # type: ignore[arg-type]
+        pipe=FaultyPipe(pipe, armed) if armed else pipe,
         description=description,
         heartbeat_interval_s=0.1,
         clock=clock,

@@ -12,9 +12,10 @@ import torch
 
 @dataclass
 class Oracle:
-    """A checkpoint in float32 under transformers."""
+    """A checkpoint under transformers."""
 
     folder: Path
+    dtype: torch.dtype = torch.float32
 
     @cached_property
     def _model(self) -> Any:
@@ -22,7 +23,7 @@ class Oracle:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype).eval()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -38,6 +39,12 @@ class Oracle:
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
         )
         return [int(token) for token in ids]
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Of the token after a sequence, [vocab_size]."""
+        with torch.inference_mode():
+            found: torch.Tensor = self._model(torch.tensor([list(ids)])).logits[0, -1]
+        return found.clone()
 
     def greedy(self, prompt_ids: Sequence[int], max_tokens: int, *, ignore_eos: bool) -> list[int]:
         """Greedy continuation, without the end-of-sequence token."""

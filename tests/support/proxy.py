@@ -6,6 +6,7 @@ packet and TCP sends them again. Once mended, everything that waited arrives, in
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -26,6 +27,9 @@ class Proxy:
         """May be changed, for connections to come."""
         self.num_answered = 0
         """Bytes that the target has answered so far."""
+        self.delay_s = 0.0
+        """How late every piece of data comes, either way."""
+        self._refusing = False
         self._listener = listener
         self._edit = edit
         self._lock = threading.Lock()
@@ -55,6 +59,13 @@ class Proxy:
         with self._lock:
             self._budget = num_bytes
 
+    def refuse(self) -> None:
+        """Cut every connection and every new one, until `mend`."""
+        with self._lock:
+            self._refusing = True
+            for one in self._sockets:
+                _cut(one)
+
     def wait_dark(self, timeout_s: float) -> None:
         """Until it is a black hole."""
         assert self._dark.wait(timeout_s), f"the target did not answer enough in {timeout_s} s"
@@ -63,6 +74,7 @@ class Proxy:
         """Let everything through again, what waited first."""
         with self._lock:
             self._budget = None
+            self._refusing = False
             self._dark.clear()
             self._flowing.set()
 
@@ -95,6 +107,10 @@ class Proxy:
                 self._sockets += [near, far]
                 if self._closed:
                     return
+                refused = self._refusing
+            if refused:
+                _cut(near)
+                continue
             try:
                 far.connect(self.target)
             except OSError:
@@ -108,6 +124,7 @@ class Proxy:
             while data := source.recv(_CHUNK_BYTES):
                 for part in self._parts(self._edit(data)) if counted else (data,):
                     self._flowing.wait()
+                    time.sleep(self.delay_s)
                     sink.sendall(part)
             self._flowing.wait()
             sink.shutdown(socket.SHUT_WR)

@@ -74,9 +74,16 @@ def timeline(request_id: str, cached: int, *, workers: dict[str, str]) -> Reques
     return seen
 
 
+class Trusting:
+    def describe(self, key: str | tuple[str, str]) -> dict[str, object]:
+        return {"of": key}
+
+
 def test_workers_show_their_load_and_a_lost_one_why() -> None:
     load = {"running": 3, "held_blocks": 7, "cached_blocks": 11, "decode_step_s": 0.02}
-    fleet = Observer(*[Seen(attached("d0", Role.DECODE, **load), lost("d1:1"))] * 2).fleet()
+    fleet = Observer(
+        *[Seen(attached("d0", Role.DECODE, **load), lost("d1:1"))] * 2, Trusting()
+    ).fleet()
     first, second = fleet["workers"]  # type: ignore[misc]
     assert (first["running"], first["decode_step_s"]) == (3, 0.02)
     assert first["kv"] | {"block_size": 0, "block_bytes": 0} == {
@@ -94,6 +101,7 @@ def test_workers_show_their_load_and_a_lost_one_why() -> None:
         "pool": None,
         "state": "lost",
         "cause": "said nothing for 3 s",
+        "breaker": {"of": "d1:1"},
     }
 
 
@@ -110,13 +118,14 @@ def test_links_are_all_pairs_measured_or_not() -> None:
         ),
         lost("d1:1"),
     )
-    assert Observer(seen, seen).fleet()["links"] == [
+    assert Observer(seen, seen, Trusting()).fleet()["links"] == [
         {
             "prefill": "p0",
             "decode": "d0",
             "bytes_per_s": 2e9,
             "latency_s": 1e-4,
             "transport": "tcp",
+            "breaker": {"of": ("p0:1", "d0:1")},
         },
         {
             "prefill": "p1",
@@ -124,6 +133,7 @@ def test_links_are_all_pairs_measured_or_not() -> None:
             "bytes_per_s": None,
             "latency_s": None,
             "transport": "tcp",
+            "breaker": {"of": ("p1:1", "d0:1")},
         },
     ]
 
@@ -137,7 +147,7 @@ def test_cache_hit_belongs_to_the_worker_that_computed_the_prompt() -> None:
         timeline("c", 16, workers={"decode": "d0"}),
     ):
         seen.store.add(request)
-    workers = Observer(seen, seen).fleet()["workers"]
+    workers = Observer(seen, seen, Trusting()).fleet()["workers"]
     hits = {each["worker_id"]: each["cache_hit"] for each in workers}  # type: ignore[attr-defined]
     assert hits == {
         "p0": {"requests": 2, "prompt_tokens": 80, "cached_tokens": 32},
@@ -149,7 +159,7 @@ def test_requests_are_listed_newest_first() -> None:
     seen = Seen()
     for name in ("a", "b", "c"):
         seen.store.add(timeline(name, 0, workers={"decode": "d0"}))
-    listed = Observer(seen, seen).requests(2)
+    listed = Observer(seen, seen, Trusting()).requests(2)
     assert [each["request_id"] for each in listed] == ["c", "b"]
     assert listed[0] == {
         "request_id": "c",

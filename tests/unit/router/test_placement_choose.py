@@ -6,7 +6,7 @@ from router.placement.choose import choose
 from router.placement.columns import WorkerView
 from router.placement.cost import SHARED_COST, Prompt
 from router.placement.decision import Mode, Placement, Refusal
-from router.placement.prices import Demand, Outlook
+from router.placement.prices import Demand, Distrust, Outlook
 from tests.support.router_placement import make_columns, make_layout, make_view
 
 PROMPT = Prompt(num_tokens=100, max_new_tokens=20)
@@ -155,6 +155,31 @@ def test_worker_that_failed_the_request_is_avoided_while_there_is_another() -> N
     with pytest.raises(UnavailableError, match="d0: failed this request"):
         place(views[1], avoid={"d0"})
     assert place(views[1], avoid={"d0"}, allow_avoided=True).worker == "d0"
+
+
+def test_worker_that_fails_of_late_is_used_only_if_there_is_no_other() -> None:
+    views = [make_view("p", "prefill"), make_view("d0", "decode"), make_view("d1", "decode")]
+    shut = Distrust(workers={"d0": "fails of late"})
+    chosen = place(*views, distrust=shut)
+    assert chosen.worker == "d1" and "d0: fails of late" in map(str, chosen.refused)
+    assert place(*views[:2], distrust=shut).mode is Mode.PREFILL_ONLY
+    assert place(views[1], distrust=shut).worker == "d0"
+    # One that failed others is better than one that failed this request.
+    assert place(*views[1:], distrust=shut, avoid={"d1"}, allow_avoided=True).worker == "d0"
+    # One that is not there any more, or was never, changes nothing.
+    assert place(*views, distrust=Distrust(workers={"x": ""}, pairs={("x", "y"): ""})).prefill
+
+
+def test_no_kv_moves_between_two_workers_that_failed_to_move_it() -> None:
+    views = [make_view("p0", "prefill"), make_view("p1", "prefill", backlog_tokens=5000)]
+    views.append(make_view("d", "decode"))
+    one = Distrust(pairs={("p0", "d"): "hand-overs fail"})
+    chosen = place(*views, distrust=one)
+    assert (chosen.prefill, chosen.worker) == ("p1", "d")
+    assert "p0 + d: hand-overs fail" in map(str, chosen.refused)
+    both = Distrust(pairs={("p0", "d"): "x", ("p1", "d"): "x"})
+    alone = place(*views, distrust=both)
+    assert alone.prefill is None, "whoever it is computes the prompt itself"
 
 
 def test_every_refusal_is_named() -> None:
