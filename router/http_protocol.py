@@ -26,6 +26,8 @@ class ConnectionLimits:
     max_headers: int = 128
     linger_s: float = 5.0
     """How long the rest of a body may arrive that was answered without being read."""
+    flush_s: float = 60.0
+    """How long a client may take nothing of what it is sent."""
 
 
 class _HeadRefusedError(Exception):
@@ -46,6 +48,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._parsed_size = 0
         """Of the request line and those headers that are."""
         self._timer: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count it, and start the clock of its first head."""
@@ -68,6 +71,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The peer is gone."""
         self._stop_timer()
+        self._stop_stall()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -118,12 +122,31 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The answer is out; what is left of its request, or was begun of the next, must come."""
         super().on_response_complete()
-        if self.transport.is_closing() or not self.cycle.response_complete:
+        if self.transport.is_closing():
+            self._end_flush_in_time()
+            return
+        if not self.cycle.response_complete:
             return
         if not self._in_head:
-            self._start_timer(self._limits.linger_s, self.transport.close)
+            self._start_timer(self._limits.linger_s, self._close)
         elif self._head_size:
             self._start_timer(self._limits.head_timeout_s, self._head_is_late)
+
+    def pause_writing(self) -> None:
+        """The peer does not take what it is sent."""
+        super().pause_writing()
+        self._stop_stall()
+        self._stall = self.loop.call_later(self._limits.flush_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self._stop_stall()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """No other request came."""
+        super().timeout_keep_alive_handler()
+        self._end_flush_in_time()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what could not be parsed, in the API's shape, and close."""
@@ -142,12 +165,21 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refusal = _too_large(limits)
             raise _HeadRefusedError  # the parser stops, and uvicorn asks for the refusal
 
+    def _close(self) -> None:
+        self.transport.close()
+        self._end_flush_in_time()
+
+    def _end_flush_in_time(self) -> None:
+        """A transport that is closed waits for its last byte to be taken, for ever if it must."""
+        if self.transport.get_write_buffer_size():
+            self._start_timer(self._limits.flush_s, self.transport.abort)
+
     def _head_is_late(self) -> None:
         self._timer = None
         if self.cycle is not None and not self.cycle.response_complete:
             return  # a stray line break behind a body, as old clients send, harms nobody
         if self._head_size == 0:
-            self.transport.close()
+            self._close()
             return
         self._refuse(
             HttpError(
@@ -169,7 +201,12 @@ class BoundedProtocol(HttpToolsProtocol):
         ]
         head = b"".join(b"%b: %b\r\n" % header for header in headers)
         self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[answer.status], head, body))
-        self.transport.close()
+        self._close()
+
+    def _stop_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
 
     def _start_timer(self, delay_s: float, callback: Any) -> None:
         self._stop_timer()

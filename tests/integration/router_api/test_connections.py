@@ -21,6 +21,7 @@ from tests.support.router_api import (
     Script,
     ScriptedGenerator,
     Served,
+    byte_tokenizer,
     client,
     raw_connection,
     says,
@@ -28,7 +29,12 @@ from tests.support.router_api import (
 )
 
 LIMITS = ConnectionLimits(
-    max_connections=4, head_timeout_s=0.1, head_bytes=2000, max_headers=20, linger_s=0.1
+    max_connections=4,
+    head_timeout_s=0.1,
+    head_bytes=2000,
+    max_headers=20,
+    linger_s=0.1,
+    flush_s=0.1,
 )
 BODY = b'{"prompt": "x"}'
 REQUEST = (
@@ -110,6 +116,23 @@ async def test_a_body_that_nobody_reads_has_to_end_soon(served: Served) -> None:
         assert b" 404 " in await reader.readline()
         while await reader.read(100):
             writer.write(b" ")
+
+
+@pytest.mark.parametrize("last", [True, False])
+async def test_an_answer_that_nobody_takes_is_dropped(served: Served, last: bool) -> None:
+    """Whether the connection was to be closed behind it, or kept open for another request."""
+    world = b"%d" % byte_tokenizer().encode(" world").ids[0]
+    body = b'{"tokens":[%b]}' % b",".join([world] * 1_000_000)  # more than sockets hold
+    async with raw_connection(served) as (_, writer), asyncio.timeout(30):
+        writer.write(
+            b"POST /detokenize HTTP/1.1\r\nHost: x\r\n%bContent-Length: %d\r\n\r\n%b"
+            % (b"Connection: close\r\n" if last else b"", len(body), body)
+        )
+        with pytest.raises(ConnectionError):
+            while True:
+                await writer.drain()
+                await asyncio.sleep(0.02)
+                writer.write(b"\r\n")
 
 
 async def test_requests_one_behind_the_other_are_all_answered(served: Served) -> None:
