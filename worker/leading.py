@@ -249,7 +249,7 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
             except TimeoutError:
                 return f"no sign of life for {self._silence_s:.1f} s"
             if not isinstance(message, nodes_pb2.NodeMessage):
-                return "its connection ended"
+                return "its connection broke"
             node.heard_at = self._clock()
             match message.WhichOneof("body"):
                 case "frames":
