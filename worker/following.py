@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 
 from core.clock import monotonic
 from core.errors import ConfigError
@@ -25,6 +25,7 @@ from telemetry.metrics import serve_metrics
 from worker.agreement import agreed
 from worker.exit_status import EXIT_FAILED, EXIT_NODE_LOST, EXIT_REFUSED
 from worker.leading import BEATS_PER_SILENCE
+from worker.node_metrics import show_silence
 from worker.node_ranks import FollowerRanks
 from worker.settings import WorkerSettings
 
@@ -80,13 +81,7 @@ class NodeView:
     def registry(self) -> CollectorRegistry:
         """Metrics of this process."""
         registry = CollectorRegistry()
-        silence = Gauge(
-            "diptych_node_silence_seconds",
-            "Time since the last sign of life of another node of this worker.",
-            ["node"],
-            registry=registry,
-        )
-        silence.labels("0").set_function(lambda: self.silence_s)
+        show_silence(registry, {0: lambda: self.silence_s})
         return registry
 
 
@@ -107,7 +102,11 @@ async def serve_follower(
         await server.start()
         stack.push_async_callback(server.stop, _SERVER_GRACE_S)
         metrics = await serve_metrics(
-            view.registry(), settings.host, settings.metrics_port, ready=lambda: view.ready
+            view.registry(),
+            settings.host,
+            settings.metrics_port,
+            labels={"role": role, "worker": settings.worker_id or f"{role}-{settings.host}:{port}"},
+            ready=lambda: view.ready,
         )
         stack.callback(metrics.close)
         metrics_port = metrics.sockets[0].getsockname()[1]

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 
 from core.clock import Clock
 from core.errors import DiptychError
@@ -24,6 +24,7 @@ from engine.parallel.pipe import Frame, frame
 from rpc.v1 import nodes_pb2, nodes_pb2_grpc
 from worker.agreement import agreed, differences
 from worker.engine_child import EngineFailedError
+from worker.node_metrics import show_joined, show_silence
 from worker.node_sockets import EngineEnds, listen
 from worker.settings import WorkerSettings
 
@@ -107,18 +108,8 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
 
     def register(self, registry: CollectorRegistry) -> None:
         """Show how the nodes fare."""
-        joined = Gauge(
-            "diptych_nodes_joined", "Other nodes that take part in this worker.", registry=registry
-        )
-        joined.set_function(lambda: float(sum(bool(node.host) for node in self._nodes.values())))
-        silence = Gauge(
-            "diptych_node_silence_seconds",
-            "Time since the last sign of life of another node of this worker.",
-            ["node"],
-            registry=registry,
-        )
-        for rank in self._nodes:
-            silence.labels(str(rank)).set_function(partial(self._silence, rank))
+        show_joined(registry, lambda: sum(bool(node.host) for node in self._nodes.values()))
+        show_silence(registry, {rank: partial(self._silence, rank) for rank in self._nodes})
 
     def _silence(self, rank: int) -> float:
         node = self._nodes[rank]
@@ -249,7 +240,7 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
             except TimeoutError:
                 return f"no sign of life for {self._silence_s:.1f} s"
             if not isinstance(message, nodes_pb2.NodeMessage):
-                return "its connection ended"
+                return "its connection broke"
             node.heard_at = self._clock()
             match message.WhichOneof("body"):
                 case "frames":

@@ -22,6 +22,7 @@ from router.metrics import FleetMetrics
 from scripts.dashboards.external import EXTERNAL
 from scripts.dashboards.family import Family, UnknownMetricError
 from telemetry.metrics import ProcessRegistry
+from worker.node_metrics import show_joined, show_silence
 from worker.process import process_registry
 from worker.service import EngineView
 
@@ -103,12 +104,15 @@ def _router() -> CollectorRegistry:
 
 def _service() -> CollectorRegistry:
     view = EngineView(stall_after_s=1.0, clock=lambda: 0.0)
-    return process_registry(
+    registry = process_registry(
         role="prefill",
         view=view,
         num_streams=lambda: 0,
         engine_pid=os.getpid(),
     )
+    show_joined(registry, lambda: 0)
+    show_silence(registry, {1: lambda: 0.0})
+    return registry
 
 
 def _prefill() -> CollectorRegistry:
