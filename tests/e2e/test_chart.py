@@ -9,6 +9,7 @@ import pytest
 from openai import OpenAI
 
 from scripts.fetch_kubernetes_tools import ToolsUnavailable, fetch
+from tests.support.cluster import START_S
 from tests.support.kube.clients import Program
 from tests.support.kube.controllers import Cluster, Object
 from tests.support.kube.kinds import BUILT_IN, CUSTOM
@@ -71,12 +72,12 @@ def test_installed_chart_serves_a_completion(
             for pod in pods
         ]
         url = f"http://{router['status']['podIP']}:8000"
-        processes[pods.index(router)].wait_for_line("looking for workers", 60)
+        processes[pods.index(router)].wait_for_line("looking for workers", START_S)
         assert http_status(f"{url}/ready") == 503
         cluster.publish_endpoints()
         wait_until(
             lambda: _ready(url, processes) == {"prefill", "decode"},
-            90,
+            START_S,
             "both pools to be ready",
             lambda: "\n".join(each.log for each in processes),
         )
