@@ -17,7 +17,6 @@ from tests.support.kube.server import DIRECT, KubeServer, kube_server
 from tests.support.process import Process, http_status, running, wait_until
 
 CHART = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "diptych"
-pytestmark = pytest.mark.skipif(not CHART.is_dir(), reason="this tree has no chart")
 NAMESPACE = "llm"
 SMALL = "poolDefaults.config.kv_cache_memory=64MiB"
 
