@@ -144,6 +144,15 @@ def _for_fleet(source: Source) -> list[Alert]:
             description="Routers are told of them, and can't reach them or see them stand still.",
         ),
         Alert(
+            name="DiptychDiscoveryStale",
+            severity="warning",
+            vector=source.now("diptych_discovery_last_sync_age_seconds").max(*RELEASE, "pod") > 300,
+            hold="1m",
+            summary="A router has not heard of changes for {{ $value | humanizeDuration }}.",
+            description="Kubernetes' API server does not tell it which workers there are. It keeps "
+            "those that it knows; new ones it does not see.",
+        ),
+        Alert(
             name="DiptychEngineStalled",
             severity="critical",
             # Engine metrics show that it was built: while it loads its model it has no heartbeat.

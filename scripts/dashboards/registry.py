@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
+from core.clock import monotonic
 from decode.metrics import ImportMetrics
 from engine.metrics import EngineMetrics
 from engine.request import EngineStats, HostTierStats
 from prefill.metrics import ExportMetrics
 from router.api.metrics import ApiMetrics
 from router.api.slo import SloTargets
+from router.fleet.kubernetes.metrics import DiscoveryMetrics
 from router.main import router_registry
 from router.metrics import FleetMetrics
 from scripts.dashboards.external import EXTERNAL
@@ -96,6 +98,7 @@ def _family(metric: Metric, declared: tuple[str, ...], process: str) -> Family:
 def _router() -> CollectorRegistry:
     registry = router_registry()
     FleetMetrics(registry).watch_workers(list)
+    DiscoveryMetrics(registry, monotonic)
     api = ApiMetrics(registry, SloTargets())
     for endpoint in ENDPOINTS:
         api.of(endpoint)

@@ -9,6 +9,7 @@ import pytest
 from openai import OpenAI
 
 from scripts.fetch_kubernetes_tools import ToolsUnavailable, fetch
+from tests.support.cluster import START_S
 from tests.support.kube.clients import Program
 from tests.support.kube.controllers import Cluster, Object
 from tests.support.kube.kinds import BUILT_IN, CUSTOM
@@ -16,7 +17,6 @@ from tests.support.kube.server import DIRECT, KubeServer, kube_server
 from tests.support.process import Process, http_status, running, wait_until
 
 CHART = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "diptych"
-pytestmark = pytest.mark.skipif(not CHART.is_dir(), reason="this tree has no chart")
 NAMESPACE = "llm"
 SMALL = "poolDefaults.config.kv_cache_memory=64MiB"
 
@@ -71,12 +71,12 @@ def test_installed_chart_serves_a_completion(
             for pod in pods
         ]
         url = f"http://{router['status']['podIP']}:8000"
-        processes[pods.index(router)].wait_for_line("looking for workers", 60)
+        processes[pods.index(router)].wait_for_line("looking for workers", START_S)
         assert http_status(f"{url}/ready") == 503
         cluster.publish_endpoints()
         wait_until(
             lambda: _ready(url, processes) == {"prefill", "decode"},
-            90,
+            START_S,
             "both pools to be ready",
             lambda: "\n".join(each.log for each in processes),
         )

@@ -24,6 +24,13 @@ VIEWS = {
 }
 NOT_HERE = {
     ("Where time goes", "Lost to failures"): "no attempt fails here",
+    **{
+        ("Router decisions", panel): "workers are named by hand here"
+        for panel in (
+            *("Listed workers", "Last word of the API server", "Requests to the API server"),
+            "Endpoints that are no workers",
+        )
+    },
 }
 """Panels that may be empty in this test, and why; beside those of other exporters' metrics."""
 

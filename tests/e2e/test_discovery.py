@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import Cluster, make_worker, routed
+from tests.support.cluster import START_S, Cluster, make_worker, routed
 from tests.support.kube.announce import Announcer, reader_token
 from tests.support.kube.server import DIRECT, KubeServer, kube_server
 from tests.support.process import wait_until
@@ -85,8 +85,8 @@ def test_completions_go_on_while_workers_come_go_and_are_replaced(
         system = stack.enter_context(
             routed(tiny_llama, prefill=[], decode=[], router=SETTINGS, wait=False)
         )
-        system.router.wait_for_line("looking for workers in endpointslices", 30)
-        wait_until(lambda: _status(system) == 503, 10, "a router without workers")
+        system.router.wait_for_line("looking for workers in endpointslices", START_S)
+        wait_until(lambda: _status(system) == 503, 30, "a router without workers")
         listed.announce(prefill)
         listed.announce(first)
         _attached(system, prefill=1, decode=1)
@@ -103,7 +103,7 @@ def test_completions_go_on_while_workers_come_go_and_are_replaced(
             traffic.more()
             first.kill()
             listed.withdraw(first)
-            wait_until(lambda: len(_workers(system)) == 2, 10, "the first to be forgotten")
+            wait_until(lambda: len(_workers(system)) == 2, 30, "the first to be forgotten")
             traffic.more()
 
             first.start()  # a new pod at the address of the one that went
@@ -113,7 +113,7 @@ def test_completions_go_on_while_workers_come_go_and_are_replaced(
             server.stop()
             wait_until(
                 lambda: "diptych_discovery_connected 0.0" in system.get("/metrics").text,
-                10,
+                30,
                 "the router to miss the API server",
             )
             traffic.more()
@@ -139,7 +139,7 @@ def _workers(system: Cluster) -> list[dict[str, object]]:
 def _attached(system: Cluster, **wanted: int) -> None:
     wait_until(
         lambda: all(system.num_attached(role) == count for role, count in wanted.items()),
-        60,
+        START_S,
         f"{wanted} to be ready",
         lambda: system.log,
     )

@@ -73,6 +73,7 @@ LATE = worker("diptych_kv_export_oddities_total", 'kind="late_release"', role="p
 FAILED = worker("diptych_kv_transfer_failures_total", 'reason="worker_lost",transport="nixl"')
 MOVED = worker("diptych_kv_transfer_duration_seconds_count", 'transport="nixl"')
 HELD, FREE = (worker("diptych_kv_blocks", f'state="{state}"') for state in ("held", "free"))
+SYNCED = router("diptych_discovery_last_sync_age_seconds")
 BEAT = worker("diptych_engine_heartbeat_age_seconds")
 BUILT = worker("diptych_kv_cache_usage_ratio")
 READY = worker("diptych_worker_ready")
@@ -153,6 +154,7 @@ CASES = [
         {workers("decode", "stalled"): "1x40"},
         {workers("decode", "stalled"): "0 1 1 0x40", workers("decode", "draining"): "2x40"},
     ),
+    Case("DiptychDiscoveryStale", {SYNCED: "0+60x40"}, {SYNCED: "0 30 60 0 30 60 0 30 60 0x30"}),
     Case(
         "DiptychEngineStalled",
         {BEAT: "10+60x40", BUILT: "0.5x40"},

@@ -5,6 +5,8 @@ from scripts.dashboards.boards.latency import quantiles
 from scripts.dashboards.panels import Query, Steps, graph
 from scripts.dashboards.promql import Source
 
+BY_HAND = "the settings of routers name their workers."
+
 
 def board(source: Source) -> Board:
     """The dashboard of routers and their decisions."""
@@ -13,7 +15,13 @@ def board(source: Source) -> Board:
         title="Router decisions",
         description="Where requests are sent, how often again, and how the routers themselves do.",
         of_workers=False,
-        rows=[_modes(source), _attempts(source), _admission(source), _process(source)],
+        rows=[
+            _modes(source),
+            _attempts(source),
+            _admission(source),
+            _discovery(source),
+            _process(source),
+        ],
     )
 
 
@@ -125,6 +133,49 @@ def _admission(source: Source) -> Row:
                 unit="reqps",
                 stacked=True,
                 runbooks=("DiptychRequestsShed",),
+            ),
+        ],
+    )  # fmt: skip
+
+
+def _discovery(source: Source) -> Row:
+    return Row(
+        "Discovery through Kubernetes",
+        [
+            graph(
+                "Listed workers",
+                "In EndpointSlices, the largest count over routers; draining: their pods end.",
+                Query(source.now("diptych_discovery_members").max("role", "state"),
+                      "{{role}} {{state}}"),
+                empty_when=BY_HAND,
+            ),
+            graph(
+                "Last word of the API server",
+                "Since it confirmed the list: about a minute at most while all is well. Workers "
+                "that are known are kept meanwhile.",
+                Query(source.now("diptych_discovery_last_sync_age_seconds").max("instance"),
+                      "{{instance}}"),
+                unit="s",
+                steps=Steps(warn=120, bad=300),
+                runbooks=("DiptychDiscoveryStale",),
+                empty_when=BY_HAND,
+            ),
+            graph(
+                "Requests to the API server",
+                "Per second. One watch a minute from each router; anything but ok repeats.",
+                Query(source.rate("diptych_discovery_requests_total").sum("verb", "outcome"),
+                      "{{verb}} {{outcome}}"),
+                unit="reqps",
+                runbooks=("DiptychDiscoveryStale",),
+                empty_when=BY_HAND,
+            ),
+            graph(
+                "Endpoints that are no workers",
+                "In selected slices. role: without the label of one; family: the IPv6 half of a "
+                "Service of both; port: none is named grpc; conflict: listed for two pools.",
+                Query(source.now("diptych_discovery_ignored_endpoints").max("reason"),
+                      "{{reason}}"),
+                empty_when=BY_HAND,
             ),
         ],
     )  # fmt: skip

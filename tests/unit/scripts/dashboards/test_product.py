@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[4]
 METRIC = re.compile(r"\b(?:diptych_[a-z_]+|diptych:[a-z_]+:[a-z0-9_]+)\b")
 NOT_SHOWN = {
     "diptych_cache_config_info": "for gateways, which turn block counts into tokens by it",
+    "diptych_discovery_connected": "the age of the API server's last word says what comes of it",
+    "diptych_discovery_events_total": "how often Kubernetes speaks; what it says is on a panel",
     "diptych_engine_process_max_fds": "said by the limit of routers; engines open few files",
     "diptych_engine_process_open_fds": "the same",
     "diptych_engine_process_start_time_seconds": "that of the service process says the same",
