@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 
 from core.clock import monotonic
 from core.errors import ConfigError
@@ -25,6 +25,7 @@ from telemetry.metrics import serve_metrics
 from worker.agreement import agreed
 from worker.exit_status import EXIT_FAILED, EXIT_NODE_LOST, EXIT_REFUSED
 from worker.leading import BEATS_PER_SILENCE
+from worker.node_metrics import node_silence
 from worker.node_ranks import FollowerRanks
 from worker.settings import WorkerSettings
 
@@ -80,12 +81,7 @@ class NodeView:
     def registry(self) -> CollectorRegistry:
         """Metrics of this process."""
         registry = CollectorRegistry()
-        silence = Gauge(
-            "diptych_node_silence_seconds",
-            "Time since the last sign of life of another node of this worker.",
-            ["node"],
-            registry=registry,
-        )
+        silence = node_silence(registry)
         silence.labels("0").set_function(lambda: self.silence_s)
         return registry
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 
 from core.clock import Clock
 from core.errors import DiptychError
@@ -24,6 +24,7 @@ from engine.parallel.pipe import Frame, frame
 from rpc.v1 import nodes_pb2, nodes_pb2_grpc
 from worker.agreement import agreed, differences
 from worker.engine_child import EngineFailedError
+from worker.node_metrics import node_silence, nodes_joined
 from worker.node_sockets import EngineEnds, listen
 from worker.settings import WorkerSettings
 
@@ -107,16 +108,9 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
 
     def register(self, registry: CollectorRegistry) -> None:
         """Show how the nodes fare."""
-        joined = Gauge(
-            "diptych_nodes_joined", "Other nodes that take part in this worker.", registry=registry
-        )
+        joined = nodes_joined(registry)
         joined.set_function(lambda: float(sum(bool(node.host) for node in self._nodes.values())))
-        silence = Gauge(
-            "diptych_node_silence_seconds",
-            "Time since the last sign of life of another node of this worker.",
-            ["node"],
-            registry=registry,
-        )
+        silence = node_silence(registry)
         for rank in self._nodes:
             silence.labels(str(rank)).set_function(partial(self._silence, rank))
 

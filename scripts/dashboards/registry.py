@@ -17,11 +17,13 @@ from engine.request import EngineStats, HostTierStats
 from prefill.metrics import ExportMetrics
 from router.api.metrics import ApiMetrics
 from router.api.slo import SloTargets
+from router.fleet.kubernetes.metrics import DiscoveryMetrics
 from router.main import router_registry
 from router.metrics import FleetMetrics
 from scripts.dashboards.external import EXTERNAL
 from scripts.dashboards.family import Family, UnknownMetricError
 from telemetry.metrics import ProcessRegistry
+from worker.node_metrics import node_silence, nodes_joined
 from worker.process import process_registry
 from worker.service import EngineView
 
@@ -95,6 +97,7 @@ def _family(metric: Metric, declared: tuple[str, ...], process: str) -> Family:
 def _router() -> CollectorRegistry:
     registry = router_registry()
     FleetMetrics(registry).watch_workers(list)
+    DiscoveryMetrics(registry, lambda: 0.0)
     api = ApiMetrics(registry, SloTargets())
     for endpoint in ENDPOINTS:
         api.of(endpoint)
@@ -103,12 +106,15 @@ def _router() -> CollectorRegistry:
 
 def _service() -> CollectorRegistry:
     view = EngineView(stall_after_s=1.0, clock=lambda: 0.0)
-    return process_registry(
+    registry = process_registry(
         role="prefill",
         view=view,
         num_streams=lambda: 0,
         engine_pid=os.getpid(),
     )
+    nodes_joined(registry)
+    node_silence(registry)
+    return registry
 
 
 def _prefill() -> CollectorRegistry:

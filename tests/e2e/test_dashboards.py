@@ -24,6 +24,17 @@ VIEWS = {
 }
 NOT_HERE = {
     ("Where time goes", "Lost to failures"): "no attempt fails here",
+    ("Router decisions", "Left alone after failures"): "the same",
+    ("Router decisions", "Shut out, how often"): "the same",
+    ("Overview", "Callers that were turned away"): "no keys are asked for here",
+    ("Engine and GPU", "Other nodes of a worker"): "each is on one node here",
+    **{
+        ("Router decisions", title): "workers are listed by hand here"
+        for title in (
+            *("Workers that are listed", "Endpoints that are no workers", "Requests and events"),
+            *("Age of what is known", "Watches that are open"),
+        )
+    },
 }
 """Panels that may be empty in this test, and why; beside those of other exporters' metrics."""
 

@@ -13,7 +13,10 @@ def board(source: Source) -> Board:
         title="Router decisions",
         description="Where requests are sent, how often again, and how the routers themselves do.",
         of_workers=False,
-        rows=[_modes(source), _attempts(source), _admission(source), _process(source)],
+        rows=[
+            *(_modes(source), _attempts(source), _admission(source)),
+            *(_discovery(source), _process(source)),
+        ],
     )
 
 
@@ -92,6 +95,23 @@ def _attempts(source: Source) -> Row:
                 runbooks=("DiptychTransferFailures", "DiptychWorkersLost"),
             ),
             graph(
+                "Left alone after failures",
+                "Workers, and pairs of them, that are not trusted at the moment. One for long: it "
+                "takes requests and fails them; its log says why.",
+                Query(source.now("diptych_router_breakers_open").max("scope"), "{{scope}}"),
+                empty_when="nothing has failed yet.",
+            ),
+            graph(
+                "Shut out, how often",
+                "Times per second that failures opened a breaker. A pair that opens again and "
+                "again has a bad link; see KV transfer.",
+                Query(
+                    source.rate("diptych_router_breaker_openings_total").sum("scope"), "{{scope}}"
+                ),
+                unit="ops",
+                empty_when="nothing has failed yet.",
+            ),
+            graph(
                 "Messages that came too late",
                 "Per second, about requests that are over: normal after clients leave.",
                 Query(source.rate("diptych_router_stale_messages_total").sum(), "stale"),
@@ -125,6 +145,56 @@ def _admission(source: Source) -> Row:
                 unit="reqps",
                 stacked=True,
                 runbooks=("DiptychRequestsShed",),
+            ),
+        ],
+    )  # fmt: skip
+
+
+def _discovery(source: Source) -> Row:
+    static = "--discovery is static."
+    return Row(
+        "Discovery through Kubernetes",
+        [
+            graph(
+                "Workers that are listed",
+                "In EndpointSlices, by role. Fewer than pods: a Service selects others, "
+                "or the endpoints to the right are ignored.",
+                Query(source.now("diptych_discovery_members").max("role", "state"),
+                      "{{role}} {{state}}"),
+                empty_when=static,
+            ),
+            graph(
+                "Endpoints that are no workers",
+                "By reason. Above 0 a Service with our labels lacks one, or the port grpc.",
+                Query(source.now("diptych_discovery_ignored_endpoints").max("reason"),
+                      "{{reason}}"),
+                empty_when=static,
+            ),
+            graph(
+                "Age of what is known",
+                "Seconds since the API server confirmed the list. Growing: it can't be reached, or "
+                "rights are missing; workers that are known stay in use.",
+                Query(source.now("diptych_discovery_last_sync_age_seconds").max("instance"),
+                      "{{instance}}"),
+                unit="s",
+                empty_when=static,
+            ),
+            graph(
+                "Watches that are open",
+                "1 for each router. Flapping: something between router and API server cuts long "
+                "connections.",
+                Query(source.now("diptych_discovery_connected").max("instance"), "{{instance}}"),
+                empty_when=static,
+            ),
+            graph(
+                "Requests and events",
+                "Per second, to and from the API server. A steady rate of failed requests is a "
+                "router that starts over again and again.",
+                Query(source.rate("diptych_discovery_requests_total").sum("verb", "outcome"),
+                      "{{verb}} {{outcome}}"),
+                Query(source.rate("diptych_discovery_events_total").sum("type"), "{{type}}"),
+                unit="ops",
+                empty_when=static,
             ),
         ],
     )  # fmt: skip
