@@ -24,6 +24,10 @@ VIEWS = {
 }
 NOT_HERE = {
     ("Where time goes", "Lost to failures"): "no attempt fails here",
+    ("Router decisions", "Left alone after failures"): "the same",
+    ("Router decisions", "Shut out, how often"): "the same",
+    ("Overview", "Callers that were turned away"): "no keys are asked for here",
+    ("Engine and GPU", "Other nodes of a worker"): "each is on one node here",
     **{
         ("Router decisions", panel): "workers are named by hand here"
         for panel in (

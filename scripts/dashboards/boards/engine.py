@@ -70,6 +70,15 @@ def _health(source: Source) -> Row:
                 runbooks=("DiptychWorkerRestarts",),
             ),
             graph(
+                "Other nodes of a worker",
+                "Nodes that take part in workers that span several, and seconds since each was "
+                "last heard. A silence that grows ends the worker on all of them.",
+                Query(source.now("diptych_nodes_joined").max("worker"), "{{worker}} joined"),
+                Query(source.now("diptych_node_silence_seconds").max("worker", "node"),
+                      "{{worker}} node {{node}}, s"),
+                empty_when="no worker spans nodes.",
+            ),
+            graph(
                 "Restarts of containers",
                 "As Kubernetes counts them, in the last half hour.",
                 Query(

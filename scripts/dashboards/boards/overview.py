@@ -212,6 +212,15 @@ def _failures(source: Source) -> Row:
                 stacked=True,
             ),
             graph(
+                "Callers that were turned away",
+                "Per second: keys that are missing, wrong or past their limits. A jump is "
+                "a key that was rotated on one side only, or somebody who guesses.",
+                Query(source.rate("diptych_router_refusals_total").sum("code"), "{{code}}"),
+                unit="reqps",
+                stacked=True,
+                empty_when="nobody was turned away.",
+            ),
+            graph(
                 "Attempts that were repeated",
                 "Per second by cause; clients see these as latency only. worker_lost: pods die; "
                 "kv_transfer_failed: see KV transfer.",

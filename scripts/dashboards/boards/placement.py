@@ -100,6 +100,23 @@ def _attempts(source: Source) -> Row:
                 runbooks=("DiptychTransferFailures", "DiptychWorkersLost"),
             ),
             graph(
+                "Left alone after failures",
+                "Workers, and pairs of them, that are not trusted at the moment. One for long: it "
+                "takes requests and fails them; its log says why.",
+                Query(source.now("diptych_router_breakers_open").max("scope"), "{{scope}}"),
+                empty_when="nothing has failed yet.",
+            ),
+            graph(
+                "Shut out, how often",
+                "Times per second that failures opened a breaker. A pair that opens again and "
+                "again has a bad link; see KV transfer.",
+                Query(
+                    source.rate("diptych_router_breaker_openings_total").sum("scope"), "{{scope}}"
+                ),
+                unit="ops",
+                empty_when="nothing has failed yet.",
+            ),
+            graph(
                 "Messages that came too late",
                 "Per second, about requests that are over: normal after clients leave.",
                 Query(source.rate("diptych_router_stale_messages_total").sum(), "stale"),

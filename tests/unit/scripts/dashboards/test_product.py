@@ -74,6 +74,7 @@ def test_documents_name_no_metric_that_is_not_there() -> None:
     for family in product().catalogue.families.values():
         suffixes = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ()
         known |= {family.name, *(family.name + suffix for suffix in suffixes)}
+    known.add("diptych_busy_share")  # what the example of a metrics adapter calls its answer
     documents = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]
     unknown = {
         f"{path.relative_to(ROOT)}: {name}"

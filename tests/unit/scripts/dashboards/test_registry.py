@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[4]
 PACKAGES = ("telemetry", "engine", "kvtransfer", "worker", "prefill", "decode", "router")
 DECLARED = re.compile(r'(?:Counter|Gauge|Histogram|Info)\(\s*"(diptych_\w+)"')
 TAKEN_BY_MONITORS = {
-    *("namespace", "pod", "container", "endpoint", "service", "node", "job", "instance"),
+    *("namespace", "pod", "container", "endpoint", "service", "job", "instance"),
     *("release", "pool", "prometheus", "cluster"),
 }
 """Labels that scrapes add; a metric's own of that name would be renamed to exported_..."""
