@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from core.errors import UnavailableError
 from decode.settings import DecodeSettings
+from router.access.keys import read_keys
 from rpc.auth import Credentials
 from tests.support.fake_worker import FakeWorker, expected
 from tests.support.helm import Manifest, render, settings_of
@@ -80,12 +81,12 @@ async def test_generated_certificate_joins_routers_and_workers(tmp_path: Path) -
 
 
 def test_generated_api_key_opens_the_door() -> None:
-    keys = pytest.importorskip("router.access.keys")
     more = {"name": "team", "hash": "sha256:" + "0" * 64, "requests_per_minute": 60}
     values = {"router": {"apiKeys": {"enabled": True, "entries": [more]}}}
     found = secret("-api-keys", values)
-    read = keys.read_keys(found["keys.yaml"], "keys.yaml")
+    read = read_keys(found["keys.yaml"], "keys.yaml")
     entry = read.find(found["key"].encode())
+    assert entry is not None
     assert (entry.name, entry.admin) == ("default", True)
     assert [each.name for each in read.entries] == ["default", "team"]
     assert found["key"] not in found["keys.yaml"]
