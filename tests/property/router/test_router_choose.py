@@ -111,6 +111,9 @@ def test_no_burden_makes_a_worker_cheaper(
             "prefill" if i % 2 == 0 else "decode",
             backlog_tokens=backlog * 10,
             running=running,
+            # Measured: what one that measured nothing is taken for depends on the others.
+            prefill_tokens_per_s=1000.0,
+            decode_step_s=0.01,
         )
         for i, (backlog, running) in enumerate(loads)
     ]
