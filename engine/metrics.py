@@ -38,6 +38,25 @@ class EngineMetrics:
             "Measured rate of prefill, 0 until known.",
             registry=registry,
         )
+        self._prefill_backlog = Gauge(
+            "diptych_prefill_backlog_seconds",
+            "Tokens accepted and not yet computed, at the measured rate; 0 until that is known.",
+            registry=registry,
+        )
+        self._decode_step = Gauge(
+            "diptych_decode_step_seconds",
+            "Measured time of a step that only decodes, 0 until known.",
+            registry=registry,
+        )
+        self._max_num_seqs = Gauge(
+            "diptych_max_num_seqs", "Most sequences in the running batch.", registry=registry
+        )
+        self._batch_usage_ratio = Gauge(
+            "diptych_batch_usage_ratio",
+            "Share of the places in the running batch that are taken.",
+            registry=registry,
+        )
+        self._batch_places = 1
         self._preemptions = Counter(
             "diptych_preemptions_total",
             "Sequences that lost their blocks to an older one.",
@@ -108,6 +127,11 @@ class EngineMetrics:
         """Say once how large the KV pool is; gateways turn block counts into tokens by it."""
         self._cache_config.info({"block_size": str(block_size), "num_blocks": str(num_blocks)})
 
+    def describe_batch(self, *, max_num_seqs: int) -> None:
+        """Say once how many sequences run at once."""
+        self._batch_places = max(1, max_num_seqs)
+        self._max_num_seqs.set(max_num_seqs)
+
     def observe_step(self, outputs: StepOutputs) -> None:
         """Take one step into account."""
         self._durations[_kind(outputs)].observe(outputs.duration_s)
@@ -126,7 +150,11 @@ class EngineMetrics:
         self._kv_blocks.labels("cached").set(stats.cached_blocks)
         self._kv_blocks.labels("held").set(stats.held_blocks)
         self._kv_cache_usage_ratio.set(stats.held_blocks / max(1, stats.total_blocks))
-        self._prefill_rate.set(stats.prefill_tokens_per_s)
+        rate = stats.prefill_tokens_per_s
+        self._prefill_rate.set(rate)
+        self._prefill_backlog.set(stats.backlog_tokens / rate if rate else 0.0)
+        self._decode_step.set(stats.decode_step_s)
+        self._batch_usage_ratio.set(stats.running / self._batch_places)
         self._preemptions.inc(stats.preemptions - past.preemptions)
         self._lookup_tokens.inc(stats.lookup_tokens - past.lookup_tokens)
         self._hit_tokens.inc(stats.cached_tokens - past.cached_tokens)

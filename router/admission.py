@@ -157,7 +157,7 @@ class Admission:
             OverloadedError: the queue is full of others with as much right to be there, or the
                 request would not be served by its deadline.
         """
-        wait_s = self.predicted_wait_s(ticket, backlog_s)
+        wait_s = self.predicted_wait_s(ticket.priority, ticket.key, backlog_s)
         if now + wait_s >= ticket.deadline:
             raise self._overloaded(
                 f"The request would wait {wait_s:.1f} s, longer than it has left.", wait_s
@@ -204,13 +204,13 @@ class Admission:
             self._running.remove(request_id)
             self._mean_duration_s += DURATION_WEIGHT * (duration_s - self._mean_duration_s)
 
-    def predicted_wait_s(self, ticket: Ticket, backlog_s: float) -> float:
-        """Seconds until a new request's prompt would begin to be computed.
+    def predicted_wait_s(self, priority: Priority, key: str, backlog_s: float) -> float:
+        """Seconds until the prompt of a new request of this class and key would begin.
 
         By Little's law the requests that run end at one per mean duration and place.
         """
-        before = [each for priority, each in self._classes.items() if priority < ticket.priority]
-        ahead = sum(map(len, before)) + self._classes[ticket.priority].ahead_of(ticket.key)
+        before = [queue for each, queue in self._classes.items() if each < priority]
+        ahead = sum(map(len, before)) + self._classes[priority].ahead_of(key)
         over = self.running + ahead + 1 - self._limits.max_running
         return backlog_s + max(0, over) * self._mean_duration_s / self._limits.max_running
 

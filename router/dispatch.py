@@ -143,6 +143,11 @@ class Dispatcher:
         """Seconds of prompts that the least busy worker has to compute."""
         return self._placer.least_backlog_s(self._clock())
 
+    @property
+    def predicted_wait_s(self) -> float:
+        """Seconds until a prompt that came now, of a caller with no other, would begin."""
+        return self._admission.predicted_wait_s(Priority.NORMAL, "", self.backlog_s)
+
     def timeline(self, request_id: str) -> dict[str, object] | None:
         """Stages and decisions of a recent request."""
         timeline = self._timelines.get(request_id)

@@ -48,6 +48,7 @@ from router.metrics import FleetMetrics
 from router.observer import Observer
 from router.placement.cost import CostSettings
 from router.placement.placer import Placer
+from router.scaling import show_scaling_signals
 from router.settings import RouterSettings
 from router.spans import open_spans
 from router.text.loading import load_text
@@ -248,6 +249,9 @@ async def dispatcher_on_fleet(
     )
     breakers = Breakers(limits, metrics, monotonic)
     dispatcher = Dispatcher(fleet, placer, settings, metrics, monotonic, spans, breakers)
+    show_scaling_signals(
+        registry, fleet, dispatcher, assumed_tokens_per_s=settings.default_prefill_tokens_per_s
+    )
     async with asyncio.TaskGroup() as group:
         links = group.create_task(fleet.run(dispatcher), name="fleet")
         await asyncio.sleep(0)  # a static list is known before the first request comes

@@ -124,6 +124,7 @@ def _build(
     engine = Engine(config, executor, model_digest=digest, metrics=metrics, grammars=grammars)
     pool = executor.pool
     metrics.describe_cache(block_size=pool.layout.block_size, num_blocks=pool.num_blocks)
+    metrics.describe_batch(max_num_seqs=engine.max_num_seqs)
     description = describe(settings, engine, executor, digest)
 
     def role(outbox: Outbox) -> Role:

@@ -79,3 +79,19 @@ def test_engine_reports_its_steps() -> None:
 def test_two_engines_do_not_share_metrics() -> None:
     EngineMetrics(CollectorRegistry())
     EngineMetrics(CollectorRegistry())
+
+
+def test_signals_for_autoscalers_are_in_seconds_and_shares() -> None:
+    registry = CollectorRegistry()
+    metrics = EngineMetrics(registry)
+    value = registry.get_sample_value
+    metrics.describe_batch(max_num_seqs=8)
+    metrics.observe_stats(EngineStats(backlog_tokens=500))
+    assert value("diptych_prefill_backlog_seconds") == 0, "no rate is known yet"
+    metrics.observe_stats(
+        EngineStats(running=6, backlog_tokens=500, prefill_tokens_per_s=250.0, decode_step_s=0.02)
+    )
+    assert value("diptych_prefill_backlog_seconds") == 2
+    assert value("diptych_batch_usage_ratio") == 0.75
+    assert value("diptych_decode_step_seconds") == 0.02
+    assert value("diptych_max_num_seqs") == 8

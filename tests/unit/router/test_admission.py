@@ -97,7 +97,7 @@ def test_request_that_would_come_too_late_is_refused_with_the_wait() -> None:
         offer(admission, ticket("x"))
         admission.next(0.0)
     late = ticket("late", deadline=104.9)
-    assert admission.predicted_wait_s(late, 1.0) == pytest.approx(5.0, abs=0.1)
+    assert admission.predicted_wait_s(late.priority, late.key, 1.0) == pytest.approx(5.0, abs=0.1)
     with pytest.raises(OverloadedError, match=r"wait 5.0 s.*Try again in 5 s") as caught:
         admission.offer(late, 100.0, 1.0)
     assert caught.value.retry_after_s == pytest.approx(5.0, abs=0.1)
