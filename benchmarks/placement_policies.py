@@ -8,8 +8,9 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from benchmarks.placement_trace import BLOCK_SIZE
-from benchmarks.placement_world import DELAY_S, Hardware, Job
+from diptych.planning.rates import WorkerRates
+from diptych.planning.trace import BLOCK_SIZE
+from diptych.planning.workers import DELAY_S, Job
 from router.admission import Admission, AdmissionLimits, Priority, Ticket
 from router.fleet.worker import CacheChange, KvLayout, Role, WorkerInfo, WorkerLoad
 from router.placement.cost import CostSettings, Prompt
@@ -160,12 +161,12 @@ class ApproximatePrefix(LeastLoaded):
 class Ours:
     """The router's placer, with its index, its prices and its own view, behind its queue."""
 
-    def __init__(self, prefill: Sequence[str], decode: Sequence[str], hardware: Hardware) -> None:
+    def __init__(self, prefill: Sequence[str], decode: Sequence[str], rates: WorkerRates) -> None:
         self.placer = Placer(
             CostSettings(
                 prefill_tokens_per_s=20_000,
                 decode_step_s=0.02,
-                transfer_bytes_per_s=hardware.link_bytes_per_s,
+                transfer_bytes_per_s=rates.link_bytes_per_s,
             )
         )
         size = len(prefill) + len(decode)
@@ -175,7 +176,7 @@ class Ours:
         self._jobs: dict[str, Job] = {}
         for role, names in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
             for name in names:
-                self.placer.add(name, _info(name, role, hardware))
+                self.placer.add(name, _info(name, role, rates))
                 snapshot = CacheChange(epoch=1, seq=0, reset=True, stored=(), removed=())
                 self.placer.apply(name, snapshot)
 
@@ -225,7 +226,7 @@ class Ours:
         self.placer.apply(worker, change)
 
 
-def _info(name: str, role: Role, hardware: Hardware) -> WorkerInfo:
+def _info(name: str, role: Role, rates: WorkerRates) -> WorkerInfo:
     return WorkerInfo(
         worker_id=name,
         epoch=1,
@@ -238,11 +239,11 @@ def _info(name: str, role: Role, hardware: Hardware) -> WorkerInfo:
             head_dim=128,
             block_size=BLOCK_SIZE,
             dtype="bfloat16",
-            block_bytes=BLOCK_SIZE * hardware.kv_bytes,
+            block_bytes=BLOCK_SIZE * int(rates.kv_bytes_per_token),
         ),
-        num_blocks=hardware.decode_tokens // BLOCK_SIZE,
+        num_blocks=rates.kv_tokens // BLOCK_SIZE,
         max_model_len=1 << 20,
-        max_num_seqs=hardware.max_num_seqs,
+        max_num_seqs=rates.max_num_seqs,
         vocab_size=128_256,
         eos_token_ids=(),
         kv_address="simulated" if role is Role.PREFILL else "",

@@ -2,7 +2,7 @@
 
     python -m benchmarks.placement_simulator --trace mooncake_conversation_trace.jsonl --save
 
-Workers are modelled (benchmarks/placement_world.py), placement is not: the router's policy is the
+Workers are modelled (diptych/planning/workers.py), placement is not: the router's policy is the
 placer with its index and prices as they run in production, behind its admission queue. A fleet has
 3 prefill workers for each decode worker. Larger fleets get several windows of the trace at once,
 which share no blocks.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.modelled_hardware import llama_70b_on_eight_h200
 from benchmarks.placement_policies import (
     ApproximatePrefix,
     LeastLoaded,
@@ -27,22 +28,15 @@ from benchmarks.placement_policies import (
     Policy,
     RoundRobin,
 )
-from benchmarks.placement_trace import (
-    BlockCache,
+from benchmarks.report import Report
+from diptych.planning.block_cache import BlockCache, hit_rate_of_one_cache
+from diptych.planning.rates import WorkerRates
+from diptych.planning.trace import (
     TracedRequest,
-    hit_rate_of_one_cache,
     overlay,
     read_trace,
 )
-from benchmarks.placement_world import (
-    REPORT_S,
-    DecodeWorker,
-    Events,
-    Hardware,
-    Job,
-    PrefillWorker,
-)
-from benchmarks.report import Report
+from diptych.planning.workers import REPORT_S, DecodeWorker, Events, Job, PrefillWorker
 
 SLO_TTFT_S, SLO_TPOT_S = 2.0, 0.025
 """What a request must meet to count as good. Source: those of Dynamo's published runs."""
@@ -86,12 +80,12 @@ class Outcome:
     """Mean time that a choice took, in real seconds."""
 
 
-def make_policy(name: str, fleet: Fleet, hardware: Hardware, cache_blocks: int) -> Policy:
+def make_policy(name: str, fleet: Fleet, rates: WorkerRates, cache_blocks: int) -> Policy:
     """A policy over the workers of a fleet."""
     prefill, decode = names(fleet)
     match name:
         case "ours":
-            return Ours(prefill, decode, hardware)
+            return Ours(prefill, decode, rates)
         case "approximate prefix":
             return ApproximatePrefix(prefill, decode, blocks=cache_blocks)
         case "least loaded":
@@ -109,7 +103,7 @@ def simulate(
     requests: Sequence[TracedRequest],
     policy: Policy,
     fleet: Fleet,
-    hardware: Hardware,
+    rates: WorkerRates,
     cache_blocks: int,
 ) -> list[Job]:
     """Run all requests to their end."""
@@ -120,7 +114,7 @@ def simulate(
         {
             name: kind(
                 events=events,
-                hardware=hardware,
+                rates=rates,
                 name=name,
                 cache=BlockCache(cache_blocks),
                 tell=tell,
@@ -198,7 +192,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     trace = read_trace(arguments.trace)
-    hardware = Hardware()
+    rates = llama_70b_on_eight_h200()
     settings = {**vars(arguments), "trace": arguments.trace.name}
     report = Report("placement-simulator", settings)
     for fleet in FLEETS:
@@ -215,9 +209,9 @@ def main() -> None:
         report.add(f"{where}: hit rate of one infinite cache (bound)", bound, "")
         report.add(f"{where}: one cache as large as all / bound", pooled / bound, "x")
         for name in arguments.policies:
-            policy = make_policy(name, fleet, hardware, blocks)
+            policy = make_policy(name, fleet, rates, blocks)
             began = time.process_time()
-            jobs = simulate(requests, policy, fleet, hardware, blocks)
+            jobs = simulate(requests, policy, fleet, rates, blocks)
             outcome = judge(jobs, time.process_time() - began)
             add(report, f"{where}, {name}", outcome, bound)
     if arguments.save:

@@ -140,7 +140,8 @@ def dump(settings: BaseModel) -> str:
 
 
 def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    # A trailing underscore keeps a field apart from a name that pydantic has taken, such as `json`.
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -171,13 +172,18 @@ def _parser(
         if field.annotation is bool:
             parser.add_argument(
                 _option(name),
+                dest=name,
                 action=argparse.BooleanOptionalAction,
                 default=argparse.SUPPRESS,
                 help=text,
             )
         else:
             parser.add_argument(
-                _option(name), metavar=_metavar(field), default=argparse.SUPPRESS, help=text
+                _option(name),
+                dest=name,
+                metavar=_metavar(field),
+                default=argparse.SUPPRESS,
+                help=text,
             )
     return parser
 

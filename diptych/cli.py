@@ -31,6 +31,9 @@ COMMANDS: dict[str, _Command] = {
     "prefill": _Command("prefill.main", "worker", "a worker that computes prompts"),
     "decode": _Command("decode.main", "worker", "a worker that generates tokens"),
     "keys": _Command("diptych.keys", "router", "make API keys for the HTTP endpoint"),
+    "plan": _Command(
+        "diptych.planning.main", "router", "how many workers a load needs to meet an SLO"
+    ),
     "chat": _Command("diptych.chat.main", "router", "talk to an endpoint in the terminal"),
 }
 

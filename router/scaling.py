@@ -6,6 +6,7 @@ values of several routers are alternatives and never to be added up.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Gauge
@@ -62,14 +63,16 @@ def show_scaling_signals(
     for name, text, measure in pools:
         gauge = Gauge(f"diptych_router_pool_{name}", text, ["role"], registry=registry)
         for role in Role:
-            gauge.labels(role.value).set_function(
-                lambda role=role, measure=measure: measure(ready_workers(fleet.statuses, role))
-            )
+            gauge.labels(role.value).set_function(partial(_measured, fleet, role, measure))
     Gauge(
         "diptych_router_predicted_wait_seconds",
         "What a new request of normal priority would wait before its prompt begins.",
         registry=registry,
     ).set_function(lambda: waits.predicted_wait_s)
+
+
+def _measured(fleet: Statuses, role: Role, measure: Callable[[Ready], float]) -> float:
+    return measure(ready_workers(fleet.statuses, role))
 
 
 def ready_workers(statuses: Sequence[WorkerStatus], role: Role) -> Ready:

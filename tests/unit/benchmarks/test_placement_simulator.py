@@ -4,14 +4,14 @@ import random
 
 import pytest
 
+from benchmarks.modelled_hardware import llama_70b_on_eight_h200
 from benchmarks.placement_simulator import POLICIES, Fleet, Outcome, judge, make_policy, simulate
-from benchmarks.placement_trace import (
+from diptych.planning.block_cache import hit_rate_of_one_cache
+from diptych.planning.trace import (
     BLOCK_SIZE,
     TracedRequest,
-    hit_rate_of_one_cache,
     overlay,
 )
-from benchmarks.placement_world import Hardware
 
 FLEET = Fleet(prefill=3, decode=1, copies=1, window_s=100.0)
 
@@ -40,7 +40,13 @@ def conversations(rng: random.Random, count: int, turns: int) -> list[TracedRequ
 
 def run(name: str, requests: list[TracedRequest], fleet: Fleet = FLEET) -> tuple[float, Outcome]:
     """Hit rate as a part of the bound, and all of the outcome."""
-    jobs = simulate(requests, make_policy(name, fleet, Hardware(), 5000), fleet, Hardware(), 5000)
+    jobs = simulate(
+        requests,
+        make_policy(name, fleet, llama_70b_on_eight_h200(), 5000),
+        fleet,
+        llama_70b_on_eight_h200(),
+        5000,
+    )
     assert all(job.ended_at >= job.first_token_at > job.request.arrives_at for job in jobs)
     outcome = judge(jobs, 0.0)
     return outcome.hit_rate / hit_rate_of_one_cache(requests, None), outcome

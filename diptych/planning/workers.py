@@ -1,4 +1,4 @@
-"""Modelled workers in virtual time, for the placement simulator: no sleeping, no I/O.
+"""Modelled workers in virtual time, for the planner and benchmarks: no sleeping, no I/O.
 
 What is modelled: prompts computed one after the other at the rate of the model's arithmetic, prefix
 caches with LRU eviction, KV moved over a link, decode batches whose step takes longer the more they
@@ -12,40 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
-from benchmarks.placement_trace import BLOCK_SIZE, BlockCache, TracedRequest
+from diptych.planning.block_cache import BlockCache
+from diptych.planning.rates import WorkerRates
+from diptych.planning.trace import BLOCK_SIZE, TracedRequest
 from router.fleet.worker import CacheChange, WorkerLoad
 
 REPORT_S = 0.25
 """Between two load reports, as the workers' default."""
 DELAY_S = 0.003
 """Until a report or an event is with the router."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hardware:
-    """Llama-3-70B in bfloat16 on eight H200, all of them one worker.
-
-    Source: 140 GFLOP and 320 KiB of KV per token, 80 layers of width 8192; 600 TFLOP/s, 4.3 TB/s
-    and 141 GB per GPU. Own judgement: 4 ms of communication per decode step, 200 GB/s per link.
-    """
-
-    linear_flops: float = 140e9
-    attention_flops: float = 4 * 80 * 8192.0
-    """Per token and token before it."""
-    flops_per_s: float = 8 * 600e12
-    step_s: float = 140e9 / (8 * 4.3e12) + 4e-3
-    step_s_per_token: float = 327_680 / (8 * 4.3e12)
-    kv_bytes: int = 327_680
-    link_bytes_per_s: float = 200e9
-    max_num_seqs: int = 256
-    decode_tokens: int = 2_600_000
-    """KV that a decode worker can hold."""
-
-    def prefill_s(self, new_tokens: int, cached: int) -> float:
-        """Seconds to compute tokens after some that are cached."""
-        seen = cached + new_tokens / 2
-        flops = new_tokens * (self.linear_flops + self.attention_flops * seen)
-        return flops / self.flops_per_s
 
 
 @dataclass(slots=True, eq=False)
@@ -79,14 +54,19 @@ class Events:
         self.now = 0.0
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
+        self._stopped = False
 
     def at(self, when: float, call: Callable[[], None]) -> None:
         """Have something called then."""
         heapq.heappush(self._queue, (when, next(self._order), call))
 
+    def stop(self) -> None:
+        """Let nothing more happen: what there is to know is known."""
+        self._stopped = True
+
     def run(self) -> None:
         """Go on until nothing is left."""
-        while self._queue:
+        while self._queue and not self._stopped:
             self.now, _, call = heapq.heappop(self._queue)
             call()
 
@@ -94,7 +74,7 @@ class Events:
 @dataclass(slots=True)
 class _Worker:
     events: Events
-    hardware: Hardware
+    rates: WorkerRates
     name: str
     cache: BlockCache
     tell: Callable[[str, CacheChange], None] | None
@@ -147,7 +127,7 @@ class PrefillWorker(_Worker):
         matched = self.cache.match(request.hashes) * BLOCK_SIZE
         job.cached_tokens = min(matched, request.prompt_tokens - 1)
         new = request.prompt_tokens - job.cached_tokens
-        seconds = self.hardware.prefill_s(new, job.cached_tokens)
+        seconds = self.rates.prefill_s(new, job.cached_tokens)
         self.rate += (new / seconds - self.rate) * (0.2 if self.rate else 1.0)
         self.ends_at = self.events.now + seconds
         self.events.at(self.ends_at, lambda: self._finish(done))
@@ -178,8 +158,8 @@ class DecodeWorker(_Worker):
         """Take a prompt that is computed: move its KV, then generate."""
         matched = self.cache.match(job.request.hashes) * BLOCK_SIZE
         moved = max(0, job.request.prompt_tokens - matched)
-        seconds = moved * self.hardware.kv_bytes / self.hardware.link_bytes_per_s
-        self.events.at(self.events.now + seconds, lambda: self._adopt(job, done))
+        arrives_at = self.events.now + self.rates.transfer_s(moved)
+        self.events.at(arrives_at, lambda: self._adopt(job, done))
 
     def load(self) -> WorkerLoad:
         """Its load report."""
@@ -223,13 +203,13 @@ class DecodeWorker(_Worker):
             self.events.at(now + left, turn)
 
     def _step_s(self) -> float:
-        return self.hardware.step_s + self.held_tokens * self.hardware.step_s_per_token
+        return self.rates.decode_step_s(len(self.running), self.held_tokens)
 
     def _has_room(self, job: Job) -> bool:
         if not self.running:
             return True
-        room = self.held_tokens + _held(job) <= self.hardware.decode_tokens
-        return room and len(self.running) < self.hardware.max_num_seqs
+        room = self.held_tokens + _held(job) <= self.rates.kv_tokens
+        return room and len(self.running) < self.rates.max_num_seqs
 
 
 def _held(job: Job) -> int:
