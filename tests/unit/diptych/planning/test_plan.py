@@ -12,7 +12,7 @@ from diptych.planning.measured import Measured, ask_prometheus, watch_router
 from diptych.planning.question import ask
 from diptych.planning.settings import PlanSettings
 
-LOAD = ("--rate", "1", "--prompt-tokens", "900", "--output-tokens", "100")
+LOAD = ("--rate", "1", "--prompt-tokens", "900", "--output-tokens", "100", "--spread", "0.3")
 RATES = ("--prefill-tokens-per-s", "1200", "--decode-step-s", "10ms", "--max-num-seqs", "32")
 FLEET = {
     "workers": [
