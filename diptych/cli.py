@@ -34,6 +34,9 @@ COMMANDS: dict[str, _Command] = {
     "plan": _Command(
         "diptych.planning.main", "router", "how many workers a load needs to meet an SLO"
     ),
+    "autoscale": _Command(
+        "diptych.autoscale.main", "router,k8s", "scale the pools of a Kubernetes deployment"
+    ),
     "chat": _Command("diptych.chat.main", "router", "talk to an endpoint in the terminal"),
 }
 

@@ -1,0 +1,1 @@
+"""Scales the prefill and the decode pool: signals in, a pure policy, the scale subresource out."""
