@@ -5,8 +5,9 @@ that is held, so it says how many are wanted, up or down. A *strain*, such as ba
 over its SLO, says only that there are too few: it is next to nothing until a pool is full.
 
 Up at once, down slowly: a pool shrinks to the most that was wanted during all of the past
-`down_after_s`, and by few at a time. Invariant: nothing is decided from data that is old, and
-nothing shrinks on data that is not complete.
+`down_after_s`, by few at a time, and not to what was too few for the same load not long ago: a
+small pool may be strained by bursts that its shares, which are means, do not show. Invariant:
+nothing is decided from data that is old, and nothing shrinks on data that is not complete.
 """
 
 import math
@@ -18,8 +19,10 @@ TOLERANCE = 0.1
 """A share this far above its target is let pass. Source: the default of Kubernetes' HPA."""
 CALM = 0.8
 """Part of its limit that a strain must be below for a pool to shrink. Source: own judgement."""
-MOST_STRAIN = 2.0
+MOST_STRAIN = 1.5
 """A strain asks for at most so many times the replicas: what it measures grows without bound."""
+SAME_LOAD = 0.8
+"""Part of a load that counts as the same load. Source: own judgement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,26 @@ class Pace:
     """Least time between two steps down."""
     down_part: float = 0.1
     """Largest part of a pool that one step takes away; one replica always may go."""
+    memory_s: float = 3600.0
+    """Time for which what was too few is remembered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TooFew:
+    """Replicas that were strained under a load, in replicas' worth of it."""
+
+    replicas: int
+    load: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one decision came from."""
+
+    at: float
+    wanted: int
+    load: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +88,11 @@ class PoolScaler:
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
-        self._wanted: deque[tuple[float, int]] = deque()
+        self._seen: deque[_Seen] = deque()
         self._unsettled_at = -math.inf
         """Last time that replicas were starting."""
         self._down_at = -math.inf
+        self._too_few: _TooFew | None = None
 
     def decide(self, signals: PoolSignals | None, replicas: int, now: float) -> Decision:
         """Replicas that the pool should have.
@@ -82,13 +106,14 @@ class PoolScaler:
         if replicas == 0:
             return Decision(replicas=0, reason="scaled to 0 by hand: left alone")
         if signals is None:
-            self._remember(replicas, now)
+            self._remember(_Seen(now, replicas, math.inf))
             return Decision(replicas=replicas, reason="no fresh signals: nothing is changed")
         if signals.ready < replicas:
             self._unsettled_at = now
         wanted, why = self._want(signals, replicas, now)
         wanted = min(pace.max_replicas, max(pace.min_replicas, wanted))
-        self._remember(wanted if signals.complete else max(wanted, replicas), now)
+        at_least = wanted if signals.complete else max(wanted, replicas)
+        self._remember(_Seen(now, at_least, _load(signals)))
         if wanted > replicas:
             most = max(2 * replicas, replicas + 2)
             self._unsettled_at = now
@@ -97,11 +122,11 @@ class PoolScaler:
             return Decision(replicas=pace.max_replicas, reason="more than max_replicas")
         return self._shrink(signals, replicas, now, why)
 
-    def _remember(self, wanted: int, now: float) -> None:
+    def _remember(self, seen: _Seen) -> None:
         """What nobody could see counts as wanted: it may have been."""
-        self._wanted.append((now, wanted))
-        while self._wanted[0][0] < now - self._pace.down_after_s:
-            self._wanted.popleft()
+        self._seen.append(seen)
+        while self._seen[0].at < seen.at - self._pace.down_after_s:
+            self._seen.popleft()
 
     def _want(self, signals: PoolSignals, replicas: int, now: float) -> tuple[int, str]:
         ready = signals.ready
@@ -122,18 +147,26 @@ class PoolScaler:
         for name, ratio in signals.strains.items():
             if ratio is None or ratio <= CALM:
                 continue
-            count = ready
-            if ratio > 1:
-                count = (
-                    math.ceil(round(ready * min(ratio, MOST_STRAIN), 6)) if settled else replicas
-                )
+            if ratio <= 1:
+                count = ready
+            elif not settled:
+                count = replicas
+            else:
+                count = math.ceil(round(ready * min(ratio, MOST_STRAIN), 6))
+                self._too_few = _TooFew(replicas=ready, load=_load(signals), at=now)
             wants.append((count, f"{name} is {ratio:.0%} of its limit"))
         return max(wants, key=lambda want: want[0])
 
     def _shrink(self, signals: PoolSignals, replicas: int, now: float, why: str) -> Decision:
         pace = self._pace
-        target = max(wanted for _, wanted in self._wanted)
-        since = self._wanted[0][0]
+        target = max(seen.wanted for seen in self._seen)
+        load = max(seen.load for seen in self._seen)
+        past, since = self._too_few, self._seen[0].at
+        remembered = past is not None and now - past.at < pace.memory_s
+        if past is not None and remembered and load > SAME_LOAD * past.load:
+            least = min(replicas, past.replicas + 1)
+            if least > target:
+                target, why = least, f"{past.replicas} replicas were too few for this load"
         if not signals.complete:
             return Decision(replicas=replicas, reason="not all routers answered: nothing shrinks")
         if target >= replicas:
@@ -144,3 +177,9 @@ class PoolScaler:
         self._down_at = now
         step = max(1, int(pace.down_part * replicas))
         return Decision(replicas=max(target, replicas - step), reason=why)
+
+
+def _load(signals: PoolSignals) -> float:
+    """Replicas that the pool would need if its fullest share were at its target."""
+    known = [ratio for ratio in signals.shares.values() if ratio is not None]
+    return signals.ready * max(known, default=math.inf)

@@ -16,6 +16,8 @@ from diptych.autoscale.policy import PoolSignals
 
 MIN_SPAN_S = 5.0
 """Least time between the two scrapes that a rate comes from."""
+BACKLOG_S = 30.0
+"""Time over which a backlog is averaged: one long prompt is none."""
 ITL_QUANTILE = 0.95
 
 
@@ -88,7 +90,7 @@ class SignalWindow:
             prefill=PoolSignals(
                 ready=max(each.ready["prefill"] for each in latest),
                 shares={"busy share": self._busy()},
-                strains={"backlog": max(each.backlog_s for each in latest) / targets.backlog_s},
+                strains={"backlog": self._backlog_s() / targets.backlog_s},
                 complete=complete,
             ),
             decode=PoolSignals(
@@ -101,6 +103,13 @@ class SignalWindow:
                 complete=complete,
             ),
         )
+
+    def _backlog_s(self) -> float:
+        means = []
+        for past in self._readings.values():
+            recent = [each.backlog_s for each in past if each.at > past[-1].at - BACKLOG_S]
+            means.append(sum(recent) / len(recent))
+        return max(means)
 
     def _busy(self) -> float | None:
         """Prompt tokens per second that no cache spares, over what the ready workers compute."""
