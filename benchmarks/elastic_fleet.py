@@ -170,6 +170,8 @@ class Replay:
 
     good: float
     """Share of the requests within the SLO."""
+    late: Sequence[TracedRequest]
+    """The others."""
     replica_hours: Mapping[str, float]
     sizes: Mapping[str, Sequence[tuple[float, int]]]
 
@@ -211,8 +213,10 @@ def replay(
     events.at(interval_s, turn)
     events.run()
     assert all(job.ended_at for job in fleet.jobs), "a request was lost"
+    late = [job.request for job in fleet.jobs if not is_good(job, slo)]
     return Replay(
-        good=sum(is_good(job, slo) for job in fleet.jobs) / len(fleet.jobs),
+        good=1 - len(late) / len(fleet.jobs),
+        late=late,
         replica_hours={role: fleet.replica_s(role, span_s) / 3600 for role in fleet.pools},
         sizes=fleet.sizes,
     )

@@ -6,7 +6,7 @@ come in.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,8 @@ from diptych.autoscale.policy import PoolSignals
 
 MIN_SPAN_S = 5.0
 """Least time between the two scrapes that a rate comes from."""
-BACKLOG_S = 30.0
-"""Time over which a backlog is averaged: one long prompt is none."""
+AVERAGE_S = 30.0
+"""Time over which gauges are averaged: one long prompt is no backlog."""
 ITL_QUANTILE = 0.95
 
 
@@ -90,24 +90,25 @@ class SignalWindow:
             prefill=PoolSignals(
                 ready=max(each.ready["prefill"] for each in latest),
                 shares={"busy share": self._busy()},
-                strains={"backlog": self._backlog_s() / targets.backlog_s},
+                strains={"backlog": self._mean(lambda each: each.backlog_s) / targets.backlog_s},
                 complete=complete,
             ),
             decode=PoolSignals(
                 ready=max(each.ready["decode"] for each in latest),
                 shares={
-                    "KV occupancy": max(each.kv for each in latest) / targets.kv,
-                    "batch occupancy": max(each.batch for each in latest) / targets.batch,
+                    "KV occupancy": self._mean(lambda each: each.kv) / targets.kv,
+                    "batch occupancy": self._mean(lambda each: each.batch) / targets.batch,
                 },
                 strains={"ITL": self._itl()},
                 complete=complete,
             ),
         )
 
-    def _backlog_s(self) -> float:
+    def _mean(self, gauge: Callable[[Reading], float]) -> float:
+        """Of the last AVERAGE_S, of the router that shows most."""
         means = []
         for past in self._readings.values():
-            recent = [each.backlog_s for each in past if each.at > past[-1].at - BACKLOG_S]
+            recent = [gauge(each) for each in past if each.at > past[-1].at - AVERAGE_S]
             means.append(sum(recent) / len(recent))
         return max(means)
 
