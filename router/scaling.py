@@ -5,13 +5,15 @@ count: a pool is as large as what can take requests. Every router sees the whole
 values of several routers are alternatives and never to be added up.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Gauge
 
 from router.fleet.worker import Role, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
+from router.observer import CACHE_WINDOW, CacheHit, cache_hits
+from router.timeline import RequestTimeline
 
 Ready = Sequence[tuple[WorkerInfo, WorkerLoad]]
 
@@ -24,8 +26,11 @@ class Statuses(Protocol):
         """Every known worker."""
 
 
-class Waits(Protocol):
+class Requests(Protocol):
     """What is read of dispatch."""
+
+    def recent(self, count: int) -> Sequence[RequestTimeline]:
+        """The latest requests, newest first."""
 
     @property
     def predicted_wait_s(self) -> float:
@@ -33,14 +38,14 @@ class Waits(Protocol):
 
 
 def show_scaling_signals(
-    registry: CollectorRegistry, fleet: Statuses, waits: Waits, *, assumed_tokens_per_s: float
+    registry: CollectorRegistry, fleet: Statuses, requests: Requests, *, assumed_tokens_per_s: float
 ) -> None:
     """Declare the gauges.
 
     Args:
         registry: of this process.
         fleet: asked at each scrape.
-        waits: asked at each scrape.
+        requests: asked at each scrape.
         assumed_tokens_per_s: prefill rate of a worker that has not measured its own.
     """
     pools: tuple[tuple[str, str, Callable[[Ready], float]], ...] = (
@@ -59,6 +64,16 @@ def show_scaling_signals(
             "Sequences of all ready workers over the most that run at once, by pool.",
             batch_usage,
         ),
+        (
+            "prefill_tokens_per_second",
+            "Mean of the measured prefill rates of ready workers, by pool; 0 until one is known.",
+            prefill_rate,
+        ),
+        (
+            "cache_hit_ratio",
+            "Share of the prompt tokens of recent requests that prefix caches spared, by pool.",
+            lambda ready: hit_ratio(ready, cache_hits(requests.recent(CACHE_WINDOW))),
+        ),
     )
     for name, text, measure in pools:
         gauge = Gauge(f"diptych_router_pool_{name}", text, ["role"], registry=registry)
@@ -68,7 +83,7 @@ def show_scaling_signals(
         "diptych_router_predicted_wait_seconds",
         "What a new request of normal priority would wait before its prompt begins.",
         registry=registry,
-    ).set_function(lambda: waits.predicted_wait_s)
+    ).set_function(lambda: requests.predicted_wait_s)
 
 
 def _measured(fleet: Statuses, role: Role, measure: Callable[[Ready], float]) -> float:
@@ -105,3 +120,15 @@ def batch_usage(ready: Ready) -> float:
     return sum(load.running + load.waiting for _, load in ready) / max(
         1, sum(info.max_num_seqs for info, _ in ready)
     )
+
+
+def prefill_rate(ready: Ready) -> float:
+    """Prompt tokens per second of one worker, of those that have measured it; 0 if none has."""
+    known = [load.prefill_tokens_per_s for _, load in ready if load.prefill_tokens_per_s]
+    return sum(known) / max(1, len(known))
+
+
+def hit_ratio(ready: Ready, hits: Mapping[str, CacheHit]) -> float:
+    """Cached prompt tokens over prompt tokens; 0 while there are none."""
+    found = [hits.get(info.worker_id, CacheHit()) for info, _ in ready]
+    return sum(hit.cached_tokens for hit in found) / max(1, sum(hit.prompt_tokens for hit in found))

@@ -7,7 +7,6 @@ itself, since counters of different routers must not be mixed.
 import asyncio
 import logging
 import socket
-from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,8 +15,6 @@ from core.clock import Clock
 from diptych.autoscale.signals import Reading, Signals, SignalWindow, read_router
 
 log = logging.getLogger(__name__)
-
-MAX_METRICS_BYTES = 16 << 20
 
 
 class RouterSource:
@@ -67,13 +64,9 @@ class RouterSource:
     async def _read(self, client: httpx.AsyncClient, address: str) -> Reading | None:
         try:
             async with asyncio.timeout(self._timeout_s):
-                metrics, fleet = await asyncio.gather(
-                    client.get(f"{address}/metrics"), client.get(f"{address}/v1/fleet")
-                )
+                metrics = await client.get(f"{address}/metrics")
             metrics.raise_for_status()
-            fleet.raise_for_status()
-            about: Mapping[str, object] = fleet.json()
-            return read_router(metrics.text, about, self._clock())
-        except (httpx.HTTPError, TimeoutError, KeyError, TypeError, ValueError) as error:
+            return read_router(metrics.text, self._clock())
+        except (httpx.HTTPError, TimeoutError, KeyError, ValueError) as error:
             log.warning("router %s does not say how full it is: %r", address, error)
             return None

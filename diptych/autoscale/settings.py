@@ -30,7 +30,8 @@ class AutoscaleSettings(BaseModel):
 
     router: str = Field(
         "http://127.0.0.1:8000",
-        description="URL of the routers; each address of a headless Service's name is asked.",
+        description="URL where routers show /metrics; each address of a headless Service's name "
+        "is asked.",
     )
     prefill: Scaled | None = Field(
         None,

@@ -8,7 +8,6 @@ come in.
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -138,40 +137,34 @@ class SignalWindow:
         return None if value is None else value / self.targets.itl_s
 
 
-def read_router(metrics: str, fleet: Mapping[str, Any], at: float) -> Reading:
-    """What a router's /metrics and /v1/fleet say.
+def read_router(metrics: str, at: float) -> Reading:
+    """What a router's /metrics say.
 
     Raises:
-        KeyError, TypeError or ValueError: they are not those of a router.
+        KeyError or ValueError: they are not those of a router.
     """
     values: dict[tuple[str, str], float] = {}
     gaps: dict[float, float] = {}
     for family in text_string_to_metric_families(metrics):
         for sample in family.samples:
-            labels = sample.labels
-            if sample.name == "diptych_router_inter_token_latency_seconds_bucket":
+            name, labels = sample.name.removeprefix("diptych_router_"), sample.labels
+            if name == "inter_token_latency_seconds_bucket":
                 bound = float(labels["le"])
                 gaps[bound] = gaps.get(bound, 0.0) + sample.value
-            elif sample.name == "diptych_router_workers" and labels["state"] == "ready":
-                values[sample.name, labels["role"]] = sample.value
-            elif sample.name.startswith("diptych_router_p"):  # pool gauges and prompt tokens
-                values[sample.name, labels.get("role", "")] = sample.value
-    workers = [
-        each for each in fleet["workers"] if each["state"] == "ready" and each["role"] == "prefill"
-    ]
-    rates = [each["prefill_tokens_per_s"] for each in workers if each["prefill_tokens_per_s"]]
-    hits = [each["cache_hit"] for each in workers]
-    prompts = sum(hit["prompt_tokens"] for hit in hits)
+            elif name.startswith("pool_") or name == "prompt_tokens_total":
+                values[name, labels.get("role", "")] = sample.value
+            elif name == "workers" and labels["state"] == "ready":
+                values[name, labels["role"]] = sample.value
     return Reading(
         at=at,
-        ready={role: int(values["diptych_router_workers", role]) for role in ("prefill", "decode")},
-        backlog_s=values["diptych_router_pool_backlog_seconds", "prefill"],
-        kv=values["diptych_router_pool_kv_usage_ratio", "decode"],
-        batch=values["diptych_router_pool_batch_usage_ratio", "decode"],
-        prompt_tokens=values["diptych_router_prompt_tokens_total", ""],
+        ready={role: int(values.get(("workers", role), 0)) for role in ("prefill", "decode")},
+        backlog_s=values["pool_backlog_seconds", "prefill"],
+        kv=values["pool_kv_usage_ratio", "decode"],
+        batch=values["pool_batch_usage_ratio", "decode"],
+        prompt_tokens=values["prompt_tokens_total", ""],
         gaps=gaps,
-        hit_ratio=sum(hit["cached_tokens"] for hit in hits) / prompts if prompts else 0.0,
-        prefill_tokens_per_s=sum(rates) / len(rates) if rates else 0.0,
+        hit_ratio=values["pool_cache_hit_ratio", "prefill"],
+        prefill_tokens_per_s=values["pool_prefill_tokens_per_second", "prefill"],
     )
 
 

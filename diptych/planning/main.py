@@ -37,6 +37,8 @@ def measure(settings: PlanSettings) -> Measured:
         with httpx.Client(base_url=settings.prometheus, timeout=TIMEOUT_S) as client:
             return ask_prometheus(client, settings.window_s)
     if settings.router is not None:
-        with httpx.Client(base_url=settings.router, timeout=TIMEOUT_S) as client:
+        key = settings.api_key
+        headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+        with httpx.Client(base_url=settings.router, timeout=TIMEOUT_S, headers=headers) as client:
             return watch_router(client, settings.watch_s)
     return Measured()

@@ -1,6 +1,6 @@
 """What a user can say to `diptych plan`."""
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from core.settings import Seconds
 
@@ -27,6 +27,9 @@ class PlanSettings(BaseModel):
         3600.0, ge=300, description="Past whose busiest five minutes are read of Prometheus."
     )
     router: str | None = Field(None, description="Load and replicas: URL of a router.")
+    api_key: SecretStr | None = Field(
+        None, description="Key for the router, if it asks for one; it must be an administrator's."
+    )
     watch_s: Seconds = Field(30.0, gt=0, description="How long a router is watched.")
     rate: float | None = Field(None, gt=0, description="Load: requests per second.")
     prompt_tokens: float | None = Field(None, ge=1, description="Load: mean length of prompts.")

@@ -1,6 +1,5 @@
 """`diptych autoscale` against an API server and a router: rights, conflicts, the whole process."""
 
-import json
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from core.errors import UnavailableError
 from diptych.autoscale.scale_api import ScaleApi, Target
 from router.api.metrics import ApiMetrics
 from router.metrics import FleetMetrics
-from router.observer import Observer
 from router.scaling import show_scaling_signals
 from tests.support.kube.kinds import BUILT_IN, CUSTOM
 from tests.support.kube.server import KubeServer, environment, kube_server
@@ -112,9 +110,8 @@ def router() -> Iterator[int]:
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             api.prompt_tokens.inc(10)
-            shown = json.dumps(Observer(fleet, fleet).fleet()).encode()
-            body = generate_latest(registry) if self.path == "/metrics" else shown
-            self.send_response(200)
+            body = generate_latest(registry)
+            self.send_response(200 if self.path == "/metrics" else 404)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

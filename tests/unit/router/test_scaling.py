@@ -7,7 +7,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from router.fleet.worker import Role, WorkerLoad, WorkerState, WorkerStatus
-from router.scaling import show_scaling_signals
+from router.observer import CacheHit
+from router.scaling import hit_ratio, show_scaling_signals
+from router.timeline import RequestTimeline
 from tests.support.router_placement import make_info
 
 
@@ -15,6 +17,9 @@ from tests.support.router_placement import make_info
 class Fleet:
     statuses: Sequence[WorkerStatus]
     predicted_wait_s: float = 0.0
+
+    def recent(self, count: int) -> list[RequestTimeline]:
+        return []
 
 
 def status(name: str, role: Role, load: WorkerLoad, *, attached: bool = True) -> WorkerStatus:
@@ -54,6 +59,7 @@ def test_a_pool_is_what_is_ready_and_measured_rates_win_over_the_assumed_one() -
         predicted_wait_s=1.5,
     )
     assert shown(fleet, "pool_backlog_seconds", "prefill") == pytest.approx((4 + 2) / 2)
+    assert shown(fleet, "pool_prefill_tokens_per_second", "prefill") == 1000
     assert shown(fleet, "pool_kv_usage_ratio", "decode") == pytest.approx(80 / 200)
     assert shown(fleet, "pool_batch_usage_ratio", "decode") == pytest.approx(22 / 20)
     assert shown(fleet, "pool_kv_usage_ratio", "prefill") == 0
@@ -63,3 +69,13 @@ def test_a_pool_is_what_is_ready_and_measured_rates_win_over_the_assumed_one() -
 def test_an_empty_pool_shows_nothing_to_do() -> None:
     for name in ("backlog_seconds", "kv_usage_ratio", "batch_usage_ratio"):
         assert shown(Fleet([]), f"pool_{name}", "decode") == 0
+
+
+def test_cache_hits_are_those_of_the_pool() -> None:
+    ready = [(make_info("prefill", "p"), WorkerLoad()), (make_info("prefill", "q"), WorkerLoad())]
+    hits = {
+        "p": CacheHit(requests=1, prompt_tokens=100, cached_tokens=80),
+        "d": CacheHit(requests=1, prompt_tokens=900, cached_tokens=0),
+    }
+    assert hit_ratio(ready, hits) == 0.8
+    assert hit_ratio(ready, {}) == 0

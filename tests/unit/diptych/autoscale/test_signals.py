@@ -10,7 +10,6 @@ from diptych.autoscale.signals import Reading, SignalWindow, Targets, quantile, 
 from router.api.metrics import ApiMetrics
 from router.fleet.worker import Role, WorkerLoad, WorkerState, WorkerStatus
 from router.metrics import FleetMetrics
-from router.observer import Observer
 from router.scaling import show_scaling_signals
 from tests.support.router_placement import make_info
 
@@ -62,9 +61,7 @@ def test_what_a_real_router_exposes_is_read() -> None:
     api.prompt_tokens.inc(700)
     for endpoint in ("chat", "completions"):
         api.inter_token_latency.labels(endpoint).observe(0.03)
-    reading = read_router(
-        generate_latest(registry).decode(), Observer(fleet, fleet).fleet(), at=5.0
-    )
+    reading = read_router(generate_latest(registry).decode(), at=5.0)
     assert reading.at == 5.0
     assert reading.ready == {"prefill": 1, "decode": 1}
     assert reading.backlog_s == 2.0
@@ -76,7 +73,7 @@ def test_what_a_real_router_exposes_is_read() -> None:
 
 def test_what_is_no_router_is_refused() -> None:
     with pytest.raises((KeyError, ValueError)):
-        read_router("# nothing", {"workers": [], "links": []}, at=0.0)
+        read_router("# nothing", at=0.0)
 
 
 def test_counters_of_several_routers_add_up_and_gauges_do_not() -> None:
