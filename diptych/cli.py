@@ -37,6 +37,7 @@ COMMANDS: dict[str, _Command] = {
     "autoscale": _Command(
         "diptych.autoscale.main", "router,k8s", "scale the pools of a Kubernetes deployment"
     ),
+    "doctor": _Command("diptych.doctor.main", "router", "look for what is wrong with a deployment"),
     "chat": _Command("diptych.chat.main", "router", "talk to an endpoint in the terminal"),
 }
 

@@ -10,6 +10,8 @@ import asyncio
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import product
+from collections.abc import Callable, Iterable
+from email.utils import formatdate
 
 from prometheus_client import CollectorRegistry, Counter, Info, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -154,6 +156,7 @@ async def serve_metrics(
                     status, kind, body = 405, "text/plain", b"Only GET.\n"
                 writer.write(
                     f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: {kind}\r\n"
+                    f"Date: {formatdate(usegmt=True)}\r\n"
                     f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
                     + (b"" if method == "HEAD" else body)
                 )
