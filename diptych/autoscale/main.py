@@ -10,8 +10,9 @@ from prometheus_client import CollectorRegistry
 from core.clock import monotonic
 from core.errors import ConfigError
 from core.settings import load_or_exit
-from diptych.autoscale.loop import Controller, Metrics, Pool
+from diptych.autoscale.loop import Controller, Metrics, Pool, Source
 from diptych.autoscale.policy import PoolScaler
+from diptych.autoscale.prometheus import PrometheusSource
 from diptych.autoscale.routers import RouterSource
 from diptych.autoscale.scale_api import ScaleApi, Target
 from diptych.autoscale.settings import AutoscaleSettings
@@ -42,6 +43,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def source_of(settings: AutoscaleSettings) -> Source:
+    """Where signals come from."""
+    if settings.prometheus is not None:
+        return PrometheusSource(
+            settings.prometheus, settings.prometheus_match, settings.targets, timeout_s=TIMEOUT_S
+        )
+    window = SignalWindow(settings.targets, settings.window_s)
+    return RouterSource(settings.router, window, timeout_s=TIMEOUT_S, clock=monotonic)
+
+
 async def serve(settings: AutoscaleSettings) -> None:
     """Scale until a signal.
 
@@ -64,12 +75,7 @@ async def serve(settings: AutoscaleSettings) -> None:
             for role, (target, least, most) in bounds.items()
             if target is not None
         },
-        RouterSource(
-            settings.router,
-            SignalWindow(settings.targets, settings.window_s),
-            timeout_s=TIMEOUT_S,
-            clock=monotonic,
-        ),
+        source_of(settings),
         scales,
         Metrics(registry),
         monotonic,
@@ -85,8 +91,11 @@ async def serve(settings: AutoscaleSettings) -> None:
     port = server.sockets[0].getsockname()[1]
     log.info(
         "scaling in namespace %s by what %s says, metrics on port %d%s",
-        scales.namespace, settings.router, port, ", changing nothing" if settings.dry_run else "",
-    )  # fmt: skip
+        scales.namespace,
+        settings.prometheus or settings.router,
+        port,
+        ", changing nothing" if settings.dry_run else "",
+    )
     async with server, asyncio.TaskGroup() as group:
         turns = group.create_task(controller.run(settings.interval_s))
         await stop.wait()

@@ -33,6 +33,14 @@ class AutoscaleSettings(BaseModel):
         description="URL where routers show /metrics; each address of a headless Service's name "
         "is asked.",
     )
+    prometheus: str | None = Field(
+        None, description="URL of a Prometheus to ask instead; it must scrape routers and workers."
+    )
+    prometheus_match: str = Field(
+        "",
+        description="Labels that only this deployment's metrics have there, as in "
+        'namespace="llm".',
+    )
     prefill: Scaled | None = Field(
         None,
         description="deployment/NAME, statefulset/NAME or leaderworkerset/NAME of the prefill "
