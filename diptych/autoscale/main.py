@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> int:
     settings = load_or_exit(
         AutoscaleSettings, argv, prog="diptych autoscale", env_prefix="DIPTYCH_AUTOSCALE_"
     )
-    setup(settings.log_level, settings.log_format, "autoscale", secrets=[])
+    key = _secret(settings)
+    setup(settings.log_level, settings.log_format, "autoscale", secrets=[key] if key else [])
     try:
         asyncio.run(serve(settings))
     except (ConfigError, OSError) as error:
@@ -50,7 +51,17 @@ def source_of(settings: AutoscaleSettings) -> Source:
             settings.prometheus, settings.prometheus_match, settings.targets, timeout_s=TIMEOUT_S
         )
     window = SignalWindow(settings.targets, settings.window_s)
-    return RouterSource(settings.router, window, timeout_s=TIMEOUT_S, clock=monotonic)
+    return RouterSource(
+        settings.router,
+        window,
+        api_key=_secret(settings),
+        timeout_s=TIMEOUT_S,
+        clock=monotonic,
+    )
+
+
+def _secret(settings: AutoscaleSettings) -> str | None:
+    return settings.api_key.get_secret_value() if settings.api_key else None
 
 
 async def serve(settings: AutoscaleSettings) -> None:

@@ -39,11 +39,13 @@ def queries(match: str) -> dict[str, str]:
         found[f"{role} ready"] = f"max({ready})"
         found[f"{role} seen"] = f"count({series(_ROLE[role])})"
     gaps = series("diptych_router_inter_token_latency_seconds_bucket")
-    busy = f"rate({series('diptych_step_duration_seconds_sum')}[1m])"
+    # A worker may show its steps by kind: all of them keep it busy.
+    steps = f"rate({series('diptych_step_duration_seconds_sum')}[1m])"
+    busy = f"sum by (instance) ({of('prefill', steps)})"
     kv, batch = series("diptych_kv_cache_usage_ratio"), series("diptych_batch_usage_ratio")
     return found | {
         "backlog": f"avg({of('prefill', series('diptych_prefill_backlog_seconds'))})",
-        "busy": f"avg({of('prefill', busy)})",
+        "busy": f"avg({busy})",
         "kv": f"avg({of('decode', kv)})",
         "batch": f"avg({of('decode', batch)})",
         "itl": f"histogram_quantile({ITL_QUANTILE}, sum by (le) (rate({gaps}[1m])))",

@@ -20,8 +20,17 @@ log = logging.getLogger(__name__)
 class RouterSource:
     """Signals from routers. Owned by the loop."""
 
-    def __init__(self, url: str, window: SignalWindow, *, timeout_s: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        url: str,
+        window: SignalWindow,
+        *,
+        api_key: str | None,
+        timeout_s: float,
+        clock: Clock,
+    ) -> None:
         """Ask the routers that the host of `url` stands for."""
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._url = urlsplit(url)
         self._window = window
         self._timeout_s = timeout_s
@@ -64,7 +73,7 @@ class RouterSource:
     async def _read(self, client: httpx.AsyncClient, address: str) -> Reading | None:
         try:
             async with asyncio.timeout(self._timeout_s):
-                metrics = await client.get(f"{address}/metrics")
+                metrics = await client.get(f"{address}/metrics", headers=self._headers)
             metrics.raise_for_status()
             return read_router(metrics.text, self._clock())
         except (httpx.HTTPError, TimeoutError, KeyError, ValueError) as error:

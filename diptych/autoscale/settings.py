@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from core.settings import Seconds
 from diptych.autoscale.policy import Pace
@@ -32,6 +32,9 @@ class AutoscaleSettings(BaseModel):
         "http://127.0.0.1:8000",
         description="URL where routers show /metrics; each address of a headless Service's name "
         "is asked.",
+    )
+    api_key: SecretStr | None = Field(
+        None, description="Key for the routers' /metrics, if they ask for one."
     )
     prometheus: str | None = Field(
         None, description="URL of a Prometheus to ask instead; it must scrape routers and workers."

@@ -65,7 +65,7 @@ def test_signals_and_a_plan_come_from_a_running_system(
     assert answer["plan"]["prefill"] >= 1
     worker = httpx.get(f"http://127.0.0.1:{system.decode[0].metrics_port}/metrics", timeout=5).text
     for name in ("diptych_batch_usage_ratio", "diptych_prefill_backlog_seconds"):
-        assert f"\n{name} " in worker
+        assert f"# TYPE {name} gauge" in worker
 
 
 def test_the_doctor_finds_a_sound_system_sound_and_names_a_wrong_token(
