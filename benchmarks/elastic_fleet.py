@@ -11,6 +11,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from diptych.autoscale.policy import PoolScaler
 from diptych.autoscale.signals import Reading, Signals, SignalWindow
@@ -198,7 +199,7 @@ def replay(
     """Play a load on a fleet that has its first replicas, deciding every `interval_s`."""
     events, span_s = fleet.events, requests[-1].arrives_at
     for request in requests:
-        events.at(request.arrives_at, lambda request=request: fleet.submit(request))  # type: ignore[misc]
+        events.at(request.arrives_at, partial(fleet.submit, request))
 
     def turn() -> None:
         window.add({ROUTER: fleet.reading()})

@@ -9,6 +9,7 @@ placement simulator uses too.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -131,7 +132,7 @@ def decode(
 
     jobs = [replace(job) for job in prefilled.jobs]
     for job in jobs:
-        events.at(job.first_token_at, lambda job=job: submit(job))  # type: ignore[misc]
+        events.at(job.first_token_at, partial(submit, job))
     events.run()
     return None if max_misses is not None and misses > max_misses else jobs
 

@@ -107,6 +107,9 @@ def test_every_package_is_typed() -> None:
         ("diptych.cli", {"torch", "grpc", "pydantic", "rich", "yaml", "asyncio"}),
         ("diptych.cluster.main", {"torch", "grpc", "transformers", "numpy"}),
         ("diptych.chat.main", {"torch", "grpc", "transformers", "numpy"}),
+        ("diptych.planning.main", {"torch", "grpc", "transformers"}),
+        ("diptych.autoscale.main", {"torch", "grpc", "transformers", "numpy", "kubernetes"}),
+        ("diptych.doctor.main", {"torch", "transformers", "numpy"}),
         ("core.settings", {"torch", "grpc"}),
     ],
 )
