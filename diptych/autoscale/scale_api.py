@@ -1,19 +1,17 @@
 """The scale subresource of what runs a pool, through the `kubernetes` client.
 
-Used by the loop, in a thread, since the client is synchronous. The only file here that knows the
-client, which is an extra. Asks for two verbs: get and patch on the scale subresource. A patch names
-the version that was read, so that whoever else scales at the same time is not overruled.
+Used by the loop, in a thread, since the client is synchronous. Asks for two verbs: get and patch on
+the scale subresource. A patch names the version that was read, so that whoever else scales at the
+same time is not overruled.
 """
 
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError, UnavailableError
+from core.errors import UnavailableError
+from router.fleet.kubernetes.connection import connect
 
-NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 TIMEOUT_S = (5.0, 15.0)
 """To connect, and to answer."""
 GROUPS = {
@@ -67,38 +65,11 @@ class ScaleApi:
         Raises:
             ConfigError: the client is not installed, or nothing says where the API server is.
         """
-        try:
-            import kubernetes
-            import urllib3
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"diptych autoscale needs the Python package {error.name!r}: "
-                "pip install 'diptych[router,k8s]'."
-            ) from None
-        self._errors = kubernetes.client.exceptions.ApiException
-        self._network_errors = (urllib3.exceptions.HTTPError, OSError)
-        configuration = kubernetes.client.Configuration()
-        # The next turn tries again, after its pause.
-        configuration.retries = False
-        try:
-            if not os.environ.get("KUBECONFIG") and os.environ.get("KUBERNETES_SERVICE_HOST"):
-                kubernetes.config.load_incluster_config(configuration)
-                self.namespace = namespace or NAMESPACE_FILE.read_text(encoding="utf-8").strip()
-            else:
-                kubernetes.config.load_kube_config(client_configuration=configuration)
-                _, context = kubernetes.config.list_kube_config_contexts()
-                own = context["context"].get("namespace")
-                self.namespace = namespace or str(own or "default")
-        except (kubernetes.config.ConfigException, OSError) as error:
-            raise ConfigError(
-                f"diptych autoscale finds no API server: {error} In a pod it needs the service "
-                "account's token mounted (automountServiceAccountToken: true); elsewhere "
-                "KUBECONFIG."
-            ) from None
-        self._host = configuration.host
-        self._client = kubernetes.client.CustomObjectsApi(
-            kubernetes.client.ApiClient(configuration)
-        )
+        found = connect(namespace, "diptych autoscale")
+        self.namespace = found.namespace
+        self._errors, self._network_errors = found.refused, found.unreachable
+        self._host = found.host
+        self._client = found.client.CustomObjectsApi(found.api_client)
 
     def read(self, target: Target) -> Scale:
         """Replicas that the target is asked to have.

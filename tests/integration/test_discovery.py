@@ -310,7 +310,7 @@ async def test_pod_finds_the_server_by_its_own_credentials(
     loader = "kubernetes.config.incluster_config.SERVICE_"
     monkeypatch.setattr(f"{loader}TOKEN_FILENAME", str(tmp_path / "token"))
     monkeypatch.setattr(f"{loader}CERT_FILENAME", str(server.folder / "ca.crt"))
-    monkeypatch.setattr("router.fleet.kubernetes.api.NAMESPACE_FILE", tmp_path / "namespace")
+    monkeypatch.setattr("router.fleet.kubernetes.connection.NAMESPACE_FILE", tmp_path / "namespace")
     async with running() as it:
         await it.sees("10.0.0.1")
     server.delete("EndpointSlice", "a", "serving")

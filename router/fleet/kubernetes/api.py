@@ -1,22 +1,18 @@
 """The two calls to the API server that discovery makes, through the `kubernetes` client.
 
-Used by the watch, in its thread. The only file that knows the client, which is imported when this
-is built and never before: it is an extra. Every wait has a deadline.
+Used by the watch, in its thread. Every wait has a deadline.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from http import HTTPStatus as Status
-from pathlib import Path
 from typing import Any, Protocol
 
-from core.errors import ConfigError
+from router.fleet.kubernetes.connection import connect
 from router.fleet.kubernetes.slices import Json
 from router.fleet.kubernetes.store import GoneError
 
-NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 CONNECT_S = 5.0
 GRACE_S = 5.0
 """Time that the server may be late in ending a watch."""
@@ -86,36 +82,12 @@ class KubernetesApi:
         Raises:
             ConfigError: the client is not installed, or nothing says where the API server is.
         """
-        try:
-            import kubernetes
-            import urllib3
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"Discovery through Kubernetes needs the Python package {error.name!r}: "
-                "pip install 'diptych[router,k8s]'."
-            ) from None
-        self._errors = kubernetes.client.exceptions.ApiException
-        self._network_errors = (urllib3.exceptions.HTTPError, OSError)
-        configuration = kubernetes.client.Configuration()
-        # Our own backoff decides; the client would try again at once, three times.
-        configuration.retries = False
-        try:
-            self.namespace = namespace or _own_namespace(kubernetes.config)
-            if _in_cluster():
-                kubernetes.config.load_incluster_config(configuration)
-            else:
-                kubernetes.config.load_kube_config(
-                    config_file=_kubeconfig(), client_configuration=configuration
-                )
-        except kubernetes.config.ConfigException as error:
-            raise ConfigError(
-                f"Discovery through Kubernetes finds no API server: {error} In a pod it needs "
-                "the service account's token mounted (automountServiceAccountToken: true); "
-                "elsewhere KUBECONFIG."
-            ) from None
-        self._host = configuration.host
+        found = connect(namespace, "Discovery through Kubernetes")
+        self.namespace = found.namespace
+        self._errors, self._network_errors = found.refused, found.unreachable
+        self._host = found.host
         self._selector = selector
-        self._client = kubernetes.client.DiscoveryV1Api(kubernetes.client.ApiClient(configuration))
+        self._client = found.client.DiscoveryV1Api(found.api_client)
 
     def __str__(self) -> str:
         """What is looked at, for logs."""
@@ -220,27 +192,6 @@ class _ResponseLines:
 
     def close(self) -> None:
         self._response.close()
-
-
-def _in_cluster() -> bool:
-    """A kubeconfig that is named wins, as with kubectl."""
-    return not os.environ.get("KUBECONFIG") and bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
-
-
-def _kubeconfig() -> str:
-    return os.environ.get("KUBECONFIG") or "~/.kube/config"
-
-
-def _own_namespace(config: Any) -> str:
-    if _in_cluster():
-        try:
-            return NAMESPACE_FILE.read_text(encoding="utf-8").strip()
-        except OSError:
-            raise config.ConfigException(
-                f"{NAMESPACE_FILE} can't be read; set kubernetes_namespace."
-            ) from None
-    _, context = config.list_kube_config_contexts(_kubeconfig())
-    return str(context["context"].get("namespace") or "default")
 
 
 def _message(body: object) -> str:
