@@ -125,7 +125,7 @@ class PoolScaler:
             return Decision(replicas=min(wanted, most), reason=why)
         if replicas > pace.max_replicas:
             return Decision(replicas=pace.max_replicas, reason="more than max_replicas")
-        return self._shrink(signals, replicas, now, why)
+        return self._shrink(replicas, now, why)
 
     def _remember(self, seen: _Seen) -> None:
         """What nobody could see counts as wanted: it may have been."""
@@ -161,7 +161,7 @@ class PoolScaler:
             wants.append((count, f"{name} is {ratio:.0%} of its limit"))
         return max(wants, key=lambda want: want[0])
 
-    def _shrink(self, signals: PoolSignals, replicas: int, now: float, why: str) -> Decision:
+    def _shrink(self, replicas: int, now: float, why: str) -> Decision:
         pace = self._pace
         load = max(seen.load for seen in self._seen)
         # With room to spare: a pool that shrinks to what just does would grow again at once.
@@ -173,8 +173,6 @@ class PoolScaler:
             least = min(replicas, past.replicas + 1)
             if least > target:
                 target, why = least, f"{past.replicas} replicas were too few for this load"
-        if not signals.complete:
-            return Decision(replicas=replicas, reason="not all routers answered: nothing shrinks")
         if target >= replicas:
             return Decision(replicas=replicas, reason=why)
         # The history is as old as this process at most: it, too, has to have seen the whole time.

@@ -1,5 +1,6 @@
 """`diptych autoscale` against an API server and a router: rights, conflicts, the whole process."""
 
+import asyncio
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from core.clock import monotonic
 from core.errors import UnavailableError
+from diptych.autoscale.routers import RouterSource
 from diptych.autoscale.scale_api import ScaleApi, Target
+from diptych.autoscale.signals import SignalWindow, Targets
 from router.api.metrics import ApiMetrics
 from router.metrics import FleetMetrics
 from router.scaling import show_scaling_signals
@@ -168,3 +172,31 @@ def test_the_process_scales_what_is_strained(
         assert kube.get("Deployment", "decode")["spec"]["replicas"] == 1
         process.popen.terminate()
         assert process.popen.wait(10) == 0, process.log
+
+
+async def test_every_router_behind_a_name_is_asked_and_a_missing_one_is_known(
+    router: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = ["127.0.0.1", "127.0.0.2"]
+
+    async def addresses(*_: object, **__: object) -> list[tuple[object, ...]]:
+        return [(None, None, None, "", (host, router)) for host in hosts]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", addresses)
+    targets = Targets(backlog_s=0.5, busy=0.7, kv=0.8, batch=0.8, itl_s=0.05)
+    source = RouterSource(
+        f"http://routers:{router}",
+        SignalWindow(targets, 60.0),
+        api_key=None,
+        timeout_s=5.0,
+        clock=monotonic,
+    )
+    signals = await source.signals()
+    assert signals is not None
+    assert not signals.prefill.complete, "nobody answers at 127.0.0.2"
+    hosts.pop()
+    signals = await source.signals()
+    assert signals is not None
+    assert signals.prefill.complete
+    hosts[:] = ["127.0.0.2"]
+    assert await source.signals() is None

@@ -63,11 +63,16 @@ def test_strain_grows_the_pool_and_waits_for_what_it_asked_for() -> None:
 
 def test_what_was_too_few_is_too_few_again_for_the_same_load() -> None:
     scaler = PoolScaler(PACE)
-    assert scaler.decide(strain(2, 1.2, busy=0.9), 2, 0).replicas == 3
-    same = strain(3, 0.1, busy=0.6)
+    assert scaler.decide(strain(2, 1.2, busy=0.5), 2, 0).replicas == 3
+    same = strain(3, 0.1, busy=0.33)
     assert after(scaler, same, 3, 1200, start=15) == 3
-    less = strain(3, 0.1, busy=0.3)
+    less = strain(3, 0.1, busy=0.2)
     assert after(scaler, less, 3, 1200, start=1230) == 1
+
+
+def test_pool_shrinks_only_to_what_has_room_to_spare() -> None:
+    assert after(PoolScaler(PACE), share(2, 0.45), 2, 1200) == 2, "one would be at 90 %"
+    assert after(PoolScaler(PACE), share(2, 0.35), 2, 400) == 1
 
 
 def test_strain_near_its_limit_keeps_the_pool_from_shrinking() -> None:
