@@ -9,9 +9,8 @@ event of a kind is no increase, and no alert sees it.
 import asyncio
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import product
-from collections.abc import Callable, Iterable
 from email.utils import formatdate
+from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Info, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4

@@ -21,6 +21,7 @@ _ROOMS = (
     ("Routers", ("router",)),
     ("Workers: the service process", ("worker",)),
     ("Workers: the engine process", ("prefill", "decode")),
+    ("The autoscaler", ("autoscaler",)),
 )
 _UNITS = ("seconds", "bytes", "ratio", "tokens", "blocks")
 

@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import Metric
 
 from core.clock import monotonic
 from decode.metrics import ImportMetrics
+from diptych.autoscale.loop import Metrics as AutoscaleMetrics
 from engine.metrics import EngineMetrics
 from engine.request import EngineStats, HostTierStats
 from prefill.metrics import ExportMetrics
@@ -21,6 +22,8 @@ from router.api.slo import SloTargets
 from router.fleet.kubernetes.metrics import DiscoveryMetrics
 from router.main import router_registry
 from router.metrics import FleetMetrics
+from router.scaling import show_scaling_signals
+from router.timeline import RequestTimeline
 from scripts.dashboards.external import EXTERNAL
 from scripts.dashboards.family import Family, UnknownMetricError
 from telemetry.metrics import ProcessRegistry
@@ -82,7 +85,7 @@ def _family(metric: Metric, declared: tuple[str, ...], process: str) -> Family:
         for name, value in sample.labels.items():
             if name != "le":
                 values.setdefault(name, set()).add(value)
-    scraped = SCRAPED if process == "router" else SCRAPED_WORKER
+    scraped = SCRAPED if process in ("router", "autoscaler") else SCRAPED_WORKER
     return Family(
         name=metric.name + {"counter": "_total", "info": "_info"}.get(metric.type, ""),
         kind=metric.type,
@@ -95,10 +98,21 @@ def _family(metric: Metric, declared: tuple[str, ...], process: str) -> Family:
     )
 
 
+class _NoFleet:
+    """A fleet and its requests, of which there are none."""
+
+    statuses = ()
+    predicted_wait_s = 0.0
+
+    def recent(self, count: int) -> list[RequestTimeline]:
+        return []
+
+
 def _router() -> CollectorRegistry:
     registry = router_registry()
     FleetMetrics(registry).watch_workers(list)
     DiscoveryMetrics(registry, monotonic)
+    show_scaling_signals(registry, _NoFleet(), _NoFleet(), assumed_tokens_per_s=1.0)
     api = ApiMetrics(registry, SloTargets())
     for endpoint in ENDPOINTS:
         api.of(endpoint)
@@ -134,7 +148,14 @@ def _engine(role: str) -> CollectorRegistry:
     registry = ProcessRegistry()
     metrics = EngineMetrics(registry)
     metrics.describe_cache(block_size=1, num_blocks=1)
+    metrics.describe_batch(max_num_seqs=1)
     metrics.observe_stats(EngineStats(total_blocks=1, host=HostTierStats(total_blocks=1)))
+    return registry
+
+
+def _autoscaler() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    AutoscaleMetrics(registry)
     return registry
 
 
@@ -143,4 +164,5 @@ _PROCESSES: Mapping[str, Callable[[], CollectorRegistry]] = {
     "worker": _service,
     "prefill": _prefill,
     "decode": _decode,
+    "autoscaler": _autoscaler,
 }
