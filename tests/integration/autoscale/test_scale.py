@@ -17,6 +17,7 @@ from diptych.autoscale.routers import RouterSource
 from diptych.autoscale.scale_api import ScaleApi, Target
 from diptych.autoscale.signals import SignalWindow, Targets
 from router.api.metrics import ApiMetrics
+from router.api.slo import SloTargets
 from router.metrics import FleetMetrics
 from router.scaling import show_scaling_signals
 from tests.support.kube.kinds import BUILT_IN, CUSTOM
@@ -107,8 +108,8 @@ def router() -> Iterator[int]:
     """Port of what exposes the metrics of a router whose prefill pool has a long backlog."""
     registry, fleet = CollectorRegistry(), Fleet()
     counts = FleetMetrics(registry)
-    counts.count_workers([(each.role, each.state) for each in fleet.statuses])
-    api = ApiMetrics(registry)
+    counts.watch_workers(lambda: [(each.role, each.state) for each in fleet.statuses])
+    api = ApiMetrics(registry, SloTargets())
     show_scaling_signals(registry, fleet, fleet, assumed_tokens_per_s=1.0)
 
     class Answers(BaseHTTPRequestHandler):

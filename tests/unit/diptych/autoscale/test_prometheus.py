@@ -11,6 +11,7 @@ from diptych.autoscale.signals import Targets
 from engine.metrics import EngineMetrics
 from prefill.metrics import ExportMetrics
 from router.api.metrics import ApiMetrics
+from router.api.slo import SloTargets
 from router.metrics import FleetMetrics
 
 TARGETS = Targets(backlog_s=0.5, busy=0.7, kv=0.75, batch=0.8, itl_s=0.05)
@@ -45,7 +46,7 @@ def test_old_answers_and_missing_workers_are_seen() -> None:
 
 def test_queries_name_metrics_that_exist_and_keep_others_out() -> None:
     registry = CollectorRegistry()
-    EngineMetrics(registry), ApiMetrics(registry), FleetMetrics(registry)
+    EngineMetrics(registry), ApiMetrics(registry, SloTargets()), FleetMetrics(registry)
     ImportMetrics(registry, "tcp"), ExportMetrics(registry)
     known = {name for names in registry._collector_to_names.values() for name in names}
     for query in queries('namespace="llm"').values():

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from diptych.autoscale.signals import Reading, SignalWindow, Targets, quantile, read_router
 from router.api.metrics import ApiMetrics
+from router.api.slo import SloTargets
 from router.fleet.worker import Role, WorkerLoad, WorkerState, WorkerStatus
 from router.metrics import FleetMetrics
 from router.scaling import show_scaling_signals
@@ -55,9 +56,9 @@ class Fleet:
 
 def test_what_a_real_router_exposes_is_read() -> None:
     registry, fleet = CollectorRegistry(), Fleet()
-    fleet_metrics, api = FleetMetrics(registry), ApiMetrics(registry)
+    fleet_metrics, api = FleetMetrics(registry), ApiMetrics(registry, SloTargets())
     show_scaling_signals(registry, fleet, fleet, assumed_tokens_per_s=1.0)
-    fleet_metrics.count_workers([(each.role, each.state) for each in fleet.statuses])
+    fleet_metrics.watch_workers(lambda: [(each.role, each.state) for each in fleet.statuses])
     api.prompt_tokens.inc(700)
     for endpoint in ("chat", "completions"):
         api.inter_token_latency.labels(endpoint).observe(0.03)
