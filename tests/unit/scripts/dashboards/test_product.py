@@ -32,6 +32,21 @@ NOT_SHOWN = {
     "diptych_worker_process_virtual_memory_bytes": "says nothing",
     "python_gc_objects_collected_total": "how often is what delays; how many is not",
     "python_gc_objects_uncollectable_total": "the same",
+    "diptych_autoscale_changes_total": "only where `diptych autoscale` runs; sizes are on a panel",
+    "diptych_autoscale_failures_total": "the same; its log says more",
+    "diptych_autoscale_last_turn_seconds": "the same",
+    "diptych_autoscale_replicas": "the same",
+    "diptych_autoscale_signal_ratio": "the same",
+    "diptych_batch_usage_ratio": "for autoscalers; sequences per worker are on a panel",
+    "diptych_decode_step_seconds": "for plans; the histogram of steps is on a panel",
+    "diptych_max_num_seqs": "for plans",
+    "diptych_prefill_backlog_seconds": "for autoscalers; a rule records the same, with more care",
+    "diptych_router_pool_backlog_seconds": "for autoscalers without a Prometheus",
+    "diptych_router_pool_batch_usage_ratio": "the same",
+    "diptych_router_pool_cache_hit_ratio": "the same",
+    "diptych_router_pool_kv_usage_ratio": "the same",
+    "diptych_router_pool_prefill_tokens_per_second": "the same",
+    "diptych_router_predicted_wait_seconds": "for autoscalers; how long requests did wait is on a panel",
 }
 """Metrics on no dashboard and in no alert, and why."""
 
