@@ -46,7 +46,7 @@ NOT_SHOWN = {
     "diptych_router_pool_cache_hit_ratio": "the same",
     "diptych_router_pool_kv_usage_ratio": "the same",
     "diptych_router_pool_prefill_tokens_per_second": "the same",
-    "diptych_router_predicted_wait_seconds": "for autoscalers; how long requests did wait is on a panel",
+    "diptych_router_predicted_wait_seconds": "for autoscalers; waits are on a panel",
 }
 """Metrics on no dashboard and in no alert, and why."""
 
