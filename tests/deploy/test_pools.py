@@ -199,6 +199,24 @@ def test_scrapes_name_what_queries_select_by() -> None:
         assert {each["targetLabel"] for each in endpoint["relabelings"]} == labels
 
 
+def test_controller_reads_metrics_of_routers_that_ask_others_for_keys() -> None:
+    scaling = {"enabled": True, "kind": "controller"}
+    values = {
+        "pools": {"prefill": {"role": "prefill", "autoscaling": scaling}},
+        "router": {"apiKeys": {"enabled": True}},
+    }
+    rendering = render(values)
+    assert settings_of(rendering, "autoscaler")["router"].endswith(":9101")
+    policy = rendering.one("NetworkPolicy", "-router")["spec"]["ingress"]
+    allowed = [
+        rule["ports"][0]["port"]
+        for rule in policy
+        for source in rule.get("from", ())
+        if "autoscaler" in str(source.get("podSelector"))
+    ]
+    assert allowed == ["metrics"]
+
+
 def test_controller_is_told_of_its_pools() -> None:
     scaling = {"enabled": True, "kind": "controller", "maxReplicas": 6}
     values = {
@@ -207,7 +225,7 @@ def test_controller_is_told_of_its_pools() -> None:
     }
     rendering = render({"pools": values})
     assert settings_of(rendering, "autoscaler") == {
-        "router": "http://demo-diptych-routers:8000",
+        "router": "http://demo-diptych-routers:9101",
         "namespace": NAMESPACE,
         "prefill": "deployment/demo-diptych-prefill",
         "prefill_min": 1,

@@ -57,7 +57,6 @@ def router(**values: object) -> Manifest:
         (pool(rdma={"runAsRoot": True}), "Set rdma.enabled"),
         (pool(affinity={"podAffinity": {"a": "b"}}) | {"sameZone": {"mode": "required"}}, "Remove"),
         (pool(autoscaling={"enabled": True, "minReplicas": 9}), "Raise maxReplicas"),
-        (pool(autoscaling=CONTROLLER) | router(apiKeys={"enabled": True}), "Use hpa or keda"),
         (
             {"pools": {"decode": {"role": "decode"}, "two": {"role": "decode", **SCALED}}},
             "several pools of that role",

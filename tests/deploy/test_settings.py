@@ -11,6 +11,7 @@ import yaml
 
 from core.settings import load
 from decode.settings import DecodeSettings
+from diptych.autoscale.settings import AutoscaleSettings
 from prefill.settings import PrefillSettings
 from router.settings import RouterSettings
 from scripts.build_chart import PROFILES, ROOT
@@ -88,15 +89,12 @@ def test_processes_take_their_settings(
 
 
 def test_autoscaler_takes_its_settings(tmp_path: Path) -> None:
-    module = pytest.importorskip("diptych.autoscale.settings")
     scaled = {"autoscaling": {"enabled": True, "kind": "controller", "targetItlSeconds": 0.04}}
     pools = {"prefill": {"role": "prefill"} | scaled, "decode": {"role": "decode"} | scaled}
     config = render({"pools": pools}).one("ConfigMap", "-autoscaler")["data"]["config.yaml"]
     (tmp_path / "config.yaml").write_text(config)
     argv = ["--config", str(tmp_path / "config.yaml")]
-    settings = load(
-        module.AutoscaleSettings, argv, prog="autoscale", env_prefix="DIPTYCH_AUTOSCALE_"
-    )
+    settings = load(AutoscaleSettings, argv, prog="autoscale", env_prefix="DIPTYCH_AUTOSCALE_")
     assert settings.itl_s == 0.04
     assert settings.prefill == "deployment/demo-diptych-prefill"
 

@@ -28,6 +28,8 @@ NOT_HERE = {
     ("Router decisions", "Shut out, how often"): "the same",
     ("Overview", "Callers that were turned away"): "no keys are asked for here",
     ("Engine and GPU", "Other nodes of a worker"): "each is on one node here",
+    ("Autoscaling", "What diptych autoscale sees"): "nothing scales here",
+    ("Autoscaling", "Decisions of diptych autoscale"): "the same",
     **{
         ("Router decisions", panel): "workers are named by hand here"
         for panel in (

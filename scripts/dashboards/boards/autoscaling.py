@@ -94,6 +94,7 @@ def _decode(source: Source) -> Row:
 
 def _sizes(source: Source) -> Row:
     kube = "kube-state-metrics is not scraped, or nothing scales the pools."
+    own = "`diptych autoscale` does not run."
     hpa = "horizontalpodautoscaler"
     return Row(
         "Sizes",
@@ -132,6 +133,31 @@ def _sizes(source: Source) -> Row:
                     )
                 ),
                 empty_when=kube,
+            ),
+            graph(
+                "What diptych autoscale sees",
+                "Each signal over its target: above 1 for long it adds replicas, unless the most "
+                "that is allowed is reached. Gone: it has no fresh signals, and changes nothing.",
+                Query(
+                    source.now("diptych_autoscale_signal_ratio").max("role", "signal"),
+                    "{{role}} {{signal}}",
+                ),
+                unit="percentunit",
+                empty_when=own,
+            ),
+            graph(
+                "Decisions of diptych autoscale",
+                "Changes of a scale, and turns that ended without a decision, by what was missing: "
+                "its log says more.",
+                Query(
+                    source.increase("diptych_autoscale_changes_total").sum("role", "direction"),
+                    "{{role}} {{direction}}",
+                ),
+                Query(
+                    source.increase("diptych_autoscale_failures_total").sum("role", "missing"),
+                    "{{role}} without {{missing}}",
+                ),
+                empty_when=own,
             ),
             graph(
                 "Time to start",
