@@ -13,22 +13,21 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
-from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
 from core.clock import monotonic
 from core.errors import ErrorCode
-from core.version import installed_version
 from rpc.auth import Credentials
 from rpc.server import RpcServer, build_server
 from rpc.v1 import ipc_pb2, nodes_pb2_grpc, worker_pb2, worker_pb2_grpc
 from telemetry.faults import Faults, Point, parse_faults
-from telemetry.metrics import ProcessRegistry, serve_metrics, show_build
+from telemetry.metrics import serve_metrics
 from worker.engine_child import EngineChild, EngineFailedError
 from worker.exit_status import EXIT_FAILED, EXIT_NODE_LOST
 from worker.faulty_links import FaultySwitchboard
 from worker.following import serve_follower
 from worker.ipc import ServicePipe
 from worker.leading import NODES_SERVICE, NodeLostError, NodesService
+from worker.process_metrics import process_registry
 from worker.service import EngineView, WorkerService
 from worker.settings import WorkerSettings
 from worker.stopping import StopRequests
@@ -227,46 +226,6 @@ def _switchboard(settings: WorkerSettings, pipe: ServicePipe) -> Switchboard:
     if faults.has(Point.LINK_OPEN, Point.LINK_SEND, Point.LINK_RECEIVE):
         return FaultySwitchboard(pipe, faults)
     return Switchboard(pipe)
-
-
-def process_registry(
-    *,
-    role: str,
-    view: EngineView,
-    num_streams: Callable[[], int],
-    engine_pid: int,
-) -> CollectorRegistry:
-    """What the service process shows of itself, and sees of its engine from outside.
-
-    The engine process is watched from here, so that it can be when it hangs.
-
-    Args:
-        role: prefill or decode.
-        view: what is known of the engine.
-        num_streams: asked at each scrape.
-        engine_pid: the engine process.
-    """
-    registry = ProcessRegistry()
-    show_build(registry, role, installed_version())
-    ProcessCollector(namespace="diptych_worker", registry=registry)
-    ProcessCollector(namespace="diptych_engine", pid=lambda: engine_pid, registry=registry)
-    Gauge(
-        "diptych_worker_ready", "1 while a request would be admitted, else 0.", registry=registry
-    ).set_function(lambda: float(view.ready))
-    Gauge(
-        "diptych_worker_startup_seconds",
-        "Time to load the model and build the engine; grows until that is done.",
-        registry=registry,
-    ).set_function(lambda: view.startup_s)
-    Gauge(
-        "diptych_engine_heartbeat_age_seconds",
-        "Time since the engine loop last turned.",
-        registry=registry,
-    ).set_function(lambda: view.heartbeat_age_s)
-    Gauge(
-        "diptych_attached_streams", "Streams of routers and peers that are open.", registry=registry
-    ).set_function(lambda: float(num_streams()))
-    return registry
 
 
 def _settle(settings: WorkerSettings, role: str, port: int) -> WorkerSettings:

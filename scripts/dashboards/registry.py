@@ -28,7 +28,7 @@ from scripts.dashboards.external import EXTERNAL
 from scripts.dashboards.family import Family, UnknownMetricError
 from telemetry.metrics import ProcessRegistry
 from worker.node_metrics import show_joined, show_silence
-from worker.process import process_registry
+from worker.process_metrics import process_registry
 from worker.service import EngineView
 
 SCRAPED = frozenset({"namespace", "release", "pod", "instance", "job"})
