@@ -36,7 +36,13 @@ def wired(request: pytest.FixtureRequest, slow_llama: Path) -> Iterator[Wired]:
             # Room for one long prompt: the next one takes the same blocks.
             prefill_worker={**SETTINGS, "lease_ttl_s": LEASE_S, "num_blocks": 48},
             decode_worker={"peer_silence_s": PEER_SILENCE_S, "probe_bytes": 0},
-            router={"worker_silence_s": WORKER_SILENCE_S, "no_worker_grace_s": "2s"},
+            router={
+                "worker_silence_s": WORKER_SILENCE_S,
+                "no_worker_grace_s": "2s",
+                # The pair is tried again at once: here its failures are on purpose, and over.
+                "breaker_open_s": "10ms",
+                "breaker_open_max_s": "10ms",
+            },
         ) as system,
         wires(system.prefill[0]) as between,
     ):

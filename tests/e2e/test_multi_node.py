@@ -40,7 +40,13 @@ def test_prefill_on_two_nodes_serves_like_one_and_costs_no_token_when_a_node_die
 
 @pytest.mark.slow
 def test_a_node_that_freezes_while_decode_on_two_computes_costs_no_token(slow_llama: Path) -> None:
-    with cluster(slow_llama, worker=STEP, decode_worker=TWO_NODES, router=QUICK) as system:
+    with cluster(
+        slow_llama,
+        worker=STEP,
+        prefill_worker={"lease_ttl_s": "4s"},
+        decode_worker=TWO_NODES,
+        router=QUICK,
+    ) as system:
         (decode,) = system.decode
         assert answer(system, PROMPT) == ("disaggregated", expected(slow_llama, PROMPT))
         answers: list[tuple[str, list[int]]] = []
