@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = Path("/opt/diptych")
-"""Where an image has its environment, which can't be moved: programs name their interpreter by path."""
+"""Where an image has its environment. It is made there: programs name their interpreter by path."""
 CONSTRAINTS = ROOT / "constraints.txt"
 CUDA_CONSTRAINTS = ROOT / "deploy" / "images" / "constraints-cuda.txt"
 
@@ -48,7 +48,11 @@ IMAGES = {
         absent=("torch", "numba", "flashinfer"),
     ),
     "worker-cpu": Image(
-        extras=("worker", "nixl"), commands=("prefill", "decode"), absent=("flashinfer",)
+        extras=("worker", "nixl"),
+        # Compiled steps run on OpenMP's threads, which engine/threads.py tunes; torch has its own.
+        debian=("libgomp1",),
+        commands=("prefill", "decode"),
+        absent=("flashinfer",),
     ),
     "worker": Image(
         extras=("worker", "gpu", "nixl-cu13", "nvcc"),
@@ -86,7 +90,8 @@ def install_dependencies(image: Image, folder: Path) -> None:
     _run(sys.executable, "-m", "venv", str(folder))
     files = [CONSTRAINTS, *([CUDA_CONSTRAINTS] if image.cuda else [])]
     pip = [*_pip(folder), *(word for file in files for word in ("--constraint", str(file)))]
-    _run(*pip, "pip")
+    # What venv brings along is as old as the interpreter.
+    _run(*pip, "pip", "setuptools")
     wanted = requirements(image)
     if any(each.startswith("torch") for each in wanted):
         # Alone, from where TORCH_PIP_ARGS point: the build without CUDA is on an index of its own,
@@ -122,7 +127,7 @@ def check(image: Image, folder: Path) -> None:
 
 
 def _complete_toolkit(folder: Path) -> None:
-    """Lay out the wheels' toolkit as FlashInfer's builds expect it: lib64, libcudart.so, libcuda.so.
+    """Lay out the wheels' toolkit as builds expect one: with lib64, libcudart.so and libcuda.so.
 
     The last one is a stub without symbols. Programs that link it find the driver's own, which the
     container runtime brings, when they are loaded.
