@@ -4,6 +4,9 @@
 TORCH_SPEC ?= torch==2.13.0
 # More for the two pip calls, such as where to find builds of torch for your machine.
 TORCH_PIP_ARGS ?=
+# What stands before the names of images, like the chart's image.registry; more for docker, such as --push.
+IMAGE_REGISTRY ?=
+IMAGE_ARGS ?= --load
 PIP_ARGS ?=
 ARGS ?=
 # Processes that run tests. Two keep two cores busy; ARGS=-n0 runs all in one, for a debugger.
@@ -19,7 +22,7 @@ PACKAGES := core telemetry rpc engine kvtransfer worker prefill decode router di
 
 .DEFAULT_GOAL := help
 .PHONY: help serve chat test check lint type imports fmt proto proto-check chart dashboards \
-	dashboards-check bench install clean distclean
+	dashboards-check images kind bench install clean distclean
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -72,6 +75,20 @@ dashboards-check: $(VENV)/.installed-dev ## Are they those of the code?
 	diff -r "$$fresh/deploy/helm/diptych/rules" deploy/helm/diptych/rules && \
 	diff "$$fresh/docs/metrics.md" docs/metrics.md || \
 	{ echo 'Dashboards are stale: run make dashboards and commit the result.'; exit 1; }
+
+IMAGES ?= router worker-cpu worker
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+images: ## Build the images of Kubernetes' pods, or print how where there is no docker; IMAGES="router" chooses
+	@docker buildx version >/dev/null 2>&1 && run=1 || run=; for image in $(IMAGES); do \
+	set -- docker buildx build --file deploy/images/Dockerfile --target "$$image" \
+	--build-arg VERSION=$(VERSION) --build-arg "REVISION=$$(git rev-parse HEAD 2>/dev/null)" \
+	--tag "$(IMAGE_REGISTRY:%=%/)diptych/$$image:$(VERSION)" $(IMAGE_ARGS) .; \
+	echo "$$@"; test -z "$$run" || "$$@" || exit; done; \
+	test -n "$$run" || { echo 'Printed only: `docker buildx` does not work here.' >&2; exit 1; }
+
+kind: ## The whole system in a kind cluster without GPUs; needs docker, kind, kubectl and helm
+	@scripts/kind.sh
 
 bench: $(VENV)/.installed-dev ## Benchmarks against Hugging Face transformers; minutes
 	$(BIN)/python -m benchmarks.local_system $(ARGS)

@@ -1,7 +1,7 @@
-"""What a pod's process sees, for processes of tests: a read-only root, volumes, a user without rights.
+"""A pod's file system for processes of tests: a read-only root, volumes, a user without rights.
 
-A container runtime does it with namespaces and bind mounts; `unshare` does here, so it takes root. The
-root is made of this machine's /usr and /etc. Everything ends with the process.
+A container runtime does it with namespaces and bind mounts, and so does `unshare` here, as root.
+The pod's root is made of this machine's /usr and some of /etc. All of it ends with the process.
 """
 
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 _DEVICES = ("null", "zero", "full", "random", "urandom")
+_ETC = ("group", "hosts", "ld.so.cache", "nsswitch.conf", "passwd", "resolv.conf", "ssl")
 _USR = ("bin", "sbin", "lib", "lib32", "lib64")
 
 
@@ -54,17 +55,19 @@ class Pod:
                 lines.append(f"ln -s {link.readlink()} {root}/{name}")
             elif link.is_dir():
                 lines += self._bind(str(link), link)
-        for folder in (Path("/usr"), Path("/etc"), Path(sys.base_prefix)):
-            lines += self._bind(str(folder), folder)
+        # First, because the others may lie in one of them.
+        for target in self.writable:
+            mode = f"mode=2770,uid=0,gid={self.group}"
+            lines += [f"mkdir -p {root}{target}", f"mount -t tmpfs -o {mode} none {root}{target}"]
+        shown = [Path("/etc", name) for name in _ETC]
+        for path in (Path("/usr"), Path(sys.base_prefix), *filter(Path.exists, shown)):
+            lines += self._bind(str(path), path)
         for target, source in self.read_only.items():
             lines += self._bind(target, source)
         for name in _DEVICES:
             lines += self._bind(f"/dev/{name}", Path("/dev", name), "")
         for name in ("proc", "sys"):
             lines += [f"mkdir {root}/{name}", f"mount --rbind /{name} {root}/{name}"]
-        for target in self.writable:
-            mode = f"mode=2770,uid=0,gid={self.group}"
-            lines += [f"mkdir -p {root}{target}", f"mount -t tmpfs -o {mode} none {root}{target}"]
         lines.append(f"mount -o remount,ro {root}")
         who = f"--userspec={self.user}:{self.group} --groups={self.group}"
         lines.append(f'exec chroot {who} {root} setpriv --no-new-privs env -i "$@"')

@@ -1,0 +1,190 @@
+"""What images hold: installed by the steps of their Dockerfile, run as the chart's pods run."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from scripts.install_image import CONSTRAINTS, CUDA_CONSTRAINTS
+from scripts.lock_cuda import NoAnswer, pinned, resolve
+from tests.support.cluster import START_S
+from tests.support.helm import Rendering, container, render
+from tests.support.images import sent_to_builders, variables
+from tests.support.pods import Pod, skip_without_rights
+from tests.support.process import Process, http_status, running, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+STEP_S = 300
+TOKEN = "token-of-the-release"
+IMAGES = {"router": "router", "prefill": "worker-cpu", "decode": "worker-cpu"}
+EVERY_MODULE = """
+import importlib, pkgutil, sys
+for name in ("core", "telemetry", "rpc", "router"):
+    for module in pkgutil.walk_packages(importlib.import_module(name).__path__, name + "."):
+        importlib.import_module(module.name)
+print(*sorted(sys.modules))
+"""
+
+
+@pytest.fixture(scope="module")
+def cuda_resolution() -> dict[str, str]:
+    try:
+        return resolve(CONSTRAINTS, CUDA_CONSTRAINTS)
+    except NoAnswer as unavailable:
+        pytest.skip(f"no package index can be reached: {unavailable}")
+
+
+@pytest.fixture(scope="module")
+def installed(
+    cuda_resolution: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Path]]:
+    """Environments by image, of nothing but what a builder would be sent."""
+    folder = tmp_path_factory.mktemp("images")
+    source, product = folder / "source", folder / "product"
+    sent_to_builders(source)
+    environments = {image: folder / image for image in ("router", "worker-cpu")}
+    for image, environment in environments.items():
+        _step(source, "dependencies", image, str(environment))
+        if image == "router":
+            _step(source, "product", image, str(environment), "--to", str(product))
+        # As in the Dockerfile: made once, and laid over each image's dependencies.
+        shutil.copytree(product, environment, dirs_exist_ok=True)
+        program = environment / "bin" / "diptych"
+        _, _, rest = program.read_text().partition("\n")
+        program.write_text(f"#!{environment}/bin/python\n{rest}")
+        _step(source, "check", image, str(environment))
+    yield environments
+    shutil.rmtree(folder)
+
+
+def _step(source: Path, *words: str) -> None:
+    # Byte code would only take time here.
+    env = {**os.environ, "PIP_NO_COMPILE": "1", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, str(source / "scripts" / "install_image.py"), *words],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=STEP_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+
+
+def test_everything_in_the_image_with_cuda_is_pinned(cuda_resolution: dict[str, str]) -> None:
+    pins = pinned(CONSTRAINTS) | pinned(CUDA_CONSTRAINTS)
+    assert cuda_resolution.items() <= pins.items(), "run: python scripts/lock_cuda.py"
+    # CUDA's headers refuse a compiler of another version.
+    versions = {cuda_resolution[f"nvidia-cuda-{part}"] for part in ("nvcc", "crt", "runtime")}
+    assert {version.rpartition(".")[0] for version in versions} == {"13.0"}
+
+
+def test_all_of_a_router_works_without_torch(installed: dict[str, Path]) -> None:
+    python = str(installed["router"] / "bin" / "python")
+    env = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(
+        [python, "-c", EVERY_MODULE], capture_output=True, text=True, env=env, cwd="/", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "router.main" in loaded and not {"torch", "numba", "engine"} & loaded
+    done = subprocess.run([python, "-c", "import torch"], capture_output=True, env=env, check=False)
+    assert b"No module named 'torch'" in done.stderr
+
+
+def test_pods_serve_with_nothing_writable_but_their_volumes(
+    installed: dict[str, Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    skip_without_rights()
+    values = {
+        "model": {"source": "pvc", "pvc": {"claimName": "models"}},
+        "poolDefaults": {"config": {"kv_cache_memory": "64MiB"}},
+    }
+    rendering = render(values, profile="cpu")
+    net = f"127.{random.randint(64, 250)}.8"
+    hosts = {part: f"{net}.{number}" for number, part in enumerate(IMAGES, start=2)}
+    peers = [f"--{role}={hosts[role]}:9001" for role in ("prefill", "decode")]
+    words = {"router": ["--discovery=static", *peers]}
+    url = f"http://{hosts['router']}:8000"
+    with ExitStack() as stack:
+        processes: list[Process] = []
+        for part, host in hosts.items():
+            environment = installed[IMAGES[part]]
+            more = [f"--host={host}", *words.get(part, [])]
+            command = _pod(rendering, part, environment, tiny_llama, tmp_path / part, more)
+            processes.append(stack.enter_context(running(command, name=part)))
+
+        def logs() -> str:
+            return "\n".join(each.log for each in processes)
+
+        wait_until(lambda: _ready(url, processes), START_S, "both workers to be ready", logs)
+        with (
+            httpx.Client(trust_env=False) as http,
+            OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client,
+        ):
+            answer = client.completions.create(
+                model="models", prompt="one two three four five", max_tokens=5
+            )
+        assert answer.usage is not None and answer.usage.completion_tokens == 5
+        for each in processes:
+            each.popen.terminate()
+        assert [each.wait(START_S) for each in processes] == [0, 0, 0], logs()
+        assert '"warning"' not in logs() and "Read-only file system" not in logs(), logs()
+
+
+def _pod(
+    rendering: Rendering, part: str, environment: Path, model: Path, folder: Path, more: list[str]
+) -> list[str]:
+    """What starts a part of a release as its pod would, with the model in place of the claim's."""
+    spec: dict[str, Any] = rendering.one("Deployment", f"-{part}")["spec"]["template"]["spec"]
+    holder = container(spec)
+    assert holder["securityContext"]["readOnlyRootFilesystem"]
+    volumes = {each["name"]: each for each in spec["volumes"]}
+    writable, read_only = [], {str(environment): environment}
+    for mount in holder["volumeMounts"]:
+        volume, path = volumes[mount["name"]], mount["mountPath"]
+        if "emptyDir" in volume:
+            writable.append(path)
+        elif "configMap" in volume:
+            data = rendering.one("ConfigMap", volume["configMap"]["name"])["data"]
+            folder.mkdir()
+            read_only[path] = folder / mount["subPath"]
+            read_only[path].write_text(data[mount["subPath"]])
+        else:
+            read_only[path] = model
+    known = {"status.podIP": "127.0.0.1", "metadata.name": part, "spec.nodeName": "node"}
+    env = variables(IMAGES[part])
+    env["PATH"] = f"{environment}/bin:{os.defpath}"
+    for each in holder["env"]:
+        match each.get("valueFrom"):
+            case None:
+                env[each["name"]] = each["value"]
+            case {"fieldRef": {"fieldPath": path}}:
+                env[each["name"]] = known[path]
+            case {"resourceFieldRef": _}:
+                env[each["name"]] = "1"
+            case _:
+                env[each["name"]] = TOKEN
+    root = folder / "root"
+    root.mkdir()
+    user, group = spec["securityContext"]["runAsUser"], spec["securityContext"]["runAsGroup"]
+    pod = Pod(root=root, user=user, group=group, env=env, writable=writable, read_only=read_only)
+    return pod.command(*holder["command"], *holder["args"], *more)
+
+
+def _ready(url: str, processes: list[Process]) -> bool:
+    for each in processes:
+        assert each.running, f"{each.name} ended:\n{each.log}"
+    if http_status(f"{url}/ready") != 200:
+        return False
+    workers = httpx.get(f"{url}/v1/fleet", trust_env=False).json()["workers"]
+    return [each["state"] for each in workers] == ["ready", "ready"]
