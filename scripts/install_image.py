@@ -44,21 +44,21 @@ class Image:
 IMAGES = {
     "router": Image(
         extras=("router", "k8s", "tracing"),
-        commands=("router",),
+        commands=("router", "doctor"),
         absent=("torch", "numba", "flashinfer"),
     ),
     "worker-cpu": Image(
-        extras=("worker", "nixl"),
+        extras=("worker", "nixl", "doctor"),
         # Compiled steps run on OpenMP's threads, which engine/threads.py tunes; torch has its own.
         debian=("libgomp1",),
-        commands=("prefill", "decode"),
+        commands=("prefill", "decode", "doctor"),
         absent=("flashinfer",),
     ),
     "worker": Image(
-        extras=("worker", "gpu", "nixl-cu13", "nvcc"),
+        extras=("worker", "gpu", "nixl-cu13", "nvcc", "doctor"),
         # FlashInfer's kernels and triton's launchers are compiled when they are first needed.
         debian=("g++",),
-        commands=("prefill", "decode"),
+        commands=("prefill", "decode", "doctor"),
         cuda=True,
     ),
 }

@@ -105,11 +105,16 @@ def test_pods_serve_with_nothing_writable_but_their_volumes(
     installed: dict[str, Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
     skip_without_rights()
+    # In float32 workers would first compile kernels, for half a minute.
     values = {
         "model": {"source": "pvc", "pvc": {"claimName": "models"}},
-        "poolDefaults": {"config": {"kv_cache_memory": "64MiB"}},
+        "poolDefaults": {"config": {"kv_cache_memory": "64MiB", "dtype": "bfloat16"}},
     }
     rendering = render(values, profile="cpu")
+    # The library that writes checkpoints keeps them to their owner.
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    for file in model.iterdir():
+        file.chmod(0o644)
     net = f"127.{random.randint(64, 250)}.8"
     hosts = {part: f"{net}.{number}" for number, part in enumerate(IMAGES, start=2)}
     peers = [f"--{role}={hosts[role]}:9001" for role in ("prefill", "decode")]
@@ -119,8 +124,8 @@ def test_pods_serve_with_nothing_writable_but_their_volumes(
         processes: list[Process] = []
         for part, host in hosts.items():
             environment = installed[IMAGES[part]]
-            more = [f"--host={host}", *words.get(part, [])]
-            command = _pod(rendering, part, environment, tiny_llama, tmp_path / part, more)
+            command = _pod(rendering, part, environment, model, tmp_path / part, host)
+            command += [f"--host={host}", *words.get(part, [])]
             processes.append(stack.enter_context(running(command, name=part)))
 
         def logs() -> str:
@@ -135,14 +140,16 @@ def test_pods_serve_with_nothing_writable_but_their_volumes(
                 model="models", prompt="one two three four five", max_tokens=5
             )
         assert answer.usage is not None and answer.usage.completion_tokens == 5
+        metrics = httpx.get(f"{url}/metrics", trust_env=False).text
+        assert 'routing_total{mode="disaggregated"} 1.0' in metrics, logs()
+        assert '"warning"' not in logs() and "Read-only file system" not in logs(), logs()
         for each in processes:
             each.popen.terminate()
         assert [each.wait(START_S) for each in processes] == [0, 0, 0], logs()
-        assert '"warning"' not in logs() and "Read-only file system" not in logs(), logs()
 
 
 def _pod(
-    rendering: Rendering, part: str, environment: Path, model: Path, folder: Path, more: list[str]
+    rendering: Rendering, part: str, environment: Path, model: Path, folder: Path, host: str
 ) -> list[str]:
     """What starts a part of a release as its pod would, with the model in place of the claim's."""
     spec: dict[str, Any] = rendering.one("Deployment", f"-{part}")["spec"]["template"]["spec"]
@@ -161,7 +168,7 @@ def _pod(
             read_only[path].write_text(data[mount["subPath"]])
         else:
             read_only[path] = model
-    known = {"status.podIP": "127.0.0.1", "metadata.name": part, "spec.nodeName": "node"}
+    known = {"status.podIP": host, "metadata.name": part, "spec.nodeName": "node"}
     env = variables(IMAGES[part])
     env["PATH"] = f"{environment}/bin:{os.defpath}"
     for each in holder["env"]:
@@ -178,7 +185,7 @@ def _pod(
     root.mkdir()
     user, group = spec["securityContext"]["runAsUser"], spec["securityContext"]["runAsGroup"]
     pod = Pod(root=root, user=user, group=group, env=env, writable=writable, read_only=read_only)
-    return pod.command(*holder["command"], *holder["args"], *more)
+    return pod.command(*holder["command"], *holder["args"])
 
 
 def _ready(url: str, processes: list[Process]) -> bool:
