@@ -1,5 +1,6 @@
 """The Dockerfile: what it takes in, who runs it, and that the chart and it mean the same."""
 
+import os
 import re
 import subprocess
 import sys
@@ -136,3 +137,71 @@ def _version() -> str:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert isinstance(version, str)
     return version
+
+
+@pytest.mark.parametrize("docker", [True, False])
+def test_make_images_builds_what_the_chart_pulls(docker: bool, tmp_path: Path) -> None:
+    calls = _programs(tmp_path, "docker")
+    if not docker:
+        (tmp_path / "docker").write_text("#!/bin/sh\nexit 1\n")
+    done = subprocess.run(
+        ["make", "--no-print-directory", "images", "IMAGE_REGISTRY=registry.example/team"],
+        env={"PATH": f"{tmp_path}:{os.defpath}"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert (done.returncode == 0) is docker
+    rendering = render({"image": {"registry": "registry.example/team"}})
+    pulled = {holder["image"] for _, spec in rendering.pods() for holder in spec["containers"]}
+    assert pulled <= set(re.findall(r"--tag (\S+)", done.stdout))
+    if docker:
+        builds = [line for line in calls.read_text().splitlines() if "--target" in line]
+        assert [line.partition(" ")[2] for line in builds] == [
+            line.partition(" ")[2] for line in done.stdout.splitlines()
+        ]
+
+
+def test_make_kind_loads_what_the_profile_runs(tmp_path: Path) -> None:
+    calls = _programs(tmp_path, "docker", "kind", "kubectl", "helm")
+    done = subprocess.run(
+        [str(ROOT / "scripts" / "kind.sh"), "--set=x=y"],
+        env={"PATH": f"{tmp_path}:{os.defpath}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = calls.read_text().splitlines()
+    loaded = {line.split()[-1] for line in lines if line.startswith("kind load docker-image")}
+    rendering = render(profile="cpu")
+    assert loaded == {
+        holder["image"] for _, spec in rendering.pods() for holder in spec["containers"]
+    }
+    (upgrade,) = (line for line in lines if line.startswith("helm upgrade"))
+    assert "profiles/cpu.yaml" in upgrade and upgrade.endswith("--set=x=y")
+    assert any(line.startswith("helm test") for line in lines[lines.index(upgrade) :])
+
+
+def test_values_that_the_guide_shows_are_taken() -> None:
+    guide = (ROOT / "docs" / "kubernetes.md").read_text()
+    blocks = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL))
+    shown = [block for block in blocks if "poolDefaults" in block]
+    assert shown
+    for values in shown:
+        rendering = render(values, profile="pd-rdma")
+        scaler = rendering.one("HorizontalPodAutoscaler", "-decode")
+        assert (
+            scaler["spec"]["minReplicas"] == values["pools"]["decode"]["autoscaling"]["minReplicas"]
+        )
+
+
+def _programs(folder: Path, *names: str) -> Path:
+    """Stand-ins that write down how they are called; returns the file."""
+    calls = folder / "calls"
+    for name in names:
+        program = folder / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >> {calls}\n')
+        program.chmod(0o755)
+    return calls
