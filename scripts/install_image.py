@@ -100,7 +100,7 @@ def install_dependencies(image: Image, folder: Path) -> None:
         _run(*pip, "--no-deps", *source, "torch")
     _run(*pip, *wanted)
     if image.cuda:
-        _complete_toolkit(folder)
+        complete_toolkit(folder)
 
 
 def install_product(image: Image, environment: Path, folder: Path) -> None:
@@ -126,7 +126,7 @@ def check(image: Image, folder: Path) -> None:
             raise SystemExit(f"{module} is installed and must not be.")
 
 
-def _complete_toolkit(folder: Path) -> None:
+def complete_toolkit(folder: Path) -> None:
     """Lay out the wheels' toolkit as builds expect one: with lib64, libcudart.so and libcuda.so.
 
     The last one is a stub without symbols. Programs that link it find the driver's own, which the

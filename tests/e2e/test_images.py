@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from scripts.install_image import CONSTRAINTS, CUDA_CONSTRAINTS
+from scripts.install_image import CONSTRAINTS, CUDA_CONSTRAINTS, ROOT, complete_toolkit
 from scripts.lock_cuda import NoAnswer, pinned, resolve
 from tests.support.cluster import START_S
 from tests.support.helm import Rendering, container, render
@@ -26,6 +27,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEP_S = 300
 TOKEN = "token-of-the-release"
 IMAGES = {"router": "router", "prefill": "worker-cpu", "decode": "worker-cpu"}
+KERNEL = """
+#include <cuda.h>
+__global__ void twice(float *x) { x[threadIdx.x] *= 2; }
+extern "C" void run(float *x) { cuInit(0); twice<<<1, 32>>>(x); cudaDeviceSynchronize(); }
+"""
 EVERY_MODULE = """
 import importlib, pkgutil, sys
 for name in ("core", "telemetry", "rpc", "router"):
@@ -86,6 +92,39 @@ def test_everything_in_the_image_with_cuda_is_pinned(cuda_resolution: dict[str, 
     # CUDA's headers refuse a compiler of another version.
     versions = {cuda_resolution[f"nvidia-cuda-{part}"] for part in ("nvcc", "crt", "runtime")}
     assert {version.rpartition(".")[0] for version in versions} == {"13.0"}
+
+
+def test_compiler_of_the_image_with_cuda_builds(
+    cuda_resolution: dict[str, str], tmp_path: Path
+) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("nvcc needs g++, which the image has")
+    del cuda_resolution  # the index answers
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = project["optional-dependencies"]["nvcc"]
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = tmp_path / "lib" / version / "site-packages"
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "-c", str(CUDA_CONSTRAINTS)]
+    done = subprocess.run(
+        [*pip, "--target", str(site), *packages], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    complete_toolkit(tmp_path)
+    toolkit = site / "nvidia" / "cu13"
+    source = tmp_path / "kernel.cu"
+    source.write_text(KERNEL)
+    libraries = [f"-L{toolkit}/lib64", f"-L{toolkit}/lib64/stubs", "-lcudart", "-lcuda"]
+    words = ["-arch=sm_90a", "-shared", "-Xcompiler=-fPIC", "-Xlinker=--no-as-needed", *libraries]
+    done = subprocess.run(
+        [str(toolkit / "bin" / "nvcc"), *words, "-o", str(tmp_path / "kernel.so"), str(source)],
+        env={"PATH": os.defpath, "CUDA_HOME": str(toolkit)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    built = (tmp_path / "kernel.so").read_bytes()
+    assert b"libcuda.so.1\0" in built and b"libcudart.so.13\0" in built
 
 
 def test_all_of_a_router_works_without_torch(installed: dict[str, Path]) -> None:
