@@ -124,6 +124,8 @@ def check(image: Image, folder: Path) -> None:
     for module in image.absent:
         if subprocess.run([str(binaries / "python"), "-c", code, module], check=False).returncode:
             raise SystemExit(f"{module} is installed and must not be.")
+    size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    sys.stdout.write(f"{folder} has {size / 1e9:.2f} GB.\n")
 
 
 def complete_toolkit(folder: Path) -> None:

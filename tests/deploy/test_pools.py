@@ -36,6 +36,15 @@ def test_routers_find_pools_by_the_labels_of_their_services() -> None:
     assert equal["app.kubernetes.io/instance"] == RELEASE
 
 
+def test_routers_may_take_as_long_as_the_slowest_pool() -> None:
+    slow = {
+        "prefill": {"role": "prefill", "startTimeoutSeconds": 5000},
+        "decode": {"role": "decode"},
+    }
+    spec = render({"pools": slow}).one("Deployment", "-router")["spec"]
+    assert spec["progressDeadlineSeconds"] > 5000
+
+
 def test_pool_has_its_own_values_over_those_of_all() -> None:
     rendering = render(
         {
