@@ -41,7 +41,7 @@ print(*sorted(sys.modules))
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cuda_resolution() -> dict[str, str]:
     try:
         return resolve(CONSTRAINTS, CUDA_CONSTRAINTS)
@@ -49,7 +49,7 @@ def cuda_resolution() -> dict[str, str]:
         pytest.skip(f"no package index can be reached: {unavailable}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def installed(
     cuda_resolution: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Path]]:
@@ -127,22 +127,11 @@ def test_compiler_of_the_image_with_cuda_builds(
     assert b"libcuda.so.1\0" in built and b"libcudart.so.13\0" in built
 
 
-def test_all_of_a_router_works_without_torch(installed: dict[str, Path]) -> None:
-    python = str(installed["router"] / "bin" / "python")
-    env = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run(
-        [python, "-c", EVERY_MODULE], capture_output=True, text=True, env=env, cwd="/", check=False
-    )
-    assert done.returncode == 0, done.stderr
-    loaded = set(done.stdout.split())
-    assert "router.main" in loaded and not {"torch", "numba", "engine"} & loaded
-    done = subprocess.run([python, "-c", "import torch"], capture_output=True, env=env, check=False)
-    assert b"No module named 'torch'" in done.stderr
-
-
-def test_pods_serve_with_nothing_writable_but_their_volumes(
+def test_images_serve_as_pods_and_routers_have_no_torch(
     installed: dict[str, Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
+    # One test, because installing takes most of the time and test processes share nothing.
+    _import_all_of_a_router(installed)
     skip_without_rights()
     # In float32 workers would first compile kernels, for half a minute.
     values = {
@@ -234,3 +223,16 @@ def _ready(url: str, processes: list[Process]) -> bool:
         return False
     workers = httpx.get(f"{url}/v1/fleet", trust_env=False).json()["workers"]
     return [each["state"] for each in workers] == ["ready", "ready"]
+
+
+def _import_all_of_a_router(installed: dict[str, Path]) -> None:
+    python = str(installed["router"] / "bin" / "python")
+    env = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(
+        [python, "-c", EVERY_MODULE], capture_output=True, text=True, env=env, cwd="/", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "router.main" in loaded and not {"torch", "numba", "engine"} & loaded
+    done = subprocess.run([python, "-c", "import torch"], capture_output=True, env=env, check=False)
+    assert b"No module named 'torch'" in done.stderr
