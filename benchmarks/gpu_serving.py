@@ -14,7 +14,7 @@ Each system is `diptych serve` on the same two GPUs with random weights, one aft
                 tokens
     vllm        two vLLM servers, requests in turn
 
-Load is open-loop (see `benchmarks.load`), seeds are the same for all, and every size and rate gets
+Load is open-loop (see `diptych.bench`), seeds are the same for all, and every size and rate gets
 arrivals of its own, so no cache helps. Goodput counts requests that meet the service level:
 first token within 1 s, 15 ms per token on average, and 25 ms between tokens at the 99th percentile.
 """
@@ -28,13 +28,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+
 from benchmarks.dummy_tokenizer import write_tokenizer
 from benchmarks.gpu_handover import gpu
 from benchmarks.gpu_shapes import SHAPES
-from benchmarks.load import Arrival, Slo, poisson, run, summary, trace
 from benchmarks.report import Report
 from benchmarks.serving import served_system
 from benchmarks.vllm_replicas import vllm_replicas
+from diptych.bench.arrivals import Arrival, Lengths, Sizes, open_loop, replayed
+from diptych.bench.jobs import Target
+from diptych.bench.load import run, shared
+from diptych.bench.prompts import Prompts
+from diptych.bench.summary import Figures, summary
+from diptych.planning.trace import faster, read_trace
+from router.api.slo import SloTargets
 
 SYSTEMS = {
     "split": ("--prefill", "1", "--decode", "1"),
@@ -46,32 +54,28 @@ VLLM = "vllm"
 LOCAL_PREFILL = "DIPTYCH_ROUTER_LOCAL_PREFILL_MAX_TOKENS"
 
 
-def workloads(arguments: argparse.Namespace, vocab: int) -> Iterator[tuple[str, list[Arrival]]]:
-    """Every load, with its name."""
+CLIENTS = 4
+Load = tuple[str, list[Arrival], Prompts]
+
+
+def workloads(arguments: argparse.Namespace, vocab: int) -> Iterator[Load]:
+    """Every load, with its name and how its prompts are made."""
+    ids = range(vocab)
     for size in arguments.sizes:
         prompt, output = map(int, size.split("/"))
         for rate in arguments.rates:
             seed = int(prompt * 1000 + rate * 10)
-            yield (
-                f"{size} at {rate:g}/s",
-                poisson(
-                    rate=rate,
-                    seconds=arguments.seconds,
-                    prompt_tokens=prompt,
-                    output_tokens=output,
-                    vocab=vocab,
-                    seed=seed,
-                ),
-            )
+            sizes = Sizes(prompt=Lengths(prompt, prompt), output=Lengths(output, output), seed=seed)
+            arrivals = open_loop(sizes, rate=rate, seconds=arguments.seconds)
+            yield f"{size} at {rate:g}/s", arrivals, Prompts(seed=seed, ids=list(ids))
     if arguments.trace:
-        arrivals, left_out = trace(
-            arguments.trace,
-            requests=arguments.trace_requests,
+        arrivals, left_out = replayed(
+            faster(read_trace(arguments.trace), arguments.faster),
             longest=arguments.longest,
-            faster=arguments.faster,
-            vocab=vocab,
+            requests=arguments.trace_requests,
         )
-        yield f"{arguments.trace.stem} x {arguments.faster:g} without {left_out} longer", arrivals
+        name = f"{arguments.trace.stem} x {arguments.faster:g} without {left_out} longer"
+        yield name, arrivals, Prompts(seed=0, ids=list(ids))
 
 
 @contextmanager
@@ -106,19 +110,43 @@ def served(
 
 
 def measure(
-    report: Report, system: str, urls: Sequence[str], loads: Sequence[tuple[str, list[Arrival]]]
+    report: Report, system: str, urls: Sequence[str], model: str, loads: Sequence[Load]
 ) -> None:
     """All loads on one system."""
-    asyncio.run(run(urls, loads[0][1][:8], clients=len(urls)))
-    for name, arrivals in loads:
-        found = summary(asyncio.run(run(urls, arrivals)), Slo())
+    fields = {
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream_options": {"include_usage": True},
+    }
+    targets = [Target(url=url, model=model, fields=fields, timeout_s=300) for url in urls]
+    _, first, prompts = loads[0]
+    asyncio.run(run(shared(targets, prompts, first[:8], clients=len(urls))))
+    for name, arrivals, prompts in loads:
+        loaded = asyncio.run(run(shared(targets, prompts, arrivals, clients=CLIENTS)))
         print(f"== {system}, {name}", flush=True)
-        for figure, value in found.items():
-            report.add(f"{name}: {system}, {figure}", float(value), unit(figure))
+        for figure, value in reported(summary(loaded.outcomes, SloTargets())).items():
+            report.add(f"{name}: {system}, {figure}", value, unit(figure))
+
+
+def reported(figures: Figures) -> dict[str, float]:
+    """What the report keeps of a run."""
+    found: dict[str, float] = {"requests": figures.requests, "failed": figures.failed}
+    if figures.failed < figures.requests:
+        found["output_tokens_per_s"] = figures.output_tokens_per_s
+        found |= {"good_share": figures.good_share, "goodput": figures.goodput}
+    for name, spread in (("ttft", figures.ttft), ("tpot", figures.tpot), ("itl", figures.itl)):
+        if spread is not None:
+            found |= {f"{name}_p50_ms": 1e3 * spread.p50, f"{name}_p99_ms": 1e3 * spread.p99}
+    return found
+
+
+def served_name(url: str) -> str:
+    """The model that an endpoint serves."""
+    return str(httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"])
 
 
 def unit(figure: str) -> str:
-    """Of a figure of `benchmarks.load.summary`, by its name."""
+    """Of a figure that the report keeps, by its name."""
     if figure.endswith("_ms"):
         return "ms"
     return {"output_tokens_per_s": "tok/s", "good_share": "x", "goodput": "req/s"}.get(figure, "")
@@ -137,7 +165,9 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="also replay this")
     parser.add_argument("--trace-requests", type=int, default=300)
     parser.add_argument("--faster", type=float, default=1.0, help="than the trace was")
-    parser.add_argument("--longest", type=int, default=16_384, help="prompt taken of the trace")
+    parser.add_argument(
+        "--longest", type=int, default=16_384, help="prompt and output taken of the trace"
+    )
     parser.add_argument("--local-tokens", type=int, default=512, help="prompts kept in combined")
     parser.add_argument("--vllm", default="", metavar="PYTHONPATH", help="where vLLM is")
     parser.add_argument("--serve", default="", help="more options of `diptych serve`, one string")
@@ -148,14 +178,14 @@ def main() -> None:
     kept = ("model", "sizes", "rates", "seconds", "faster", "local_tokens", "serve")
     settings = {key: getattr(arguments, key) for key in kept}
     loads = list(workloads(arguments, shape.vocab_size))
-    longest = max(len(each.prompt) + each.output_tokens for _, load in loads for each in load)
+    longest = max(each.prompt_tokens + each.output_tokens for _, load, _ in loads for each in load)
     with tempfile.TemporaryDirectory() as name:
         folder = shape.write(Path(name) / arguments.model)
         write_tokenizer(folder, shape.vocab_size)
         for system in arguments.systems:
             report = Report(f"gpu-serving-{system}", settings, gpu=gpu())
             with served(system, arguments, folder, longest) as urls:
-                measure(report, system, urls, loads)
+                measure(report, system, urls, served_name(urls[0]), loads)
             if arguments.save or arguments.out:
                 print(report.save(arguments.out) if arguments.out else report.save())
 

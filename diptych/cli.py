@@ -38,6 +38,9 @@ COMMANDS: dict[str, _Command] = {
         "diptych.autoscale.main", "router,k8s", "scale the pools of a Kubernetes deployment"
     ),
     "doctor": _Command("diptych.doctor.main", "router", "look for what is wrong with a deployment"),
+    "bench": _Command(
+        "diptych.bench.main", "router", "load an endpoint: throughput, latencies, goodput"
+    ),
     "chat": _Command("diptych.chat.main", "router", "talk to an endpoint in the terminal"),
 }
 

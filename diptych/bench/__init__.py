@@ -1,0 +1,1 @@
+"""Load on an OpenAI-compatible endpoint, and what came of it."""
