@@ -115,7 +115,7 @@ async def _model(http: httpx.AsyncClient, wanted: str | None) -> dict[str, Any]:
     if not cards:
         raise UnavailableError(
             f"{http.base_url} names no model that it serves (HTTP {answer.status_code} from "
-            f"/v1/models: {reason(answer.content)}). Is it an OpenAI-compatible endpoint, and ready?"
+            f"/v1/models: {reason(answer.content)}). Is it OpenAI-compatible, and ready?"
         )
     return next(iter(cards.values()))
 
@@ -143,7 +143,7 @@ async def _fields(
     ]
     outcome = Outcome()
     for form in forms:
-        fields = form | {"temperature": settings.temperature, "seed": prompts.seed}
+        fields = form | {"temperature": settings.temperature}
         probed = replace(target, fields=fields, exact="ignore_eos" in form)
         outcome = await _probe(http, probed, prompts, _FEW_WORDS)
         if outcome.cause not in _UNKNOWN_FIELD:

@@ -5,7 +5,9 @@ import json
 import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 
@@ -33,9 +35,11 @@ def main(argv: Sequence[str]) -> int:
     """
     settings = load_or_exit(BenchSettings, argv, prog="diptych bench", env_prefix="DIPTYCH_BENCH_")
     try:
-        measured = asyncio.run(measure(settings))
-        if settings.json_ is not None:
-            _write(settings.json_, json.dumps(as_json(measured)))
+        # Opened first: a file that can't be written must not cost a whole run.
+        with _place(settings.json_) as place:
+            measured = asyncio.run(measure(settings))
+            if place is not None:
+                place.write(json.dumps(as_json(measured)) + "\n")
     except KeyboardInterrupt:
         print("diptych bench: stopped", file=sys.stderr)
         return _STOPPED
@@ -136,11 +140,10 @@ def _warmup(settings: BenchSettings, arrivals: Sequence[Arrival]) -> list[Arriva
     ]
 
 
-def _write(place: str, text: str) -> None:
-    if place == "-":
-        print(text)
-        return
+def _place(name: str | None) -> AbstractContextManager[TextIO | None]:
+    if name is None or name == "-":
+        return nullcontext(sys.stdout if name else None)
     try:
-        Path(place).write_text(text + "\n", encoding="utf-8")
+        return Path(name).open("w", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--json {place} can't be written: {error.strerror}.") from None
+        raise ConfigError(f"--json {name} can't be written: {error.strerror}.") from None
