@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import httpx
@@ -25,8 +24,10 @@ from diptych.bench.jobs import Job, Target
 from diptych.bench.prompts import Prompts
 from diptych.bench.streaming import Asked, Outcome, ask
 
-_AHEAD = 512
+_AHEAD, _AHEAD_BYTES = 512, 64 << 20
 """Requests written before they are due, so that writing them makes none of them late."""
+_FILES = 10_240
+"""Connections of one process; more than some systems allow for is refused by those."""
 _TICK_S = 0.01
 
 
@@ -63,7 +64,9 @@ class Written:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._arrivals = _arrivals(job)
-        self._ready = deque(map(self._write, islice(self._arrivals, _AHEAD)))
+        self._ready: deque[tuple[Arrival, Asked]] = deque()
+        self._bytes = 0
+        self._fill()
 
     def __iter__(self) -> "Written":
         return self
@@ -71,12 +74,19 @@ class Written:
     def __next__(self) -> tuple[Arrival, Asked]:
         if not self._ready:
             raise StopIteration
-        self._ready.extend(map(self._write, islice(self._arrivals, 1)))
-        return self._ready.popleft()
+        arrival, asked = self._ready.popleft()
+        self._bytes -= len(asked.body)
+        self._fill()
+        return arrival, asked
 
-    def _write(self, arrival: Arrival) -> tuple[Arrival, Asked]:
-        prompt = self._job.prompts.write(arrival)
-        return arrival, self._job.target.asked(prompt, arrival.output_tokens)
+    def _fill(self) -> None:
+        while len(self._ready) < _AHEAD and self._bytes < _AHEAD_BYTES:
+            arrival = next(self._arrivals, None)
+            if arrival is None:
+                return
+            asked = self._job.asked(arrival)
+            self._ready.append((arrival, asked))
+            self._bytes += len(asked.body)
 
 
 def _arrivals(job: Job) -> Iterator[Arrival]:
@@ -123,17 +133,7 @@ async def run(job: Job) -> None:
     async with job.target.client() as http:
         written = Written(job)
         now = time.monotonic()
-        await asyncio.gather(
-            *(
-                ask(
-                    http,
-                    job.target.asked(job.prompts.write(one), one.output_tokens),
-                    due=now,
-                    begin=now,
-                )
-                for one in job.warmup
-            )
-        )
+        await asyncio.gather(*(ask(http, job.asked(one), due=now, begin=now) for one in job.warmup))
         print("ready", flush=True)
         begin = float(await asyncio.to_thread(sys.stdin.readline))
         # A load that nobody waits for any more must not go on.
@@ -160,8 +160,10 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     """Do one job."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now != resource.RLIM_INFINITY:
+        wanted = _FILES if most == resource.RLIM_INFINITY else min(_FILES, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
     asyncio.run(run(job_of(orjson.loads(sys.stdin.readline()))))
 
 

@@ -73,6 +73,10 @@ class Job:
     """When a closed loop sends no more, in seconds after the start."""
     warmup: Sequence[Arrival] = ()
 
+    def asked(self, arrival: Arrival) -> Asked:
+        """The request of that arrival."""
+        return self.target.asked(self.prompts.write(arrival), arrival.output_tokens)
+
     @property
     def limit_s(self) -> float:
         """Longest time that it can take, in seconds after the start."""

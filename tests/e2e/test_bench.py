@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def test_streams_are_as_long_as_was_asked_and_timelines_account_for_them(
     trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with cluster(tiny_llama) as system:
 
-        def bench(*argv: str) -> dict[str, object]:
+        def bench(*argv: str) -> dict[str, Any]:
             command = [sys.executable, "-m", "diptych", "bench", "--url", system.url, "--strict"]
             done = subprocess.run(
                 [*command, "--clients=2", f"--json={kept}", *argv],
@@ -31,7 +32,7 @@ def test_streams_are_as_long_as_was_asked_and_timelines_account_for_them(
                 timeout=120,
             )
             assert done.returncode == 0, done.stdout + done.stderr
-            found: dict[str, object] = json.loads(kept.read_text())
+            found: dict[str, Any] = json.loads(kept.read_text())
             return found | {"shown": done.stdout}
 
         drawn = bench(
@@ -43,7 +44,7 @@ def test_streams_are_as_long_as_was_asked_and_timelines_account_for_them(
         replay = bench("--trace", str(trace), "--faster=2", "--warmup=0")
         system.wait_balanced()
 
-    assert drawn["endpoint"]["software"] == "diptych"  # type: ignore[index]
+    assert drawn["endpoint"]["software"] == "diptych"
     assert all(16 <= each["prompt_tokens"] <= 48 for each in requests)
     assert all(4 <= each["output_tokens"] <= 12 for each in requests)
     assert len({each["output_tokens"] for each in requests}) > 2
