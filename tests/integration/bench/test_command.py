@@ -193,6 +193,23 @@ def test_an_endpoint_without_token_ids_gets_words_of_the_right_number(
     assert [each["prompt_tokens"] for each in found["requests"]] == [107, 107, 107]
 
 
+def test_a_closed_loop_goes_on_until_its_time_is_over(tmp_path: Path) -> None:
+    kept = tmp_path / "run.json"
+    argv = ["--duration=400ms", "--concurrency=3", "--clients=2", "--output-tokens=9"]
+    with serving(Endpoint()) as url:
+        assert main(["--url", url, *argv, f"--json={kept}"]) == 0
+    requests = json.loads(kept.read_text())["requests"]
+    assert len(requests) > 3
+    assert len({each["number"] for each in requests}) == len(requests)
+    assert max(each["due_s"] for each in requests) < 0.4
+    moments = [(each["due_s"], 1) for each in requests]
+    moments += [(each["due_s"] + each["ended_s"], -1) for each in requests]
+    under_way = 0
+    for _, change in sorted(moments):
+        under_way += change
+        assert under_way <= 3
+
+
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_asked(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
