@@ -23,6 +23,7 @@ _ROOM_SHARE = 0.9
 """Of the time to start: the engine gives up at the end of it, and knows less of the reason."""
 _ANSWER_SHARE = 0.95
 _CLOSE_S = 8.0
+_ENDED = "The process that talks with Ray ended unasked: see whether Ray still runs on this host."
 
 
 class PlacementError(Exception):
@@ -41,7 +42,7 @@ class RayPlacement:
         self._process = process
         self._address = address
         self._answer_by = answer_by
-        self._placed = asyncio.Event()
+        self._placed = False
         self._failed: asyncio.Future[PlacementError] = asyncio.get_running_loop().create_future()
         self._reading = asyncio.create_task(self._read())
 
@@ -76,22 +77,18 @@ class RayPlacement:
         Raises:
             PlacementError: says which and why.
         """
-        placed = asyncio.create_task(self._placed.wait())
-        try:
-            wait_s = self._answer_by - monotonic()
-            await asyncio.wait(
-                {placed, self._failed}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not placed.done() and not self._failed.done():
-                raise PlacementError(f"Ray at {self._address} did not answer.", EXIT_NODE_LOST)
-        finally:
-            placed.cancel()
+        await asyncio.wait({self._failed}, timeout=self._answer_by - monotonic())
+        if not self._placed and not self._failed.done():
+            raise PlacementError(f"Ray at {self._address} did not answer.", EXIT_NODE_LOST)
         raise await asyncio.shield(self._failed)
 
     async def close(self) -> None:
         """Let nodes that were told to end do so, then give back what Ray gave. Idempotent."""
         assert self._process.stdin is not None
         self._process.stdin.close()
+        if not self._placed:  # Ray takes back what a driver had when that is gone
+            with suppress(ProcessLookupError):
+                self._process.kill()
         try:
             async with asyncio.timeout(_CLOSE_S):
                 await self._process.wait()
@@ -108,14 +105,14 @@ class RayPlacement:
             if "placed" in report:
                 places = ", ".join(f"node {rank} on {at}" for rank, at in report["placed"].items())
                 log.info("Ray placed %s", places)
-                self._placed.set()
+                self._placed = True
             elif "refused" in report:
                 self._fail(PlacementError(report["refused"], report["status"]))
             else:
                 if report["log"]:
                     log.error("%s Its last lines:\n%s", report["lost"], report["log"])
                 self._fail(PlacementError(report["lost"], EXIT_NODE_LOST))
-        self._fail(PlacementError("The process that talks with Ray ended unasked.", EXIT_FAILED))
+        self._fail(PlacementError(_ENDED, EXIT_FAILED))
 
     def _fail(self, error: PlacementError) -> None:
         if not self._failed.done():

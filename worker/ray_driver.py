@@ -13,9 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from contextlib import suppress
+from typing import Any
 
-from engine.devices import usable_device
 from worker.exit_status import EXIT_NODE_LOST, EXIT_REFUSED
 from worker.ray_node import NodeActor
 
@@ -37,12 +37,13 @@ class RefusedError(Exception):
 
 def bundle_of(values: Mapping[str, Any]) -> dict[str, float]:
     """What Ray is asked for on each host."""
-    ranks = values["tensor_parallel_size"] // values["nodes"]
-    gpu = usable_device(values["device"]) == "cuda" if values["device"] == "auto" else None
+    device, ranks = values["device"], values["tensor_parallel_size"] // values["nodes"]
+    if device == "auto":
+        from engine.devices import usable_device  # torch, which takes seconds
+
+        device = usable_device(device)
     bundle: dict[str, float] = {"CPU": values["num_threads"] or ranks}
-    if gpu or values["device"].startswith("cuda"):
-        bundle["GPU"] = ranks
-    return bundle
+    return bundle | ({"GPU": ranks} if device == "cuda" else {})
 
 
 def node_values(order: Mapping[str, Any], rank: int, host: str) -> dict[str, Any]:
@@ -63,8 +64,16 @@ def node_values(order: Mapping[str, Any], rank: int, host: str) -> dict[str, Any
     }
 
 
+def tell(reports: int, **fields: object) -> None:
+    """Report to the leader, if it is still there to hear."""
+    with suppress(BrokenPipeError):
+        os.write(reports, json.dumps(fields).encode() + b"\n")
+
+
 class _Driver:
-    def __init__(self, ray: Any, order: Mapping[str, Any], reports: TextIO) -> None:
+    """Ray, and what this process had it do."""
+
+    def __init__(self, ray: Any, order: Mapping[str, Any], reports: int) -> None:
         self._ray = ray
         self._order = order
         self._values: Mapping[str, Any] = order["values"]
@@ -76,11 +85,6 @@ class _Driver:
     def _await_end(self) -> None:
         sys.stdin.read()
         self._told_to_end.set()
-
-    def report(self, **fields: object) -> None:
-        """Tell the leader."""
-        self._reports.write(json.dumps(fields) + "\n")
-        self._reports.flush()
 
     def run(self) -> None:
         """Place, start and watch until told to end.
@@ -117,7 +121,7 @@ class _Driver:
             for rank, (actor, (host, _)) in enumerate(zip(actors, hosts, strict=True))
             if rank > 0
         }
-        self.report(placed={rank: host for rank, host in runs.values()})
+        tell(self._reports, placed=dict(runs.values()))
         self._watch(runs)
 
     def _place(self) -> list[Any]:
@@ -134,7 +138,7 @@ class _Driver:
         while not group.wait(_TURN_S):
             if self._told_to_end.is_set():
                 return []
-            if self._left_s() <= 0:
+            if not self._left_s():
                 raise RefusedError(self._no_room(bundle), EXIT_NODE_LOST)
         actor = self._ray.remote(NodeActor)
         return [
@@ -148,11 +152,11 @@ class _Driver:
         ]
 
     def _left_s(self) -> float:
-        return float(self._order["deadline"]) - time.monotonic()
+        return max(0.0, float(self._order["deadline"]) - time.monotonic())
 
     def _no_room(self, bundle: Mapping[str, float]) -> str:
         values = self._values
-        spread = "as near as can be" if values["ray_strategy"] == "pack" else "each on its own host"
+        spread = "as near as can be" if values["ray_strategy"] == "pack" else "each on a host of its own"
         free = self._ray.available_resources()
         hosts = [
             f"{node['NodeManagerAddress']}: {_amounts(node['Resources'])}"
@@ -197,7 +201,7 @@ class _Driver:
                 except self._ray.exceptions.RayError as error:
                     reason, log = f"Ray lost its actor ({_brief(error)})", ""
                 if reason:
-                    self.report(lost=f"Node {rank} ({host}) was lost: {reason}.", log=log)
+                    tell(self._reports, lost=f"Node {rank} ({host}) was lost: {reason}.", log=log)
         self._told_to_end.wait()
 
     def close(self) -> None:
@@ -221,7 +225,7 @@ def _brief(error: Exception) -> str:
 
 def main() -> None:
     """Carry out one order."""
-    reports = os.fdopen(os.dup(1), "w")
+    reports = os.dup(1)
     os.dup2(2, 1)  # whatever else is printed here is no report
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -230,23 +234,14 @@ def main() -> None:
     try:
         import ray
     except ModuleNotFoundError:
-        print(
-            json.dumps(
-                {
-                    "refused": "placement is ray, but Ray is not installed: "
-                    "pip install 'diptych[worker,ray]'.",
-                    "status": EXIT_REFUSED,
-                }
-            ),
-            file=reports,
-            flush=True,
-        )
+        missing = "placement is ray, but Ray is not installed: pip install 'diptych[worker,ray]'."
+        tell(reports, refused=missing, status=EXIT_REFUSED)
         return
     driver = _Driver(ray, order, reports)
     try:
         driver.run()
     except RefusedError as error:
-        driver.report(refused=str(error), status=error.status)
+        tell(reports, refused=str(error), status=error.status)
     finally:
         driver.close()
 
