@@ -70,16 +70,16 @@ def tell(reports: int, **fields: object) -> None:
         os.write(reports, json.dumps(fields).encode() + b"\n")
 
 
-class _Driver:
+class Driver:
     """Ray, and what this process had it do."""
 
     def __init__(self, ray: Any, order: Mapping[str, Any], reports: int) -> None:
+        """Args: ray is the package; reports is where to tell."""
         self._ray = ray
         self._order = order
         self._values: Mapping[str, Any] = order["values"]
         self._reports = reports
         self._told_to_end = threading.Event()
-        threading.Thread(target=self._await_end, daemon=True).start()
         self._group: Any = None
 
     def _await_end(self) -> None:
@@ -93,6 +93,7 @@ class _Driver:
             RefusedError: Ray can't or won't.
         """
         ray, order = self._ray, self._order
+        threading.Thread(target=self._await_end, daemon=True).start()
         try:
             ray.init(
                 address=self._values["ray_address"], log_to_driver=False, configure_logging=False
@@ -111,7 +112,7 @@ class _Driver:
             hosts = ray.get([actor.host.remote() for actor in actors], timeout=self._left_s())
         except ray.exceptions.RayError as error:
             raise RefusedError(f"Ray could not start the other nodes: {_brief(error)}") from None
-        self._check(hosts)
+        self.check(hosts)
         runs = {
             actor.run.remote(
                 order["role"],
@@ -156,7 +157,9 @@ class _Driver:
 
     def _no_room(self, bundle: Mapping[str, float]) -> str:
         values = self._values
-        spread = "as near as can be" if values["ray_strategy"] == "pack" else "each on a host of its own"
+        spread = (
+            "as near as can be" if values["ray_strategy"] == "pack" else "each on a host of its own"
+        )
         free = self._ray.available_resources()
         hosts = [
             f"{node['NodeManagerAddress']}: {_amounts(node['Resources'])}"
@@ -169,7 +172,15 @@ class _Driver:
             f"all: {_amounts(free)}."
         )
 
-    def _check(self, hosts: list[tuple[str, list[str]]]) -> None:
+    def check(self, hosts: list[tuple[str, list[str]]]) -> None:
+        """See that the nodes can work where Ray put them.
+
+        Args:
+            hosts: address of each node's host and the GPUs of its bundle, the leader's first.
+
+        Raises:
+            RefusedError: says what to set.
+        """
         (here, gpus), *others = hosts
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         ours = visible.split(",") if visible else [str(index) for index in range(len(gpus))]
@@ -237,7 +248,7 @@ def main() -> None:
         missing = "placement is ray, but Ray is not installed: pip install 'diptych[worker,ray]'."
         tell(reports, refused=missing, status=EXIT_REFUSED)
         return
-    driver = _Driver(ray, order, reports)
+    driver = Driver(ray, order, reports)
     try:
         driver.run()
     except RefusedError as error:
