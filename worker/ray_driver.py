@@ -101,7 +101,7 @@ class Driver:
         except (OSError, RuntimeError, ValueError) as error:
             raise RefusedError(
                 f"There is no Ray at {self._values['ray_address']} to place nodes with, or it does "
-                f"not take this host: {error}. This host must run `ray start`."
+                f"not take this host: {_brief(error)} This host must run `ray start`."
             ) from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # the leader ends this process, after its nodes

@@ -66,7 +66,7 @@ def test_where_nodes_can_not_be_spread_the_worker_says_what_ray_has_and_ends(
     tmp_path: Path, ray: RayCluster
 ) -> None:
     options = {
-        **by_ray(ray, num_threads=1, start_timeout_s="6s", device="cpu", port=free_port()),
+        **by_ray(ray, num_threads=1, start_timeout_s="8s", device="cpu", port=free_port()),
         "model": make_checkpoint(tmp_path),
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
