@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine.threads import available_cores, compute_thread_env
 from kvtransfer.mooncake_engine import mooncake_environment
@@ -20,12 +20,17 @@ log = logging.getLogger(__name__)
 _EXIT_S = 10.0
 
 
-def settings_json(settings: WorkerSettings) -> bytes:
-    """Everything, secrets included: for the engine process's pipe and nowhere else."""
+def settings_values(settings: WorkerSettings) -> dict[str, Any]:
+    """Everything, secrets included: for pipes to processes of this worker and nowhere else."""
     values = settings.model_dump(mode="json")
     if settings.auth_token is not None:
         values["auth_token"] = settings.auth_token.get_secret_value()
-    return json.dumps(values).encode()
+    return values
+
+
+def settings_json(settings: WorkerSettings) -> bytes:
+    """`settings_values` as the engine process reads them."""
+    return json.dumps(settings_values(settings)).encode()
 
 
 class EngineFailedError(Exception):

@@ -27,6 +27,7 @@ from worker.faulty_links import FaultySwitchboard
 from worker.following import serve_follower
 from worker.ipc import ServicePipe
 from worker.leading import NODES_SERVICE, NodeLostError, NodesService
+from worker.placement import PlacementError, RayPlacement
 from worker.process_metrics import process_registry
 from worker.service import EngineView, WorkerService
 from worker.settings import WorkerSettings
@@ -149,6 +150,10 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         ]
         if nodes:
             tasks.append(asyncio.create_task(nodes.watch()))
+        if settings.placement == "ray":
+            placement = await RayPlacement.start(settings, role.name)
+            stack.push_async_callback(placement.close)
+            tasks.append(asyncio.create_task(placement.watch()))
         stack.callback(lambda: [task.cancel() for task in tasks])
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         status, reason = _outcome(done, nodes)
@@ -165,15 +170,17 @@ def _outcome(done: "set[asyncio.Task[None]]", nodes: NodesService | None) -> tup
     """Exit status and what went wrong, of the first tasks that ended."""
     errors = [error for task in done if (error := task.exception()) is not None]
     for error in errors:
-        if not isinstance(error, (NodeLostError, EngineFailedError)):
+        if not isinstance(error, (NodeLostError, PlacementError, EngineFailedError)):
             raise error
     if not errors:
         return 0, ""
-    error = min(errors, key=lambda error: not isinstance(error, NodeLostError))
+    error = min(errors, key=lambda error: isinstance(error, EngineFailedError))
     waited = isinstance(error, EngineFailedError) and error.waited
     missing = nodes.missing if nodes and waited else ""
     reason = f"{str(error).rstrip('.')}: {missing} did not join" if missing else str(error)
     log.error("%s", reason)
+    if isinstance(error, PlacementError):
+        return error.status, reason
     lost = isinstance(error, NodeLostError) or missing
     return EXIT_NODE_LOST if lost else EXIT_FAILED, reason
 

@@ -69,6 +69,22 @@ class WorkerSettings(BaseModel):
         "the leader's holds.",
     )
 
+    placement: Literal["manual", "ray"] = Field(
+        "manual",
+        description="Who starts the other nodes: `ray` lets the leader have Ray place and start "
+        "them; manual: whoever started the leader.",
+    )
+    ray_address: str = Field(
+        "auto",
+        description="host:port of the Ray cluster that this host is part of; auto: the one that "
+        "runs here.",
+    )
+    ray_strategy: Literal["strict_spread", "pack"] = Field(
+        "strict_spread",
+        description="How Ray lays nodes out: strict_spread, each on a host of its own, or pack, "
+        "on as few as can hold them.",
+    )
+
     host: str = Field("127.0.0.1", description="Address that the gRPC and metrics ports bind to.")
     port: int = Field(9001, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
     advertise_host: str | None = Field(
@@ -207,6 +223,8 @@ class WorkerSettings(BaseModel):
                 f"node_rank is {self.node_rank}, but nodes is {self.nodes}: nodes are numbered "
                 "from 0."
             )
+        if self.placement == "ray":
+            self._check_placement()
         if self.nodes == 1:
             return self
         if self.tensor_parallel_size % self.nodes:
@@ -225,6 +243,23 @@ class WorkerSettings(BaseModel):
                 "of this host."
             )
         return self
+
+    def _check_placement(self) -> None:
+        if self.nodes == 1 or self.node_rank:
+            raise ValueError(
+                "placement is ray, which is for the leader of several nodes: set nodes to 2 or "
+                "more, and start node 0 alone."
+            )
+        if "://" in self.ray_address:
+            raise ValueError(
+                f"ray_address is {self.ray_address}: give host:port of a cluster that this host is "
+                "part of, or auto; Ray's client can't place nodes beside the leader."
+            )
+        if self.device.startswith("cuda:"):
+            raise ValueError(
+                f"device is {self.device}, but Ray chooses among the GPUs of a host: set it to "
+                "cuda."
+            )
 
     @property
     def own_host(self) -> str:

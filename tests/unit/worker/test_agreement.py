@@ -12,7 +12,7 @@ OF_EACH_NODE = {
     *("model", "served_model_name", "num_threads", "node_rank", "leader_address"),
     *("host", "port", "advertise_host", "metrics_port", "rendezvous_port", "worker_id"),
     *("auth_token", "tls_cert", "tls_key", "tls_ca", "tls_server_name", "insecure"),
-    *("zone", "rack", "node", "faults"),
+    *("zone", "rack", "node", "faults", "placement", "ray_address", "ray_strategy"),
     *("node_timeout_s", "heartbeat_interval_s", "report_interval_s", "stall_after_s"),
     *("start_timeout_s", "drain_timeout_s", "log_level", "log_format"),
 }

@@ -74,6 +74,20 @@ def test_wrong_values_are_refused_with_what_would_be_right(option: str, hint: st
             "give leader_address, host:port",
         ),
         ("--nodes=2 --tensor-parallel-size=2 --host=0.0.0.0", "set advertise_host"),
+        ("--placement=ray", "set nodes to 2"),
+        (
+            "--placement=ray --nodes=2 --tensor-parallel-size=2 --node-rank=1 "
+            "--leader-address=ten:9001",
+            "start node 0 alone",
+        ),
+        (
+            "--placement=ray --nodes=2 --tensor-parallel-size=2 --ray-address=ray://ten:10001",
+            "ray_address is ray://ten:10001: give host:port",
+        ),
+        (
+            "--placement=ray --nodes=2 --tensor-parallel-size=2 --device=cuda:1",
+            "Ray chooses among the GPUs",
+        ),
     ],
 )
 def test_nodes_that_can_not_work_are_refused(options: str, hint: str) -> None:
