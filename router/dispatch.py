@@ -38,7 +38,7 @@ from router.metrics import FleetMetrics
 from router.placement.decision import Placement, Refusal
 from router.placement.placer import Placer
 from router.placement.prefix_index import Applied
-from router.run import Run, tokens_of
+from router.run import Run
 from router.settings import RouterSettings
 from router.spans import Spans
 from router.timeline import RequestTimeline, TimelineStore
@@ -214,15 +214,13 @@ class Dispatcher:
 
     def tokens(self, worker: str, runs: list[TokenRun]) -> None:
         """One engine step's tokens."""
-        for each in runs:
-            run = self._runs.get(each.request_id)
+        for request_id, attempt, tokens, cached_tokens in runs:
+            run = self._runs.get(request_id)
             if run is None:
                 self._metrics.stale_messages.inc()
             else:
-                self._carry_out(
-                    run,
-                    run.ledger.tokens(worker, each.attempt, tokens_of(each), each.cached_tokens),
-                )
+                effects = run.ledger.tokens(worker, attempt, tokens, cached_tokens)
+                self._carry_out(run, effects)
 
     def prompt(self, worker: str, run: PromptRun) -> None:
         """What one engine step computed of a prompt."""
@@ -396,7 +394,8 @@ class Dispatcher:
         if effects.tokens:
             run.timeline.tokens(len(effects.tokens))
             run.push(effects.tokens)
-            self._breakers.progressed(run.charges, run.timeline.attempts[-1])
+            if run.charges:
+                self._breakers.progressed(run.charges, run.timeline.attempts[-1])
         if effects.failure is not None:
             run.timeline.attempt_failed(effects.failure)
             self._breakers.failed(effects.failure, run.timeline.attempts[-1], run.charges)

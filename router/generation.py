@@ -44,9 +44,12 @@ class GenerationRequest:
         return None if self.trace is None else self.trace.trace_id
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Token:
-    """One generated token, each index exactly once and in order."""
+    """One generated token, each index exactly once and in order.
+
+    Nobody changes it; it is not frozen because making one that is takes twice the time.
+    """
 
     index: int
     token_id: int

@@ -15,6 +15,7 @@ that nobody took over; nothing happens after ENDED.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from core.errors import (
     RETRYABLE,
@@ -68,8 +69,7 @@ class Failure:
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class Effects:
+class Effects(NamedTuple):
     """What the caller must do after an event."""
 
     tokens: Sequence[Token] = ()
@@ -102,6 +102,7 @@ class RequestLedger:
         self._stop_ids = frozenset(sampling.stop_token_ids)
         self._max_tokens = min(sampling.max_tokens, max_model_len - prompt_len)
         self._max_attempts = max_attempts
+        self._scores_prompt = sampling.prompt_logprobs is not None
 
         self.state = RequestState.WAITING
         self.attempt = 0
@@ -127,6 +128,7 @@ class RequestLedger:
         """Tokens above one that another leg still owes, and the worker they came from."""
         self._handed: Leg | None = None
         """The export leg that is complete, until decode is known to have what it exported."""
+        self._importing: Leg | None = None
         self._decode_began = False
         self._exporter: str | None = None
         self._cached_tokens: int | None = None
@@ -148,9 +150,9 @@ class RequestLedger:
         self._began_at = len(self.emitted)
         if not self.emitted:
             self._prompt.clear()  # a worker of another model may compute this attempt
-        self._exporter = next(
-            (leg.worker for leg in self._open.values() if leg.phase is Phase.EXPORT), None
-        )
+        by_phase = {leg.phase: leg for leg in self._open.values()}
+        self._importing = by_phase.get(Phase.IMPORT)
+        self._exporter = by_phase[Phase.EXPORT].worker if Phase.EXPORT in by_phase else None
         assert self._open and all(leg.attempt == self.attempt for leg in self._open.values())
 
     def tokens(
@@ -161,16 +163,21 @@ class RequestLedger:
         cached_tokens: int | None = None,
     ) -> Effects:
         """A worker produced tokens. Late, repeated and unknown ones have no effect."""
-        leg = self._leg(worker, attempt)
-        if leg is None:
+        leg = self._open.get(worker)
+        if leg is None or leg.attempt != attempt:
             return _NOTHING
         if cached_tokens is not None:
             self._note_cached(leg, cached_tokens)
-        if leg.phase is Phase.IMPORT:
+        if leg is self._importing:
             self._decode_began = True
             self._handed = None
+        emitted = self.emitted
+        if not (self._early or self._scores_prompt) and tokens and tokens[0].index == len(emitted):
+            # Of one leg tokens have no gaps, so these may go out as they are.
+            emitted += [token.token_id for token in tokens]
+            return Effects(tokens)
         for token in tokens:
-            if token.index >= len(self.emitted):
+            if token.index >= len(emitted):
                 self._early.setdefault(token.index, (token, worker))
         return self._go_on()
 
@@ -186,7 +193,7 @@ class RequestLedger:
     @property
     def wants_prompt_logprobs(self) -> bool:
         """True if an attempt has to report log probabilities of the prompt."""
-        return self._sampling.prompt_logprobs is not None and self._next_prompt < self._prompt_len
+        return self._scores_prompt and self._next_prompt < self._prompt_len
 
     @property
     def prompt_logprobs(self) -> PromptLogprobs | None:
@@ -199,12 +206,13 @@ class RequestLedger:
 
     def _go_on(self) -> Effects:
         given = self._give_out()
-        if self._ending is not None and not self._early:
-            return Effects(
-                given, self._end_well(self._ending.reason, self._ending.matched_stop).aborts
+        if self._early:
+            return self._fail_on_gap()._replace(tokens=given)
+        if self._ending is not None:
+            return self._end_well(self._ending.reason, self._ending.matched_stop)._replace(
+                tokens=given
             )
-        gap = self._fail_on_gap()
-        return Effects(given, gap.aborts, gap.failure)
+        return Effects(given)
 
     def finished(self, worker: str, end: LegEnd) -> Effects:
         """A worker is done with its leg."""

@@ -6,6 +6,7 @@ with, at the latest by the end of its stream.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -140,6 +141,7 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
             shutdown_s=settings.shutdown_grace_s + FLUSH_S,
         )
         host, port = listener.getsockname()[:2]
+        gc.freeze()  # or each full collection looks at all of this again, for some 20 ms
         log.info("listening on %s://%s:%d", "https" if certificate else "http", host, port)
         async with asyncio.TaskGroup() as group:
             follow = group.create_task(_follow_files(door, key_file, certificate))

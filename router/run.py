@@ -13,7 +13,7 @@ from core.sampling import SamplingParams
 from core.tokens import PromptLogprobs
 from router.fleet.breakers import Charge
 from router.fleet.wire import submit_to_proto, with_phase
-from router.fleet.worker import Phase, TokenRun, WorkerInfo
+from router.fleet.worker import Phase, WorkerInfo
 from router.generation import GenerationEnd, GenerationRequest, Token
 from router.ledger import Leg, RequestLedger, RequestState
 from router.placement.cost import Prompt
@@ -43,7 +43,9 @@ class Run:
         """Why no worker could take it when last tried."""
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tokens: list[Token] = []
-        self._changed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        """Of the client's side, which is one task, while it waits for a change."""
         self._hashes: dict[tuple[bytes, int], list[bytes]] = {}
 
     @property
@@ -115,13 +117,13 @@ class Run:
 
     def push(self, tokens: Sequence[Token]) -> None:
         """Hand tokens to the client's side."""
-        if tokens:
-            self._tokens += tokens
-            self._changed.set()
+        self._tokens += tokens
+        if (waiter := self._waiter) is not None and not waiter.done():
+            waiter.set_result(None)
 
     def wake(self) -> None:
         """Let whoever waits look at the ledger again."""
-        self._changed.set()
+        self.push(())
 
     async def started(self) -> None:
         """Wait until it was placed, or ended without.
@@ -130,8 +132,7 @@ class Run:
             DiptychError: it ended without.
         """
         while self.ledger.attempt == 0 and self.ledger.state is not RequestState.ENDED:
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change()
         if self.ledger.attempt == 0 and self.ledger.error is not None:
             raise self.ledger.error
 
@@ -146,10 +147,14 @@ class Run:
                 if self.ledger.error is not None:
                     raise self.ledger.error
                 raise StopAsyncIteration
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change()
         batch, self._tokens = self._tokens, []
         return batch
+
+    def _change(self) -> "asyncio.Future[None]":
+        """Until somebody wakes it. Nothing is missed: nobody else runs before it is awaited."""
+        self._waiter = self._loop.create_future()
+        return self._waiter
 
     @property
     def prompt_logprobs(self) -> PromptLogprobs | None:
@@ -164,19 +169,10 @@ class Run:
     def set_timer(self, name: str, delay_s: float, callback: Callable[["Run"], None]) -> None:
         """Have `callback` called with this run, unless the timer is set anew or cancelled."""
         self.cancel_timer(name)
-        loop = asyncio.get_running_loop()
-        self._timers[name] = loop.call_later(delay_s, callback, self)
+        self._timers[name] = self._loop.call_later(delay_s, callback, self)
 
     def cancel_timer(self, name: str) -> None:
         """Forget a timer, set or not."""
         timer = self._timers.pop(name, None)
         if timer is not None:
             timer.cancel()
-
-
-def tokens_of(run: TokenRun) -> list[Token]:
-    """A worker's tokens as the client's side knows them."""
-    if not run.logprobs:
-        return [Token(index, each) for index, each in enumerate(run.token_ids, run.first_index)]
-    pairs = zip(run.token_ids, run.logprobs, strict=True)
-    return [Token(index, *pair) for index, pair in enumerate(pairs, run.first_index)]

@@ -148,16 +148,17 @@ class RequestTimeline:
 
     def tokens(self, count: int) -> None:
         """The latest attempt gave `count` new tokens."""
-        now = self.clock()
         attempt = self.attempts[-1]
-        if attempt.first_token_at is None:
-            attempt.first_token_at = now
-        if attempt.second_token_at is None and attempt.num_tokens + count > 1:
-            attempt.second_token_at = now
         attempt.num_tokens += count
         self.num_tokens += count
-        if self.first_token_at is None:
-            self.first_token_at = now
+        if attempt.second_token_at is None:
+            now = self.clock()
+            if attempt.first_token_at is None:
+                attempt.first_token_at = now
+            if attempt.num_tokens > 1:
+                attempt.second_token_at = now
+            if self.first_token_at is None:
+                self.first_token_at = now
 
     def leg_ended(self, worker: str, end: LegEnd) -> None:
         """A worker said its last word, perhaps after the request had ended."""

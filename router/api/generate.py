@@ -7,7 +7,7 @@ away, a stop string is found or the deadline passes: leaving them is what frees 
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -23,7 +23,8 @@ from router.api.parsing import parse_json
 from router.api.parts import ApiParts
 from router.api.sse import EventStream
 
-Deliver = Callable[[Piece], Awaitable[None]]
+Render = Callable[[Piece], bytes]
+"""Takes a piece of a choice's output; returns the events to send of it now, if any."""
 
 TIMEOUT_HEADER = b"x-request-timeout"
 
@@ -101,18 +102,23 @@ class TextEndpoint:
             if request.stream:
                 await self._stream(job, answer, exchange, stream)
             else:
-                await self._collect(job, answer, exchange)
+                await self._collect(job, answer, exchange, stream)
 
-    async def _collect(self, job: Job, answer: Answer, exchange: Exchange) -> None:
+    async def _collect(
+        self, job: Job, answer: Answer, exchange: Exchange, stream: EventStream
+    ) -> None:
         pieces = {choice.index: Piece() for choice in job.choices}
 
-        def delivery(choice: Choice) -> Deliver:
-            async def deliver(piece: Piece) -> None:
+        def kept(choice: Choice) -> Render:
+            def keep(piece: Piece) -> bytes:
                 pieces[choice.index].append(piece)
+                return b""
 
-            return deliver
+            return keep
 
-        await _together([self._run(choice, delivery(choice), exchange) for choice in job.choices])
+        await _together(
+            [self._run(choice, kept(choice), exchange, stream) for choice in job.choices]
+        )
         choices = [EndedChoice(choice, pieces[choice.index]) for choice in job.choices]
         mode = job.mode()
         headers = [(b"x-diptych-mode", mode.encode("latin-1", "replace"))] if mode else []
@@ -134,24 +140,27 @@ class TextEndpoint:
 
             def opening() -> bytes:
                 nonlocal opened
-                before = b"" if opened else answer.opening(choice)
                 opened = True
-                return before
+                return answer.opening(choice)
 
-            async def deliver(piece: Piece) -> None:
-                if piece:
-                    exchange.phase = "streaming"
-                    before = opening()
-                    event = answer.chunk(choice, piece)
-                    await stream.write(before + event if before else event)
+            def render(piece: Piece) -> bytes:
+                if not piece:
+                    return b""
+                if opened:
+                    return answer.chunk(choice, piece)
+                exchange.phase = "streaming"
+                return opening() + answer.chunk(choice, piece)
 
-            await self._run(choice, deliver, exchange)
-            await stream.write(opening() + answer.closing(choice))
+            await self._run(choice, render, exchange, stream)
+            before = b"" if opened else opening()
+            await stream.write(before + answer.closing(choice))
 
         await _together([run(choice) for choice in job.choices])
         await stream.write(answer.ending(job.usage()), last=True)
 
-    async def _run(self, choice: Choice, deliver: Deliver, exchange: Exchange) -> None:
+    async def _run(
+        self, choice: Choice, render: Render, exchange: Exchange, stream: EventStream
+    ) -> None:
         output, clock = choice.output, self._parts.clock
         timer = TokenTimer(self._metrics, exchange.received_at)
         scores, reports = choice.scores, choice.request.sampling.prompt_logprobs is not None
@@ -164,7 +173,8 @@ class TextEndpoint:
                         await scores.told()
                     if exchange.allowance is not None:
                         exchange.allowance.take_output(len(tokens))
-                    await deliver(output.take(tokens))
+                    if events := render(output.take(tokens)):
+                        await stream.write(events)
                     timer.arrived(clock(), len(tokens))
                     if output.stopped:
                         break
@@ -182,7 +192,8 @@ class TextEndpoint:
             output_tokens=output.num_tokens,
             cached_tokens=end.cached_tokens,
         )
-        await deliver(output.close(end))
+        if events := render(output.close(end)):
+            await stream.write(events)
 
     def _timeout_s(self, exchange: Exchange) -> float:
         header = exchange.headers.get(TIMEOUT_HEADER)

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from core.errors import ErrorCode
 from router.api.errors import ClientDisconnectedError, error_answer
 from router.api.slo import Pace, SloMetrics, SloTargets
+from telemetry.loop_histogram import LoopHistogram, LoopSeries
 from telemetry.metrics import (
     ITL_BUCKETS_S,
     REQUEST_BUCKETS_S,
@@ -32,10 +33,10 @@ class ApiMetrics:
             buckets=TTFT_BUCKETS_S,
             registry=registry,
         )
-        self.inter_token_latency = Histogram(
+        self.inter_token_latency = LoopHistogram(
             "diptych_router_inter_token_latency_seconds",
             "Gap between two consecutive arrivals of tokens of one choice.",
-            ["api"],
+            "api",
             buckets=ITL_BUCKETS_S,
             registry=registry,
         )
@@ -132,7 +133,7 @@ class EndpointMetrics:
     """Series of one endpoint."""
 
     time_to_first_token: Histogram
-    inter_token_latency: Histogram
+    inter_token_latency: LoopSeries
     time_per_output_token: Histogram
     request_duration: Histogram
     in_flight: Gauge

@@ -43,8 +43,8 @@ class OpenAiAnswer(ABC):
         if not (
             self._usage_always or piece.tokens or piece.token_ids or piece.reasoning or piece.calls
         ):
-            head, tail = self._frame(choice.index)
-            return b"%b%b%b" % (head, orjson.dumps(piece.content), tail)
+            head, tail = self._frames.get(choice.index) or self._frame(choice.index)
+            return head + orjson.dumps(piece.content) + tail
         bodies = self._bodies(piece)
         choices = [self._stream_choice(choice.index, body) for body in bodies]
         if piece.tokens:
@@ -94,13 +94,10 @@ class OpenAiAnswer(ABC):
         return shown
 
     def _frame(self, index: int) -> tuple[bytes, bytes]:
-        frame = self._frames.get(index)
-        if frame is None:
-            (body,) = self._bodies(Piece(content=_MARK))
-            whole = event(self._chunk([self._stream_choice(index, body)], None))
-            head, _, tail = whole.partition(_MARK_JSON)
-            frame = self._frames[index] = head, tail
-        return frame
+        (body,) = self._bodies(Piece(content=_MARK))
+        whole = event(self._chunk([self._stream_choice(index, body)], None))
+        head, _, tail = whole.partition(_MARK_JSON)
+        return self._frames.setdefault(index, (head, tail))
 
     def _whole_logprobs(self, choice: Choice, piece: Piece) -> dict[str, Any] | None:
         return self._logprobs(piece.tokens) if piece.tokens else None

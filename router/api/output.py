@@ -85,6 +85,7 @@ class Output:
         self._detokeniser = detokeniser
         self._feed = detokeniser.feed
         self._rules = rules
+        self._watching = bool(rules.stops)
         self._stops = StopStrings(rules.stops, include_match=rules.include_stop)
         self._parser = parser
         self._hidden = frozenset[int]() if rules.include_stop else rules.stop_ids
@@ -114,17 +115,18 @@ class Output:
             return piece
         for token in tokens:
             self.num_tokens += 1
-            hidden = token.token_id in self._hidden
-            text = "" if hidden else self._feed(token.token_id)
+            token_id = token.token_id
+            text = "" if token_id in self._hidden else self._feed(token_id)
             if self._recording:
                 self._record(token, piece)
-            if text:
                 self._chars += len(text)
+            if self._watching:
+                text = self._pass(text)
             if self._parser is None:
-                piece.content += self._pass(text)
+                piece.content += text
             else:
-                self._parse(self._pass(text), self._parser, piece)
-            if self.stopped:
+                self._parse(text, self._parser, piece)
+            if self.finish_reason is not None:
                 break
         return piece
 
@@ -161,7 +163,7 @@ class Output:
             self.finish_reason = "tool_calls"
 
     def _pass(self, text: str) -> str:
-        if not self._rules.stops or not text or self.num_tokens <= self._rules.min_tokens:
+        if not self._watching or not text or self.num_tokens <= self._rules.min_tokens:
             return text
         passed = self._stops.push(text)
         if passed.matched is not None:

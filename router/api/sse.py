@@ -16,13 +16,16 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 
 class EventStream:
-    """Written to by the tasks of one request, one at a time."""
+    """Written to by the tasks of one request."""
 
     def __init__(self, exchange: Exchange, *, clock: Clock, keep_alive_s: float) -> None:
         self._exchange = exchange
         self._clock = clock
         self._keep_alive_s = keep_alive_s
-        self._writing = asyncio.Lock()
+        self._starting = asyncio.Lock()
+        self._begun = False
+        """The status line is out."""
+        self._num_writing = 0
         self._last_write_at = clock()
         self._open = False
         self._failure: Callable[[ErrorAnswer], bytes] = _error_event
@@ -43,17 +46,17 @@ class EventStream:
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
         """Send whole events."""
-        async with self._writing:
-            if not self._exchange.started:
-                await self._exchange.start(
-                    200,
-                    b"text/event-stream; charset=utf-8",
-                    [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")],
-                )
+        self._num_writing += 1
+        try:
+            if not self._begun:
+                await self._begin()
+            # Sent whole: a server waits before it takes a message, never within one.
             await self._exchange.send(
                 {"type": "http.response.body", "body": data, "more_body": not last}
             )
-            self._last_write_at = self._clock()
+        finally:
+            self._num_writing -= 1
+        self._last_write_at = self._clock()
 
     async def keep_alive(self) -> float:
         """Send a comment if the stream was silent for long.
@@ -61,7 +64,7 @@ class EventStream:
         Returns:
             Seconds until it may be needed again.
         """
-        if not self._open or self._writing.locked():
+        if not self._open or self._num_writing:
             return self._keep_alive_s
         silent_s = self._clock() - self._last_write_at
         if silent_s < self._keep_alive_s:
@@ -77,6 +80,16 @@ class EventStream:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await self.write(self._failure(error), last=True)
+
+    async def _begin(self) -> None:
+        async with self._starting:
+            if not self._begun:
+                await self._exchange.start(
+                    200,
+                    b"text/event-stream; charset=utf-8",
+                    [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")],
+                )
+                self._begun = True
 
 
 def _error_event(error: ErrorAnswer) -> bytes:

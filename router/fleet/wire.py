@@ -26,6 +26,7 @@ from router.fleet.worker import (
     WorkerLoad,
     WorkerState,
 )
+from router.generation import Token
 from rpc.v1 import worker_pb2
 
 _ROLES = {worker_pb2.ROLE_PREFILL: Role.PREFILL, worker_pb2.ROLE_DECODE: Role.DECODE}
@@ -129,18 +130,19 @@ def cache_from_proto(message: worker_pb2.CacheEvents) -> CacheChange:
 
 def token_run_from_proto(delta: worker_pb2.TokenDelta) -> TokenRun:
     """Raises ProtocolViolation if logprobs do not match the tokens."""
-    if delta.logprobs and len(delta.logprobs) != len(delta.token_ids):
-        raise ProtocolViolation(
-            f"{len(delta.logprobs)} logprobs came with {len(delta.token_ids)} tokens"
-        )
-    return TokenRun(
-        delta.request_id,
-        delta.attempt,
-        delta.first_index,
-        list(delta.token_ids),
-        [_logprobs_from_proto(entry) for entry in delta.logprobs],
-        delta.cached_tokens if delta.HasField("cached_tokens") else None,
-    )
+    # Once per token of the whole fleet: a slice copies a repeated field far faster than a loop.
+    numbered = enumerate(delta.token_ids[:], delta.first_index)
+    if logprobs := delta.logprobs[:]:
+        if len(logprobs) != len(delta.token_ids):
+            raise ProtocolViolation(
+                f"{len(logprobs)} logprobs came with {len(delta.token_ids)} tokens"
+            )
+        pairs = zip(numbered, logprobs, strict=True)
+        tokens = [Token(*numbers, _logprobs_from_proto(entry)) for numbers, entry in pairs]
+    else:
+        tokens = [Token(index, token_id) for index, token_id in numbered]
+    cached_tokens = delta.cached_tokens if delta.HasField("cached_tokens") else None
+    return TokenRun(delta.request_id, delta.attempt, tokens, cached_tokens)
 
 
 def prompt_run_from_proto(message: worker_pb2.PromptLogprobs) -> PromptRun:

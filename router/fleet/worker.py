@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from core.errors import ErrorCode
 from core.finish import FinishReason
-from core.tokens import PromptLogprobs, TokenLogprobs
+from core.tokens import PromptLogprobs
+from router.generation import Token
 
 
 class Role(StrEnum):
@@ -161,16 +163,12 @@ class CacheChange:
     host_removed: Sequence[bytes] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRun:
+class TokenRun(NamedTuple):
     """Consecutive tokens of one request from one worker."""
 
     request_id: str
     attempt: int
-    first_index: int
-    token_ids: Sequence[int]
-    logprobs: Sequence[TokenLogprobs]
-    """One per token, or none."""
+    tokens: Sequence[Token]
     cached_tokens: int | None = None
     """Prompt tokens that a cache spared, where the worker says so."""
 

@@ -41,15 +41,21 @@ class TableDetokeniser:
     def __init__(self, vocabulary: Vocabulary, *, skipped: frozenset[int], continues: bool) -> None:
         """Args: skipped are the ids without text; continues, that the text has begun before."""
         self._bytes = vocabulary.token_bytes
+        self._texts = vocabulary.texts
         self._skipped = skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._unfinished = False
+        """The decoder holds bytes of a character."""
         self._strip_next = vocabulary.strips_first_space and not continues
 
     def feed(self, token_id: int) -> str:
         """Text that this token completes."""
         if token_id in self._skipped:
             return ""
-        text = self._decoder.decode(self._bytes(token_id))
+        text = None if self._unfinished else self._texts[token_id]
+        if text is None:
+            text = self._decoder.decode(self._bytes(token_id))
+            self._unfinished = bool(self._decoder.getstate()[0])
         return self._stripped(text) if self._strip_next else text
 
     def finish(self) -> str:

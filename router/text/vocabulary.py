@@ -10,6 +10,7 @@ Source: the decoders of the Hugging Face tokenizers library; GPT-2's byte-to-cha
 
 import json
 import re
+from collections.abc import Callable
 
 from tokenizers import Tokenizer
 
@@ -46,6 +47,7 @@ class Vocabulary:
             if token.special
         )
         self._bytes: dict[int, bytes] = {}
+        self.texts = _Texts(self.token_bytes)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of one token, specials included; empty for an id that the tokenizer has not."""
@@ -69,6 +71,20 @@ class Vocabulary:
                 return bytes([int(byte[1], 16)])
             return token.replace(_SPACE_PIECE, " ").encode()
         return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
+
+
+class _Texts(dict[int, str | None]):
+    """Text of single tokens; None if its bytes begin or end within a character."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text: str | None = self._token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        return self.setdefault(token_id, text)
 
 
 def _is_byte_level(decoder: dict[str, object] | None) -> bool:

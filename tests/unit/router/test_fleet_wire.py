@@ -17,6 +17,7 @@ from router.fleet.wire import (
     with_phase,
 )
 from router.fleet.worker import Distance, Phase, Place, WorkerState
+from router.generation import Token
 from rpc.v1 import worker_pb2
 from tests.support.router_placement import make_info
 from worker.convert import (
@@ -130,7 +131,8 @@ def test_logprobs_must_match_the_tokens() -> None:
         logprob=-1.0, top=[worker_pb2.TokenLogprob(token_id=4, logprob=-1.0)]
     )
     delta = worker_pb2.TokenDelta(token_ids=[4], logprobs=[entry], first_index=3)
-    assert token_run_from_proto(delta).logprobs == [TokenLogprobs(-1.0, ((4, -1.0),))]
+    expected = Token(3, 4, TokenLogprobs(-1.0, ((4, -1.0),)))
+    assert token_run_from_proto(delta).tokens == [expected]
     delta.token_ids.append(5)
     with pytest.raises(ProtocolViolation):
         token_run_from_proto(delta)
