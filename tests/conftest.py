@@ -8,7 +8,12 @@ from types import FrameType
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import hypothesis
 import torch
+
+# A slow example says how busy the machine is, and nothing of the code.
+hypothesis.settings.register_profile("diptych", deadline=None)
+hypothesis.settings.load_profile("diptych")
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
