@@ -204,7 +204,7 @@ class ExportMachine:
         return self._send_commit(export)
 
     def failed(self, key: Key, code: ErrorCode, message: str, now: float) -> list[ExportAction]:
-        """There will be no hand-over: it failed, its router took it back, or one token was enough.
+        """There will be no hand-over: it failed, or its router took it back.
 
         Also right for a key that was refused before `submitted`.
         """
@@ -222,6 +222,21 @@ class ExportMachine:
         if export.link.closed:
             return []
         return [Send(export.link.number, Revoke(key, code, message))]
+
+    def enough(self, key: Key, now: float) -> list[ExportAction]:
+        """There will be no hand-over, since the first token ended the request.
+
+        Decode is not told where it holds a claim: the router, which hears the good end from
+        prefill, takes decode's part back. Word of it from decode could overtake the good end, and
+        would look like a failed hand-over.
+        """
+        export = self._exports.get(key)
+        if export is None or export.link is None or export.state is ExportState.REVOKED:
+            message = "The first token ended the request."
+            return self.failed(key, ErrorCode.KV_TRANSFER, message, now)
+        export.state = ExportState.REVOKED
+        export.settled_at = now
+        return []
 
     def withdrawn(self, key: Key, router: int) -> list[ExportAction]:
         """The router whose prompt this is has given up the part of decode.

@@ -160,9 +160,10 @@ class Exporter:
             self._metrics.committed()
             self._do(self._machine.committed(key, token, logprobs, cached, now))
             return
-        code = output.error.code if output.error else ErrorCode.KV_TRANSFER
-        message = output.error.message if output.error else "The first token ended the request."
-        self._do(self._machine.failed(key, code, message, now))
+        if output.error is None:
+            self._do(self._machine.enough(key, now))
+        else:
+            self._do(self._machine.failed(key, output.error.code, output.error.message, now))
 
     def _report_blocks(self, prompt: _Prompt, output: SequenceOutput, now: float) -> None:
         complete = output.num_computed // self._block_size

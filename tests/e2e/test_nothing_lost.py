@@ -275,7 +275,7 @@ def test_workers_told_to_end_finish_what_they_have(whole: Cluster, calm: dict[st
     decode.kill()
     # Only what was on its way there when it began to drain had to go elsewhere.
     codes = {code for code, count in retry_codes(whole).items() if count > before.get(code, 0)}
-    assert codes <= {"unavailable"}, whole.log
+    assert codes <= {"unavailable", "worker_lost"}, whole.log
     whole.wait_balanced()
 
 
@@ -290,25 +290,26 @@ def test_worker_with_no_time_to_finish_hands_its_requests_back(
         assert "handing them back" in victim.process.log
     victim.kill()
     assert retries(whole) - before >= MOST // 2
-    assert retry_codes(whole)["unavailable"]
     whole.wait_balanced()
 
 
 def test_lost_router_frees_everything_and_the_next_one_knows_what_is_cached(
-    system: Cluster, calm: dict[str, Any]
+    whole: Cluster, calm: dict[str, Any]
 ) -> None:
-    with crowd(system) as disturbed:
-        wait_until(disturbed.streaming, 30, "most streams")
-        cut_off = [end for end in disturbed.ends.values() if not end.done()]
-        system.router.kill_group()
-        assert system.wait_balanced() < 1.0
-        assert len(cut_off) >= MOST
-        for end in cut_off:
-            assert isinstance(end.exception(10), httpx.TransportError), "one broken connection"
-    command = system.router.popen.args
+    command = whole.router.popen.args
     assert isinstance(command, list)
     folder = Path(command[command.index("--model") + 1])
-    with routed(folder, prefill=system.prefill, decode=system.decode) as again:
+    # A router of its own: the other tests need theirs, and they may run in any order.
+    with routed(folder, prefill=whole.prefill, decode=whole.decode) as lost, crowd(lost) as cut:
+        wait_until(cut.streaming, 30, "most streams")
+        open_ends = [end for end in cut.ends.values() if not end.done()]
+        lost.router.kill_group()
+        assert lost.wait_balanced() < 1.0
+        errors = [error for end in open_ends if (error := end.exception(10)) is not None]
+        assert len(errors) >= MOST, "one may have ended well just before"
+        for error in errors:
+            assert isinstance(error, httpx.TransportError), "one broken connection"
+    with routed(folder, prefill=whole.prefill, decode=whole.decode) as again:
         answer = again.openai().completions.create(
             model=folder.name,
             prompt=f"greedy: {PROMPT}",

@@ -55,6 +55,15 @@ def test_hello_is_answered_and_a_second_one_ends_the_link(machine: ExportMachine
     assert any(isinstance(a, CloseLink) for a in machine.received(2, make_hello("D2"), 0))
 
 
+def test_an_end_by_the_first_token_is_told_by_the_router_alone(machine: ExportMachine) -> None:
+    lease(machine)
+    assert sent(machine.enough(KEY, 0)) == []
+    machine.received(1, Release(KEY), 1)
+    assert not machine.num_leases
+    (revoke,) = sent(machine.received(1, Claim(KEY), 2))
+    assert isinstance(revoke, Revoke), "a claim that comes too late is answered all the same"
+
+
 @pytest.mark.parametrize(
     "hello",
     [
