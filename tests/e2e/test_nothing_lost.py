@@ -172,7 +172,13 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         worker={"max_step_tokens": 64, "stall_after_s": "3s"},
         prefill_worker={"lease_ttl_s": "4s"},
         decode_worker=[{"drain_timeout_s": "30s"}, {"drain_timeout_s": "0s"}],
-        router={"worker_silence_s": "2s", "no_worker_grace_s": "5s"},
+        router={
+            "worker_silence_s": "2s",
+            "no_worker_grace_s": "5s",
+            # Workers are taken again at once: one test's blows are no word on the next one's.
+            "breaker_open_s": "10ms",
+            "breaker_open_max_s": "10ms",
+        },
     ) as running:
         yield running
 
