@@ -73,7 +73,7 @@ class Workers(Protocol):
 
 
 class Dispatcher:
-    """See the module. Implements router.generation.Generator and fleet.fleet.FleetListener."""
+    """See the module. Implements router.generation.Generator and fleet.link.LinkListener."""
 
     def __init__(
         self,

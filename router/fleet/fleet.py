@@ -82,7 +82,6 @@ class Fleet:
 
     def _forget(self, link: WorkerLink) -> None:
         """It is not run any more, so the next worker at its address gets another."""
-        assert self._listener is not None
         del self._links[link.address], self._tasks[link.address]
 
     @property

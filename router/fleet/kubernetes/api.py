@@ -194,9 +194,9 @@ class _ResponseLines:
         self._response.close()
 
 
-def _message(body: object) -> str:
+def _message(body: Any) -> str:
     try:
-        status = json.loads(body)  # type: ignore[arg-type]
+        status = json.loads(body)
         return str(status["message"]).rstrip(".") + "."
     except (ValueError, LookupError, TypeError):
         return ""
