@@ -171,7 +171,10 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         decode=2,
         worker={"max_step_tokens": 64, "stall_after_s": "3s"},
         prefill_worker={"lease_ttl_s": "4s"},
-        decode_worker=[{"drain_timeout_s": "30s"}, {"drain_timeout_s": "0s"}],
+        # Without the delay no lease lasts long enough to be seen from outside.
+        decode_worker=[
+            {"drain_timeout_s": drain, "faults": "kv.read:delay=200ms"} for drain in ("30s", "0s")
+        ],
         router={
             "worker_silence_s": "2s",
             "no_worker_grace_s": "5s",

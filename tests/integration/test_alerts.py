@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scripts.dashboards.product import RULES, Product
 from tests.support.prometheus import tools_or_skip
@@ -249,8 +250,15 @@ def test_a_wrong_expectation_fails(tmp_path: Path, fires: bool) -> None:
 
 def _written(folder: Path, tests: list[dict[str, object]], step_min: int = 1) -> Path:
     path = folder / "alerts.yaml"
-    interval = f"{step_min}m"
-    suite = {"rule_files": [str(ROOT / RULES)], "evaluation_interval": interval, "tests": tests}
+    interval, rules = f"{step_min}m", ROOT / RULES
+    text = rules.read_text()
+    suite = {
+        "rule_files": [str(rules)],
+        "evaluation_interval": interval,
+        # Steps may be longer than Prometheus looks back: what is recorded must come first.
+        "group_eval_order": [group["name"] for group in yaml.safe_load(text)["groups"]],
+        "tests": tests,
+    }
     path.write_text(json.dumps(suite))
     return path
 
