@@ -1,75 +1,44 @@
-"""Runs sequences on the fleet: admission, placement, attempts, failover. The router's Generator.
+"""Runs sequences on the fleet. The router's Generator, and the listener of its links.
 
-It is driven by three things, all on one event loop: the API's calls, the workers' messages (it is
-the links' listener) and timers. Every change of a request goes through its ledger, and `_carry_out`
-does what the ledger says; nothing here waits, so a slow client or worker holds up nobody else.
+Everything that happens comes in here, on one event loop: the API's calls and the workers' messages.
+Each goes to the ledger of its run, and what the ledger makes of it on to the lifecycle:
 
-Invariant: a run is in `_runs` from admission until its client leaves its context; by then each leg
-has finished, is lost or was sent an Abort.
+    the API    ──▶ dispatch ──▶ admission               is it its turn?
+    a worker   ──▶ dispatch ──▶ run.ledger, lifecycle   what becomes of it?
+                                    └──▶ attempts       where does it go next?
+
+Invariant: a run is in the lifecycle from admission until its client leaves its context; by then
+each leg has finished, is lost or was sent an Abort.
 """
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 from core.clock import Clock
-from core.errors import (
-    DeadlineError,
-    OverloadedError,
-    UnavailableError,
-)
+from core.errors import DeadlineError, OverloadedError, UnavailableError
 from router.admission import Admission, AdmissionLimits, Priority, Ticket, check_fits, pushed_out
+from router.attempts import Attempts, Workers
 from router.fleet.breakers import Breakers
 from router.fleet.worker import (
     CacheChange,
     LegEnd,
     PromptRun,
-    Role,
     TokenRun,
     WorkerInfo,
     WorkerLoad,
     WorkerState,
 )
 from router.generation import Generation, GenerationRequest, ServedModel
-from router.ledger import Effects, Failure, RequestLedger, RequestState
+from router.ledger import RequestLedger, RequestState
+from router.lifecycle import Lifecycle
 from router.metrics import FleetMetrics
-from router.placement.decision import Placement, Refusal
 from router.placement.placer import Placer
 from router.placement.prefix_index import Applied
 from router.run import Run
 from router.settings import RouterSettings
 from router.spans import Spans
 from router.timeline import RequestTimeline, TimelineStore
-from rpc.v1 import worker_pb2
-
-log = logging.getLogger(__name__)
-
-MAX_DOUBLINGS = 5
-"""Of the wait before a worker that failed a request is tried again."""
-
-
-class Workers(Protocol):
-    """What dispatch needs of the fleet."""
-
-    def send(self, worker: str, message: worker_pb2.RouterMessage) -> bool:
-        """Queue a message; False if the worker can't be reached."""
-
-    def info(self, worker: str) -> WorkerInfo | None:
-        """None while the worker is not attached."""
-
-    @property
-    def absent(self) -> Mapping[str, str]:
-        """Workers that are not attached, and why."""
-
-    @property
-    def shortage(self) -> str:
-        """Why there may be none, as a sentence."""
-
-    @property
-    def census(self) -> Iterable[tuple[Role, WorkerState]]:
-        """Role and state of every known worker."""
 
 
 class Dispatcher:
@@ -94,11 +63,8 @@ class Dispatcher:
         self._clock = clock
         self._spans = spans
         self._breakers = breakers
-        self._runs: dict[str, Run] = {}
-        self._waiting: dict[str, Run] = {}
-        """Runs that no worker could take."""
-        self._ready: set[str] = set()
-        """Workers that take requests."""
+        self._attempts = Attempts(workers, placer, metrics, clock, breakers)
+        self._runs = Lifecycle(self._attempts, placer, settings, metrics, clock, breakers)
         self._model: ServedModel | None = None
         self._timelines = TimelineStore(settings.timelines)
         self._admission = Admission(
@@ -136,7 +102,7 @@ class Dispatcher:
     @property
     def ready(self) -> bool:
         """True if a request would be admitted now."""
-        return bool(self._ready) and not self._draining and self._admission.open
+        return bool(self._attempts.takers) and not self._draining and self._admission.open
 
     @property
     def backlog_s(self) -> float:
@@ -160,15 +126,15 @@ class Dispatcher:
 
     def abort(self, request_id: str) -> bool:
         """End a sequence with what it has; see Generator."""
-        run = self._runs.get(request_id)
+        run = self._runs.find(request_id)
         if run is None or run.ledger.state is RequestState.ENDED:
             return False
-        self._carry_out(run, run.ledger.abort())
+        self._runs.carry_out(run, run.ledger.abort())
         return True
 
     def abort_all(self) -> int:
         """End every sequence with what it has; see Generator."""
-        return sum([self.abort(request_id) for request_id in list(self._runs)])
+        return sum([self.abort(run.request.request_id) for run in self._runs])
 
     @property
     def breakers(self) -> Breakers:
@@ -186,8 +152,8 @@ class Dispatcher:
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()
         except TimeoutError:
-            for run in list(self._runs.values()):
-                self._carry_out(run, run.ledger.stop(_shutting_down()))
+            for run in self._runs:
+                self._runs.carry_out(run, run.ledger.stop(_shutting_down()))
 
     # The workers' side.
 
@@ -206,50 +172,50 @@ class Dispatcher:
         """A worker is gone: each of its requests goes on elsewhere."""
         self._placer.drop(worker)
         self._breakers.lost(worker, cause)
-        self._ready.discard(worker)
-        for run in list(self._runs.values()):
-            self._carry_out(run, run.ledger.lost(worker, cause))
+        self._attempts.takers.discard(worker)
+        for run in self._runs:
+            self._runs.carry_out(run, run.ledger.lost(worker, cause))
         # With nobody left to wait for, the queue's requests wait for a worker, but not for long.
         self._start_queued()
 
     def tokens(self, worker: str, runs: list[TokenRun]) -> None:
         """One engine step's tokens."""
         for request_id, attempt, tokens, cached_tokens in runs:
-            run = self._runs.get(request_id)
+            run = self._runs.find(request_id)
             if run is None:
                 self._metrics.stale_messages.inc()
             else:
                 effects = run.ledger.tokens(worker, attempt, tokens, cached_tokens)
-                self._carry_out(run, effects)
+                self._runs.carry_out(run, effects)
 
     def prompt(self, worker: str, run: PromptRun) -> None:
         """What one engine step computed of a prompt."""
-        found = self._runs.get(run.request_id)
+        found = self._runs.find(run.request_id)
         if found is None:
             self._metrics.stale_messages.inc()
         else:
-            self._carry_out(found, found.ledger.prompt(worker, run.attempt, run.logprobs))
+            self._runs.carry_out(found, found.ledger.prompt(worker, run.attempt, run.logprobs))
 
     def finished(self, worker: str, end: LegEnd) -> None:
         """A worker is done with its part."""
-        run = self._runs.get(end.request_id)
+        run = self._runs.find(end.request_id)
         if run is None:
             self._metrics.stale_messages.inc()
             return
         run.timeline.leg_ended(worker, end)
-        self._carry_out(run, run.ledger.finished(worker, end))
+        self._runs.carry_out(run, run.ledger.finished(worker, end))
 
     def load(self, worker: str, load: WorkerLoad) -> None:
         """A load report."""
         self._placer.report(worker, load, self._clock())
         if self._admission.queued:
             self._start_queued()
-        takes = load.state is WorkerState.READY
-        if takes != (worker in self._ready):
-            (self._ready.add if takes else self._ready.discard)(worker)
-            if takes:
-                for run in list(self._waiting.values()):
-                    self._settle(run)
+        takers, takes = self._attempts.takers, load.state is WorkerState.READY
+        if takes and worker not in takers:
+            takers.add(worker)
+            self._runs.settle_waiting()
+        elif not takes:
+            takers.discard(worker)
 
     def cache(self, worker: str, change: CacheChange) -> bool:
         """A cache event; False if a snapshot is needed."""
@@ -262,9 +228,9 @@ class Dispatcher:
 
     def works(self, worker: str) -> bool:
         """True while a request has a leg there."""
-        return any(leg.worker == worker for run in self._runs.values() for leg in run.ledger.legs)
+        return any(leg.worker == worker for run in self._runs for leg in run.ledger.legs)
 
-    # One run.
+    # From admission to the client's leaving.
 
     def _begin(self, request: GenerationRequest) -> Run:
         if self._draining:
@@ -274,7 +240,6 @@ class Dispatcher:
         check_fits(request, model)
         if request.deadline <= now:
             raise DeadlineError("The request's deadline had passed when it came to be placed.")
-        assert request.request_id not in self._runs
         self._queue(request, now)
         ledger = RequestLedger(
             prompt_len=len(request.prompt_ids),
@@ -284,11 +249,9 @@ class Dispatcher:
             max_attempts=self._settings.max_attempts,
         )
         run = Run(request, ledger, RequestTimeline(request=request, clock=self._clock))
-        self._runs[request.request_id] = run
+        self._runs.add(run)
         self._timelines.add(run.timeline)
         self._empty.clear()
-        self._metrics.in_flight.set(len(self._runs))
-        run.set_timer("deadline", request.deadline - now, self._deadline_passed)
         return run
 
     def _queue(self, request: GenerationRequest, now: float) -> None:
@@ -307,171 +270,30 @@ class Dispatcher:
             raise
         if victim is not None:
             self._metrics.shed.labels("pushed_out").inc()
-            run = self._runs[victim.request_id]
-            self._carry_out(run, run.ledger.stop(pushed_out()))
+            run = self._runs.find(victim.request_id)
+            assert run is not None
+            self._runs.carry_out(run, run.ledger.stop(pushed_out()))
 
     def _start_queued(self) -> None:
         """Place requests from the queue for as long as admission lets any out."""
         now = self._clock()
         while (ticket := self._admission.next(self.backlog_s)) is not None:
-            run = self._runs[ticket.request_id]
+            run = self._runs.find(ticket.request_id)
+            assert run is not None
             run.timeline.admitted()
             self._metrics.queue_wait.observe(now - run.request.tokenized_at)
-            self._settle(run)
+            self._runs.settle(run)
         self._metrics.queued.set(self._admission.queued)
 
-    def _settle(self, run: Run) -> None:
-        """Place a waiting run, again if its workers vanish at once, or let it wait."""
-        while run.ledger.state is RequestState.WAITING:
-            placement = self._choose(run)
-            if placement is None:
-                return
-            self._start(run, placement)
-
-    def _choose(self, run: Run) -> Placement | None:
-        now = self._clock()
-        try:
-            placement = self._placer.place(
-                run.prompt,
-                run.hashes_for,
-                now,
-                avoid=run.ledger.avoid | self._apart_from_sibling(run),
-                allow_avoided=now >= run.retry_at,
-                distrust=self._breakers.distrust(),
-                model_digest=run.model_digest if run.ledger.emitted else None,
-                absent=[
-                    Refusal((worker,), cause) for worker, cause in self._workers.absent.items()
-                ],
-            )
-        except UnavailableError as error:
-            run.refusal = error.message
-            self._wait(run, now)
-            return None
-        finally:
-            self._metrics.decision.observe(self._clock() - now)
-        self._leave_waiting(run)
-        return placement
-
-    def _apart_from_sibling(self, run: Run) -> set[str]:
-        """Workers that would compute again what one computes for a sequence of the same prompt.
-
-        Both would be as fast, so cost alone does not keep the sequences together. Only for the
-        first attempt: after a failure any worker is welcome.
-        """
-        sibling = self._runs.get(run.request.shares_prompt_with or "")
-        chosen = sibling.prompt_worker if sibling is not None and not run.ledger.attempt else None
-        if chosen not in self._ready:
-            return set()
-        roles = {
-            worker: info.role for worker in self._ready if (info := self._workers.info(worker))
-        }
-        return {w for w, role in roles.items() if w != chosen and role == roles.get(chosen)}
-
-    def _start(self, run: Run, placement: Placement) -> None:
-        info = self._workers.info(placement.worker)
-        peer = self._workers.info(placement.prefill) if placement.prefill is not None else None
-        assert info is not None
-        worker_ids = {"decode": info.worker_id} | ({"prefill": peer.worker_id} if peer else {})
-        messages = run.messages(placement, info, peer, self._clock())
-        run.model_digest = info.model_digest
-        run.prompt_worker = placement.prefill
-        run.ledger.place(messages, mode=placement.mode.value)
-        run.timeline.placed(run.ledger.attempt, placement, worker_ids)
-        self._breakers.placed(placement)
-        self._metrics.routing.labels(placement.mode.value).inc()
-        self._metrics.prefix_match.observe(placement.cached_tokens / run.prompt.num_tokens)
-        run.wake()
-        for leg, message in messages.items():
-            if not self._workers.send(leg.worker, message):
-                self._carry_out(run, run.ledger.lost(leg.worker, "it takes no messages"))
-                return
-
-    def _carry_out(self, run: Run, effects: Effects) -> None:
-        """Do what the ledger said after an event, and what its new state asks for."""
-        for leg in effects.aborts:
-            abort = worker_pb2.Abort(request_id=run.request.request_id, attempt=leg.attempt)
-            self._workers.send(leg.worker, worker_pb2.RouterMessage(abort=abort))
-        if effects.tokens:
-            run.timeline.tokens(len(effects.tokens))
-            run.push(effects.tokens)
-            if run.charges:
-                self._breakers.progressed(run.charges, run.timeline.attempts[-1])
-        if effects.failure is not None:
-            run.timeline.attempt_failed(effects.failure)
-            self._breakers.failed(effects.failure, run.timeline.attempts[-1], run.charges)
-        if run.ledger.state is RequestState.ENDED:
-            self._ended(run)
-        elif effects.failure is not None:
-            self._retry(run, effects.failure)
-
-    def _retry(self, run: Run, failure: Failure) -> None:
-        log.info(
-            "attempt %d failed, trying again: %s",
-            run.ledger.attempt,
-            failure.message,
-            extra={"request_id": run.request.request_id, "trace_id": run.request.trace_id},
-        )
-        self._metrics.retries.labels(failure.code.value).inc()
-        doublings = min(run.ledger.fruitless - 1, MAX_DOUBLINGS)
-        backoff_s = self._settings.retry_backoff_s * 2**doublings
-        run.retry_at = self._clock() + backoff_s
-        self._settle(run)
-
-    def _wait(self, run: Run, now: float) -> None:
-        if run.request.request_id not in self._waiting:
-            self._waiting[run.request.request_id] = run
-            self._metrics.waiting.set(len(self._waiting))
-            run.set_timer("grace", self._settings.no_worker_grace_s, self._grace_passed)
-        if now < run.retry_at:
-            run.set_timer("retry", run.retry_at - now, self._settle)
-
-    def _leave_waiting(self, run: Run) -> None:
-        run.cancel_timer("grace")
-        run.cancel_timer("retry")
-        if self._waiting.pop(run.request.request_id, None) is not None:
-            self._metrics.waiting.set(len(self._waiting))
-
-    def _grace_passed(self, run: Run) -> None:
-        failure = run.ledger.failure
-        before = f" The attempt before failed: {failure.message}" if failure is not None else ""
-        grace_s = self._settings.no_worker_grace_s
-        error = UnavailableError(f"Waited {grace_s:g} s for a worker. {run.refusal}{before}")
-        self._carry_out(run, run.ledger.stop(error))
-
-    def _deadline_passed(self, run: Run) -> None:
-        given_s = run.request.deadline - run.request.received_at
-        error = DeadlineError(
-            f"The request did not end within its {given_s:.1f} s; it had "
-            f"{len(run.ledger.emitted)} of at most {run.request.sampling.max_tokens} tokens."
-        )
-        self._carry_out(run, run.ledger.stop(error))
-
-    def _ended(self, run: Run) -> None:
-        """The ledger has ended; its client may still have tokens to take."""
-        if run.timeline.ended_at is not None:
-            return
-        self._leave_waiting(run)
-        run.cancel_timer("deadline")
-        run.timeline.ended(run.ledger.end, run.ledger.error)
-        if run.ledger.error is None:
-            self._breakers.ended(run.timeline.attempts)
-        if run.ledger.end is not None:
-            self._placer.generated(len(run.ledger.emitted))
-        self._metrics.generations.labels(run.timeline.outcome).inc()
-        self._metrics.attempts.observe(run.ledger.attempt)
-        run.wake()
-
     def _close(self, run: Run) -> None:
-        """The client has left: nothing may go on working for it."""
-        self._carry_out(run, run.ledger.stop())
+        """The client has left."""
+        self._runs.remove(run)
         run.timeline.closed()
         self._spans.closed(run.timeline)
-        del self._runs[run.request.request_id]
-        self._metrics.in_flight.set(len(self._runs))
         self._metrics.account(run.timeline.ledger)
         self._admission.leave(run.request.request_id, run.timeline.running_s)
         self._start_queued()
-        if not self._runs:
+        if not len(self._runs):
             self._empty.set()
 
 
