@@ -34,6 +34,7 @@ from engine.sequence import SequenceState, SequenceStatus
 MAX_DEFERRED = 16
 """Candidates passed over in one step because their prefix is being computed or copied."""
 _PENDING = (PENDING,)
+_NOT_STUCK = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class Scheduler:
         self._next_age = 0
         self._blocked: SequenceState | None = None
         self._yields_seat = False
+        self._stuck_at = _NOT_STUCK
         self.num_preemptions = 0
 
     @property
@@ -92,6 +94,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that hold blocks and move on with each step."""
         return len(self._running)
+
+    @property
+    def stuck(self) -> bool:
+        """True if there was nothing to schedule, and no sequence or block has come free since."""
+        return self._stuck_at == self._tables.num_releases
 
     @property
     def backlog_tokens(self) -> int:
@@ -119,6 +126,7 @@ class Scheduler:
             )
         sequence.expected_cached = self._tables.cached_prefix(sequence)
         self._waiting[sequence.request_id] = sequence
+        self._stuck_at = _NOT_STUCK
 
     def schedule(self, *, ahead: bool = False) -> ScheduledStep | None:
         """Choose the next step: decodes first, then prompt chunks, then new sequences.
@@ -133,33 +141,10 @@ class Scheduler:
             has to be waited for first: a token of it shapes the next one beyond being its input, or
             blocks run out. Nothing has changed then.
         """
-        draft = _Draft(self._max_step_tokens)
-        decodes: list[SequenceState] = []
-        prefills: list[SequenceState] = []
-        for sequence in self._running:
-            if sequence.waits_for_grammar:
-                continue
-            if not sequence.num_pending:
-                (prefills if sequence.num_unscheduled > 1 else decodes).append(sequence)
-            elif sequence.ends_when_known:
-                continue
-            elif sequence.needs_history:
-                return None
-            else:
-                decodes.append(sequence)
-        for sequence in chain(decodes, prefills):
-            if draft.budget <= 0:
-                break
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue  # an older one preempted it in this very step
-            wanted = 1 if sequence.num_pending else self._chunk_size(sequence, draft)
-            if sequence.num_scheduled + wanted > sequence.num_slots:
-                if ahead and self._tables.missing(sequence, wanted) > self._spare_blocks(draft):
-                    return None
-                wanted = self._make_room(sequence, wanted, draft)
-            draft.take(sequence, wanted)
-        self._admit(draft)
-        return self._plan(draft) if draft.tokens else None
+        step = self._next_step(ahead)
+        stuck = step is None and not ahead and not self._tables.awaits_load
+        self._stuck_at = self._tables.num_releases if stuck else _NOT_STUCK
+        return step
 
     def update(self, step: ScheduledStep, result: StepResult) -> StepEffect:
         """Take what the executor sampled."""
@@ -222,6 +207,7 @@ class Scheduler:
             self._blocked = None
         sequence.finish_reason = FinishReason.ABORTED
         sequence.status = SequenceStatus.ENDED
+        self._stuck_at = _NOT_STUCK
 
     def reserve(self, sequence: SequenceState) -> bool:
         """Give a sequence blocks for all its tokens, so that their KV can be brought in.
@@ -250,6 +236,7 @@ class Scheduler:
     def cancel(self, sequence: SequenceState) -> None:
         """End a reservation; nothing writes to its blocks any more."""
         self._num_reserved -= 1
+        self._stuck_at = _NOT_STUCK
         sequence.status = SequenceStatus.ENDED
         self._tables.release(sequence)
 
@@ -259,12 +246,42 @@ class Scheduler:
         It may end at once; it still has its blocks then.
         """
         self._num_reserved -= 1
+        self._stuck_at = _NOT_STUCK
         sequence.num_computed = sequence.num_scheduled = len(sequence.token_ids)
         self._tables.register((sequence,))
         if sequence.append(token_id) is None:
             self._join(sequence)
         else:
             sequence.status = SequenceStatus.ENDED
+
+    def _next_step(self, ahead: bool) -> ScheduledStep | None:
+        draft = _Draft(self._max_step_tokens)
+        decodes: list[SequenceState] = []
+        prefills: list[SequenceState] = []
+        for sequence in self._running:
+            if sequence.waits_for_grammar:
+                continue
+            if not sequence.num_pending:
+                (prefills if sequence.num_unscheduled > 1 else decodes).append(sequence)
+            elif sequence.ends_when_known:
+                continue
+            elif sequence.needs_history:
+                return None
+            else:
+                decodes.append(sequence)
+        for sequence in chain(decodes, prefills):
+            if draft.budget <= 0:
+                break
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # an older one preempted it in this very step
+            wanted = 1 if sequence.num_pending else self._chunk_size(sequence, draft)
+            if sequence.num_scheduled + wanted > sequence.num_slots:
+                if ahead and self._tables.missing(sequence, wanted) > self._spare_blocks(draft):
+                    return None
+                wanted = self._make_room(sequence, wanted, draft)
+            draft.take(sequence, wanted)
+        self._admit(draft)
+        return self._plan(draft) if draft.tokens else None
 
     @property
     def _num_seats(self) -> int:
