@@ -14,8 +14,8 @@ from core.errors import DiptychError, ErrorCode, InvalidRequestError, TransferEr
 from decode.link_rates import LinkRates
 from decode.metrics import ImportMetrics
 from decode.settings import DecodeSettings
-from engine.engine import Engine, Reservation
-from engine.request import StepOutputs
+from engine.engine import Engine
+from engine.request import Reservation, StepOutputs
 from kvtransfer import actions as act
 from kvtransfer import wire
 from kvtransfer.handover import HandoverMachine

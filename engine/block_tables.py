@@ -36,6 +36,16 @@ class BlockTables:
         """Blocks that can be had now."""
         return self._blocks.num_available
 
+    @property
+    def num_releases(self) -> int:
+        """While this stands still, no more blocks become available."""
+        return self._blocks.num_releases
+
+    @property
+    def awaits_load(self) -> bool:
+        """True if blocks come back for somebody who has patience left, which wears on."""
+        return self._copies is not None and self._copies.num_loads > 0
+
     def match(self, sequence: SequenceState, *, whole: bool = False) -> list[int]:
         """Cached blocks of a sequence's prefix. Mutates nothing.
 

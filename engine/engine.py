@@ -8,79 +8,54 @@ With an executor that overlaps, one step is in flight between two calls of `step
 starts the step after it, then waits for it. A step that was planned too early for a sequence, since
 that ended meanwhile, leaves no trace but the time it took.
 
-What a holder may rely on:
-- What num_computed tokens fill of a sequence's blocks never changes while held.
-- An ended sequence keeps its blocks until `reap`, which the next `step` calls first. So whoever
-  wants to hold them has from the return of one `step` to the next.
-- A block that a step in flight writes is free for others only when the step is over.
-- A preempted sequence loses its block table and is computed again. Blocks that were reported and
-  held before stay right; the table may name other blocks of equal content for the same tokens.
+It joins its parts and decides nothing: what to compute is up to `scheduler.py`, the way of a step
+is in `step_cycle.py`, which sequences there are in `sequences.py`, what holders may rely on in
+`holds.py`.
 
 Invariant: every block is free, cached or held, and every reference has an owner: a sequence, a
 reservation, a hold or a load from the tier below (`check_integrity`).
 """
 
-import logging
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import sleep
 from typing import TYPE_CHECKING
 
 from core.block_hash import root_hash
 from core.clock import Clock, monotonic
-from core.errors import DiptychError, InvalidRequestError, OverloadedError
+from core.errors import InvalidRequestError, OverloadedError
 from core.tokens import TokenLogprobs
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
 from engine.executor import Executor
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.desk import GrammarDesk
+from engine.holds import Holds
 from engine.in_flight import StepsInFlight
 from engine.intake import Intake
 from engine.integrity import check_ownership
 from engine.kv.tier_copies import build_tiers
-from engine.limits import engine_limits
+from engine.limits import engine_limits, watermark_blocks
 from engine.metrics import EngineMetrics
-from engine.plan import StepResult
 from engine.rates import StepRates
 from engine.request import (
     CacheChange,
     EngineRequest,
     EngineStats,
     HostTierStats,
+    Reservation,
     SequenceOutput,
     StepOutputs,
 )
 from engine.scheduler import Scheduler
 from engine.sequence import SequenceState, SequenceStatus
+from engine.sequences import Sequences
+from engine.step_cycle import StepCycle
 
 if TYPE_CHECKING:  # scheduling needs no torch; only who builds an executor does
     from engine.kv.pool import KVPool
 
-WATERMARK_RATIO = 0.01
-"""Share of the pool that admission leaves for running sequences to grow into.
-
-Source: the default of vLLM's scheduler (Apache-2.0).
-"""
-
-
 _LOAD_POLL_S = 0.0005
 """Sleep between two looks at blocks that come back while there is nothing else to do."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reservation:
-    """Blocks set aside for KV that comes from elsewhere. Ends with `adopt` or `cancel`."""
-
-    request_id: str
-    num_tokens: int
-    """Prompt tokens and earlier output: what the KV must cover."""
-    block_table: Sequence[int]
-    """Blocks of [0, num_tokens), in order. The first num_cached_blocks must not be written."""
-    num_cached_tokens: int
-    num_cached_blocks: int
-    """Leading blocks whose KV is here already."""
 
 
 class Engine:
@@ -106,8 +81,6 @@ class Engine:
         self._in_flight = StepsInFlight(executor)
         self._grammars = GrammarDesk(grammars, self._in_flight, model.vocab_size)
         self._clock = clock
-        self._metrics = metrics
-        self._log = logging.getLogger(__name__)
         self._intake = Intake(
             model_len=model_len,
             num_blocks=pool.num_blocks,
@@ -129,15 +102,19 @@ class Engine:
         self._tables = BlockTables(
             self._blocks, block_size=block_size, caching=config.prefix_caching, copies=self._copies
         )
-        watermark = max(1, int(pool.num_blocks * WATERMARK_RATIO))
-        self._scheduler = Scheduler(config, self._limits, self._tables, watermark, clock)
-        self._live: dict[str, SequenceState] = {}
-        self._ended: dict[str, SequenceState] = {}
-        self._leaving: list[SequenceState] = []
-        self._reserved: dict[str, tuple[Reservation, SequenceState]] = {}
-        self._holds: Counter[int] = Counter()
-        self._stuck = False
-        self._last_end = clock()
+        self._scheduler = Scheduler(
+            config, self._limits, self._tables, watermark_blocks(pool.num_blocks), clock
+        )
+        self._sequences = Sequences(self._tables)
+        self._cycle = StepCycle(
+            self._scheduler,
+            self._in_flight,
+            self._sequences,
+            rates=self._rates,
+            metrics=metrics,
+            clock=clock,
+        )
+        self._holds = Holds(self._blocks)
 
     @property
     def pool(self) -> "KVPool":
@@ -148,11 +125,6 @@ class Engine:
     def vocab_size(self) -> int:
         """Token ids are below this."""
         return self._executor.model_config.vocab_size
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids with which the model itself ends an output."""
-        return self._executor.model_config.eos_token_ids
 
     @property
     def max_model_len(self) -> int:
@@ -171,9 +143,11 @@ class Engine:
         False too while sequences wait but held or reserved blocks leave them no room, or a load
         that takes too long; it turns true again when one of those ends (of a load, `tend` tells).
         """
-        if self._ended or self._in_flight or self._awaits_load:
+        if self._sequences.num_ended or self._in_flight or self._tables.awaits_load:
             return True
-        return bool(self._live) and (not self._stuck or self._grammars.has_news)
+        if not self._sequences.num_live:
+            return False
+        return not self._scheduler.stuck or self._grammars.has_news
 
     @property
     def waits_for_grammar(self) -> bool:
@@ -213,7 +187,6 @@ class Engine:
             wait_s = self._scheduler.backlog_tokens / rate if rate else 1.0
             raise OverloadedError(error.message, retry_after_s=max(1.0, wait_s)) from None
         self._enter(sequence)
-        self._stuck = False
 
     def abort(self, request_id: str) -> bool:
         """End a request now, without an output, and free its blocks.
@@ -224,13 +197,12 @@ class Engine:
         Returns:
             False if the request is unknown or has ended.
         """
-        sequence = self._live.pop(request_id, None)
+        sequence = self._sequences.live(request_id)
         if sequence is None:
             return False
         self._grammars.leave(sequence)
         self._scheduler.abort(sequence)
-        self._leaving.append(sequence)
-        self._free_left()
+        self._sequences.leave(sequence)
         return True
 
     def step(self) -> StepOutputs:
@@ -239,16 +211,16 @@ class Engine:
         If the executor overlaps, the step after it is started before this one is waited for.
         A failing executor fails the sequences of this step only; the error is in their outputs.
         """
-        self.reap()
+        self._sequences.reap()
         refused = self._take_grammars() if self._grammars else []
         self.tend()
-        while self._in_flight.has_room and self._launch():
+        while self._cycle.launch():
             pass
         if self._in_flight:
-            outputs = self._land()
+            outputs = self._cycle.land()
         else:
             outputs = StepOutputs()
-            if self._awaits_load and not refused:
+            if self._tables.awaits_load and not refused:
                 sleep(_LOAD_POLL_S)
         outputs.outputs[:0] = refused
         return outputs
@@ -258,54 +230,41 @@ class Engine:
 
         `step` does it too; call it when there is nothing to compute, which is the best time.
         """
-        if self._copies is not None and self._copies.tend():
-            self._stuck = False
+        if self._copies is not None:
+            self._copies.tend()
 
     def settle(self) -> list[StepOutputs]:
         """Wait for what is in flight without starting a step. Returns what it did, in order.
 
         For whoever aborts and then needs blocks, or the device, at rest.
         """
-        return [self._land() for _ in range(len(self._in_flight))]
+        return [self._cycle.land() for _ in range(len(self._in_flight))]
 
     def reap(self) -> None:
         """Free the blocks of sequences that have ended. `step` begins with it.
 
         Those that a step in flight writes to are free when it is over.
         """
-        if self._ended:
-            self._leaving += self._ended.values()
-            self._ended.clear()
-            self._free_left()
+        self._sequences.reap()
 
     def block_table(self, request_id: str) -> Sequence[int]:
         """Blocks of a live, or ended and not yet reaped, request; a view, so copy what you keep.
 
         Empty while it waits. Complete blocks are those below num_computed // block_size.
         """
-        return self._find(request_id).block_table
+        return self._sequences.with_blocks(request_id).block_table
 
     def num_computed(self, request_id: str) -> int:
         """Tokens whose KV is in those blocks. Falls back when the request is preempted."""
-        return self._find(request_id).num_computed
+        return self._sequences.with_blocks(request_id).num_computed
 
     def hold(self, block_ids: Sequence[int]) -> None:
         """Keep blocks of a live, ended or reserved request until `release`."""
-        assert all(self._blocks.references(block_id) for block_id in block_ids), (
-            "not held by anyone"
-        )
-        self._blocks.hold(block_ids)
-        self._holds.update(block_ids)
+        self._holds.hold(block_ids)
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Undo one `hold`, of the same blocks in table order."""
-        assert all(self._holds[block_id] for block_id in block_ids), "released without a hold"
-        self._holds.subtract(block_ids)
-        for block_id in block_ids:
-            if not self._holds[block_id]:
-                del self._holds[block_id]
-        self._blocks.release(block_ids)
-        self._stuck = False
+        self._holds.release(block_ids)
 
     def reserve(self, request: EngineRequest) -> Reservation | None:
         """Set blocks aside for a request whose KV comes from elsewhere.
@@ -323,25 +282,16 @@ class Engine:
         self._grammars.ask(sequence)
         if not self._scheduler.reserve(sequence):
             return None
-        reservation = Reservation(
-            request_id=sequence.request_id,
-            num_tokens=len(sequence.token_ids),
-            block_table=tuple(sequence.block_table),
-            num_cached_tokens=sequence.num_cached_tokens,
-            num_cached_blocks=sequence.num_registered,
-        )
-        self._reserved[sequence.request_id] = (reservation, sequence)
-        return reservation
+        return self._sequences.reserve(sequence)
 
     def cancel(self, reservation: Reservation) -> None:
         """Free a reservation's blocks. No-op once adopted or cancelled.
 
         NOTE: nothing may still be writing to them; stop the transport first.
         """
-        if self._is_open(reservation):
-            _, sequence = self._reserved.pop(reservation.request_id)
+        sequence = self._sequences.unreserve(reservation)
+        if sequence is not None:
             self._scheduler.cancel(sequence)
-            self._stuck = False
 
     def adopt(
         self, reservation: Reservation, first_token: int, logprobs: TokenLogprobs | None = None
@@ -359,14 +309,13 @@ class Engine:
             What that token did, in the form of a step's output; `step` does not report it again.
             With a finish_reason the request is over: it was the last token.
         """
-        assert self._is_open(reservation), f"reservation {reservation.request_id} is not open"
-        _, sequence = self._reserved.pop(reservation.request_id)
+        sequence = self._sequences.unreserve(reservation)
+        assert sequence is not None, f"reservation {reservation.request_id} is not open"
         self._scheduler.adopt(sequence, first_token)
         if sequence.status is SequenceStatus.ENDED:
-            self._ended[sequence.request_id] = sequence
+            self._sequences.end(sequence)
         else:
             self._enter(sequence)
-        self._stuck = False
         return sequence.report(first_token, logprobs)
 
     def stats(self) -> EngineStats:
@@ -408,93 +357,25 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Assert that every block is in one state and every reference has its owner."""
-        reserved = [sequence for _, sequence in self._reserved.values()]
         loading = self._copies.held_blocks() if self._copies is not None else ()
-        check_ownership(
-            self._blocks,
-            (*self._live.values(), *self._ended.values(), *self._leaving, *reserved),
-            (*self._holds.elements(), *loading),
-            self._in_flight,
-        )
-
-    @property
-    def _awaits_load(self) -> bool:
-        return self._copies is not None and self._copies.num_loads > 0
+        held = (*self._holds, *loading)
+        check_ownership(self._blocks, self._sequences, held, self._in_flight)
 
     def _enter(self, sequence: SequenceState) -> None:
-        self._live[sequence.request_id] = sequence
+        self._sequences.enter(sequence)
         self._grammars.wait(sequence)
 
     def _take_grammars(self) -> list[SequenceOutput]:
         """Let sequences go on whose grammar is there, and end those that will never have one."""
         refused = []
         for sequence, error in self._grammars.take():
-            self._stuck = False
             if error is not None:
                 refused.append(self._scheduler.refuse(sequence, error))
-                self._ended[sequence.request_id] = self._live.pop(sequence.request_id)
+                self._sequences.end(sequence)
         return refused
-
-    def _launch(self) -> bool:
-        """Plan a step and start it, if there is anything to do."""
-        started_at = self._clock()
-        ahead = bool(self._in_flight)
-        step = self._scheduler.schedule(ahead=ahead)
-        if step is None:
-            # The end of a load, or of the patience with one, is noticed by asking again.
-            self._stuck = not ahead and not self._awaits_load
-            return False
-        self._in_flight.submit(step, started_at)
-        return True
-
-    def _land(self) -> StepOutputs:
-        """Wait for the oldest step in flight and take in what it did."""
-        finished = self._in_flight.wait()
-        step, outcome = finished.step, finished.outcome
-        if isinstance(outcome, StepResult):
-            outputs, ended = self._scheduler.update(step, outcome)
-        else:
-            count = len(step.sequences)
-            self._log.error("A step of %d sequences failed.", count, exc_info=outcome)
-            outputs, ended = self._scheduler.fail(step, _typed(outcome))
-        for sequence in ended:
-            self._ended[sequence.request_id] = self._live.pop(sequence.request_id)
-        if self._leaving:
-            self._free_left()
-        # A step that was started while another one ran began when that one ended.
-        began_at, self._last_end = max(finished.started_at, self._last_end), self._clock()
-        duration_s = self._last_end - began_at
-        self._rates.observe(step.num_prefill_tokens, step.num_decode_tokens, duration_s)
-        done = StepOutputs(outputs, step.num_prefill_tokens, step.num_decode_tokens, duration_s)
-        if self._metrics is not None:
-            self._metrics.observe_step(done)
-        return done
-
-    def _free_left(self) -> None:
-        """Free what ended sequences hold, except where a step in flight still writes."""
-        leaving, self._leaving = self._leaving, []
-        for sequence in leaving:
-            if sequence.steps_in_flight:
-                self._leaving.append(sequence)
-            else:
-                self._tables.release(sequence)
-                self._stuck = False
 
     def _sequence_of(self, request: EngineRequest) -> SequenceState:
         request_id = request.request_id
-        if request_id in self._live or request_id in self._ended or request_id in self._reserved:
+        if request_id in self._sequences:
             raise InvalidRequestError(f"Request id {request_id} is in use; choose another.")
         return self._intake.sequence(request, self._clock())
-
-    def _find(self, request_id: str) -> SequenceState:
-        return self._live.get(request_id) or self._ended[request_id]
-
-    def _is_open(self, reservation: Reservation) -> bool:
-        entry = self._reserved.get(reservation.request_id)
-        return entry is not None and entry[0] is reservation
-
-
-def _typed(error: Exception) -> DiptychError:
-    if isinstance(error, DiptychError):
-        return error
-    return DiptychError(f"The engine failed to execute a step: {type(error).__name__}: {error}")

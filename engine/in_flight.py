@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from core.errors import DiptychError
+from engine.draft import ScheduledStep
 from engine.executor import Executor, PendingStep
 from engine.plan import StepResult
-from engine.scheduler import ScheduledStep
 from engine.sequence import SequenceState
 
 

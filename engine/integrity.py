@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable
 
+from engine.draft import ScheduledStep
 from engine.kv.allocator import BlockAllocator
-from engine.scheduler import ScheduledStep
 from engine.sequence import SequenceState
 
 

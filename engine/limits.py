@@ -52,3 +52,11 @@ def _at_least_one(name: str, value: int | None, default: int) -> int:
     if value < 1:
         raise ConfigError(f"{name} must be at least 1, got {value}; leave it unset for {default}.")
     return value
+
+
+def watermark_blocks(num_blocks: int) -> int:
+    """How many blocks of a pool admission leaves for running sequences to grow into.
+
+    Source: one in a hundred is the default of vLLM's scheduler (Apache-2.0).
+    """
+    return max(1, num_blocks // 100)

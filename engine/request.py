@@ -49,6 +49,20 @@ class SequenceOutput:
     """Why, when finish_reason is FAILED."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Blocks set aside for KV that comes from elsewhere. Ends with `Engine.adopt` or `cancel`."""
+
+    request_id: str
+    num_tokens: int
+    """Prompt tokens and earlier output: what the KV must cover."""
+    block_table: Sequence[int]
+    """Blocks of [0, num_tokens), in order. The first num_cached_blocks must not be written."""
+    num_cached_tokens: int
+    num_cached_blocks: int
+    """Leading blocks whose KV is here already."""
+
+
 @dataclass(frozen=True, slots=True)
 class CacheChange:
     """Hashes that the prefix cache gained and lost since it was last asked, in no order."""

@@ -16,34 +16,25 @@ never preempted while a step in flight computes it.
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import NamedTuple
 
 from core.clock import Clock
-from core.errors import DiptychError, OverloadedError
+from core.errors import DiptychError
 from core.finish import FinishReason
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
+from engine.draft import ScheduledStep, StepDraft
 from engine.limits import EngineLimits
-from engine.plan import PENDING, Chunk, StepPlan, StepResult
+from engine.plan import StepResult
 from engine.policy import policy_named
 from engine.request import SequenceOutput
-from engine.sequence import SequenceState, SequenceStatus
+from engine.sequence import SequenceState, SequenceStatus, age_of
+from engine.waiting import WaitingQueue
 
 MAX_DEFERRED = 16
 """Candidates passed over in one step because their prefix is being computed or copied."""
-_PENDING = (PENDING,)
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledStep:
-    """A plan and, aligned with its chunks, the sequences that it moves on."""
-
-    plan: StepPlan
-    sequences: Sequence[SequenceState]
-    num_prefill_tokens: int
-    num_decode_tokens: int
+_NOT_STUCK = -1
 
 
 class StepEffect(NamedTuple):
@@ -68,25 +59,27 @@ class Scheduler:
         """Args: watermark is the number of blocks that admission leaves to running sequences."""
         self._tables = tables
         self._watermark = watermark
-        self._clock = clock
-        self._policy = policy_named(config.policy)
-        self._max_waiting = config.max_waiting
         self._max_num_seqs = limits.max_num_seqs
         self._max_step_tokens = limits.max_step_tokens
         self._max_chunk_tokens = limits.max_chunk_tokens
-        self._waiting: dict[str, SequenceState] = {}
-        self._preempted: list[SequenceState] = []
+        self._waiting = WaitingQueue(
+            policy_named(config.policy),
+            max_waiting=config.max_waiting,
+            tables=tables,
+            clock=clock,
+        )
         self._running: list[SequenceState] = []
         self._num_reserved = 0
         self._next_age = 0
         self._blocked: SequenceState | None = None
         self._yields_seat = False
+        self._stuck_at = _NOT_STUCK
         self.num_preemptions = 0
 
     @property
     def num_waiting(self) -> int:
         """Sequences that hold no blocks yet, or no longer."""
-        return len(self._waiting) + len(self._preempted)
+        return len(self._waiting)
 
     @property
     def num_running(self) -> int:
@@ -94,13 +87,14 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def stuck(self) -> bool:
+        """True if there was nothing to schedule, and no sequence or block has come free since."""
+        return self._stuck_at == self._tables.num_releases
+
+    @property
     def backlog_tokens(self) -> int:
         """Tokens to compute before every accepted sequence decodes; cached ones not counted."""
-        waiting = sum(
-            sequence.num_to_compute - sequence.expected_cached
-            for sequence in chain(self._waiting.values(), self._preempted)
-        )
-        return waiting + sum(
+        return self._waiting.backlog_tokens + sum(
             sequence.num_to_compute
             for sequence in self._running
             if sequence.num_to_compute > 1 or not sequence.output_ids
@@ -112,13 +106,8 @@ class Scheduler:
         Raises:
             OverloadedError: the waiting queue is full.
         """
-        if len(self._waiting) >= self._max_waiting:
-            raise OverloadedError(
-                f"{len(self._waiting)} requests wait already and max_waiting is "
-                f"{self._max_waiting}; try again later or on another worker."
-            )
-        sequence.expected_cached = self._tables.cached_prefix(sequence)
-        self._waiting[sequence.request_id] = sequence
+        self._waiting.add(sequence)
+        self._stuck_at = _NOT_STUCK
 
     def schedule(self, *, ahead: bool = False) -> ScheduledStep | None:
         """Choose the next step: decodes first, then prompt chunks, then new sequences.
@@ -133,33 +122,10 @@ class Scheduler:
             has to be waited for first: a token of it shapes the next one beyond being its input, or
             blocks run out. Nothing has changed then.
         """
-        draft = _Draft(self._max_step_tokens)
-        decodes: list[SequenceState] = []
-        prefills: list[SequenceState] = []
-        for sequence in self._running:
-            if sequence.waits_for_grammar:
-                continue
-            if not sequence.num_pending:
-                (prefills if sequence.num_unscheduled > 1 else decodes).append(sequence)
-            elif sequence.ends_when_known:
-                continue
-            elif sequence.needs_history:
-                return None
-            else:
-                decodes.append(sequence)
-        for sequence in chain(decodes, prefills):
-            if draft.budget <= 0:
-                break
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue  # an older one preempted it in this very step
-            wanted = 1 if sequence.num_pending else self._chunk_size(sequence, draft)
-            if sequence.num_scheduled + wanted > sequence.num_slots:
-                if ahead and self._tables.missing(sequence, wanted) > self._spare_blocks(draft):
-                    return None
-                wanted = self._make_room(sequence, wanted, draft)
-            draft.take(sequence, wanted)
-        self._admit(draft)
-        return self._plan(draft) if draft.tokens else None
+        step = self._next_step(ahead)
+        stuck = step is None and not ahead and not self._tables.awaits_load
+        self._stuck_at = self._tables.num_releases if stuck else _NOT_STUCK
+        return step
 
     def update(self, step: ScheduledStep, result: StepResult) -> StepEffect:
         """Take what the executor sampled."""
@@ -211,17 +177,15 @@ class Scheduler:
 
     def abort(self, sequence: SequenceState) -> None:
         """End a waiting or running sequence now. It still has its blocks."""
-        match sequence.status:
-            case SequenceStatus.WAITING:
-                del self._waiting[sequence.request_id]
-            case SequenceStatus.PREEMPTED:
-                self._preempted.remove(sequence)
-            case SequenceStatus.RUNNING:
-                self._running.remove(sequence)
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
         if self._blocked is sequence:
             self._blocked = None
         sequence.finish_reason = FinishReason.ABORTED
         sequence.status = SequenceStatus.ENDED
+        self._stuck_at = _NOT_STUCK
 
     def reserve(self, sequence: SequenceState) -> bool:
         """Give a sequence blocks for all its tokens, so that their KV can be brought in.
@@ -230,9 +194,9 @@ class Scheduler:
             False if there is no room now, sequences that wait for it come first, or blocks are on
             their way back from the tier below.
         """
-        if self._preempted or self._blocked is not None or self._num_seats == 0:
+        if self._waiting.num_preempted or self._blocked is not None or self._num_seats == 0:
             return False
-        if self._yields_seat and self._num_seats <= self._num_admissible:
+        if self._yields_seat and self._num_seats <= self._waiting.num_admissible:
             return False
         matched = self._tables.match(sequence, whole=True)
         if not self._fits(sequence, matched):
@@ -250,6 +214,7 @@ class Scheduler:
     def cancel(self, sequence: SequenceState) -> None:
         """End a reservation; nothing writes to its blocks any more."""
         self._num_reserved -= 1
+        self._stuck_at = _NOT_STUCK
         sequence.status = SequenceStatus.ENDED
         self._tables.release(sequence)
 
@@ -259,6 +224,7 @@ class Scheduler:
         It may end at once; it still has its blocks then.
         """
         self._num_reserved -= 1
+        self._stuck_at = _NOT_STUCK
         sequence.num_computed = sequence.num_scheduled = len(sequence.token_ids)
         self._tables.register((sequence,))
         if sequence.append(token_id) is None:
@@ -266,18 +232,43 @@ class Scheduler:
         else:
             sequence.status = SequenceStatus.ENDED
 
+    def _next_step(self, ahead: bool) -> ScheduledStep | None:
+        draft = StepDraft(self._max_step_tokens)
+        decodes: list[SequenceState] = []
+        prefills: list[SequenceState] = []
+        for sequence in self._running:
+            if sequence.waits_for_grammar:
+                continue
+            if not sequence.num_pending:
+                (prefills if sequence.num_unscheduled > 1 else decodes).append(sequence)
+            elif sequence.ends_when_known:
+                continue
+            elif sequence.needs_history:
+                return None
+            else:
+                decodes.append(sequence)
+        for sequence in chain(decodes, prefills):
+            if draft.budget <= 0:
+                break
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # an older one preempted it in this very step
+            wanted = 1 if sequence.num_pending else self._chunk_size(sequence, draft)
+            if sequence.num_scheduled + wanted > sequence.num_slots:
+                if ahead and self._tables.missing(sequence, wanted) > self._spare_blocks(draft):
+                    return None
+                wanted = self._make_room(sequence, wanted, draft)
+            draft.take(sequence, wanted)
+        self._admit(draft)
+        return draft.plan(self._tables) if draft.tokens else None
+
     @property
     def _num_seats(self) -> int:
         return self._max_num_seqs - len(self._running) - self._num_reserved
 
-    @property
-    def _num_admissible(self) -> int:
-        return sum(not sequence.waits_for_grammar for sequence in self._waiting.values())
-
-    def _chunk_size(self, sequence: SequenceState, draft: "_Draft") -> int:
+    def _chunk_size(self, sequence: SequenceState, draft: StepDraft) -> int:
         return min(sequence.num_unscheduled, draft.budget, self._max_chunk_tokens)
 
-    def _make_room(self, sequence: SequenceState, wanted: int, draft: "_Draft") -> int:
+    def _make_room(self, sequence: SequenceState, wanted: int, draft: StepDraft) -> int:
         """Claim blocks for up to `wanted` more tokens, preempting younger sequences if need be.
 
         Returns how many tokens have room; fewer than wanted only for the youngest.
@@ -289,56 +280,42 @@ class Scheduler:
         draft.num_blocks += granted
         return min(wanted, self._tables.room(sequence, granted))
 
-    def _spare_blocks(self, draft: "_Draft") -> int:
+    def _spare_blocks(self, draft: StepDraft) -> int:
         return self._tables.num_available - draft.num_blocks
 
-    def _preempt(self, victim: SequenceState, draft: "_Draft") -> None:
+    def _preempt(self, victim: SequenceState, draft: StepDraft) -> None:
         # The blocks go to the prefix cache, where the recompute finds what is not evicted by then.
         self._running.pop()
         count = draft.drop(victim)
         draft.num_blocks -= self._tables.missing(victim, count)
         self._tables.release(victim)
-        victim.expected_cached = self._tables.cached_prefix(victim)
-        victim.status = SequenceStatus.PREEMPTED
-        insort(self._preempted, victim, key=_age)
+        self._waiting.put_back(victim)
         self.num_preemptions += 1
 
-    def _admit(self, draft: "_Draft") -> None:
+    def _admit(self, draft: StepDraft) -> None:
         self._blocked = None
-        if self._num_seats == 0 or not (self._waiting or self._preempted):
+        if self._num_seats == 0 or not self._waiting:
             return
         deferred = 0
-        for sequence in self._candidates():
+        for sequence in self._waiting.next_ones(self._num_seats + MAX_DEFERRED):
             if draft.budget <= 0 or self._num_seats == 0:
                 return
             matched = self._tables.match(sequence)
-            if self._tables.will_compute(self._running, sequence, len(matched)):
-                deferred += 1
-                if deferred > MAX_DEFERRED:
-                    return
-                continue
-            if not self._fits(sequence, matched):
+            computed_soon = self._tables.will_compute(self._running, sequence, len(matched))
+            if not computed_soon and not self._fits(sequence, matched):
                 self._blocked = sequence
                 return
-            if self._tables.fetch(sequence, matched, busy=bool(self._running)):
+            if computed_soon or self._tables.fetch(sequence, matched, busy=bool(self._running)):
                 deferred += 1
                 if deferred > MAX_DEFERRED:
                     return
                 continue
-            if sequence.status is SequenceStatus.PREEMPTED:
-                self._preempted.remove(sequence)
-            else:
-                del self._waiting[sequence.request_id]
+            self._waiting.remove(sequence)
             self._yields_seat = False
             self._tables.take(sequence, matched)
             self._join(sequence)
             wanted = self._chunk_size(sequence, draft)
             draft.take(sequence, self._make_room(sequence, wanted, draft))
-
-    def _candidates(self) -> list[SequenceState]:
-        queued = self._policy(self._waiting.values(), self._tables.cached_prefix, self._clock())
-        ready = (s for s in chain(self._preempted, queued) if not s.waits_for_grammar)
-        return list(islice(ready, self._num_seats + MAX_DEFERRED))
 
     def _fits(self, sequence: SequenceState, matched: Sequence[int]) -> bool:
         """True if all its tokens fit beside what running prompts still need and the watermark."""
@@ -350,7 +327,7 @@ class Scheduler:
             sequence.age = self._next_age
             self._next_age += 1
         sequence.status = SequenceStatus.RUNNING
-        insort(self._running, sequence, key=_age)
+        insort(self._running, sequence, key=age_of)
 
     def _end_failed(self, sequence: SequenceState, error: DiptychError) -> SequenceOutput:
         sequence.finish_reason = FinishReason.FAILED
@@ -361,55 +338,3 @@ class Scheduler:
         self._running = [
             sequence for sequence in self._running if sequence.status is SequenceStatus.RUNNING
         ]
-
-    def _plan(self, draft: "_Draft") -> ScheduledStep:
-        chunks = []
-        num_decode_tokens = 0
-        for sequence, count in draft.tokens.items():
-            start = sequence.num_scheduled
-            end = start + count
-            if end > sequence.num_slots:
-                self._tables.grow(sequence, count)
-            pending = sequence.num_pending
-            token_ids = _PENDING if pending else sequence.token_ids[start:end]
-            sample = None
-            if end == len(sequence.token_ids) + pending:
-                sample = sequence.sample_spec()
-                sequence.num_pending = pending + 1
-                if count == 1 and (pending or sequence.output_ids):
-                    num_decode_tokens += 1
-            sequence.num_scheduled = end
-            sequence.steps_in_flight += 1
-            chunk = Chunk(sequence.request_id, token_ids, start, sequence.block_table, sample)
-            chunk.score = sequence.score_spec(start, end)
-            chunks.append(chunk)
-        num_tokens = self._max_step_tokens - draft.budget
-        return ScheduledStep(
-            StepPlan(chunks), tuple(draft.tokens), num_tokens - num_decode_tokens, num_decode_tokens
-        )
-
-
-class _Draft:
-    """Tokens of each sequence in the step that is being put together."""
-
-    __slots__ = ("budget", "num_blocks", "tokens")
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.num_blocks = 0
-        """Blocks that the step needs and that are not allocated yet."""
-        self.tokens: dict[SequenceState, int] = {}
-
-    def take(self, sequence: SequenceState, count: int) -> None:
-        if count:
-            self.tokens[sequence] = count
-            self.budget -= count
-
-    def drop(self, sequence: SequenceState) -> int:
-        count = self.tokens.pop(sequence, 0)
-        self.budget += count
-        return count
-
-
-def _age(sequence: SequenceState) -> int:
-    return sequence.age

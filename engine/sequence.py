@@ -180,3 +180,8 @@ class SequenceState:
         if parent is not None:
             tokens = self.token_ids[known * block_size : num_blocks * block_size]
             self.block_hashes += hash_blocks(tokens, block_size, parent)
+
+
+def age_of(sequence: SequenceState) -> int:
+    """What sequences that were admitted are sorted by."""
+    return sequence.age

@@ -28,6 +28,8 @@ class BlockAllocator:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cache = PrefixCache(num_blocks, order, tier)
         self._tier = tier
+        self.num_releases = 0
+        """Calls of `release`: until there is another one, no more blocks become available."""
 
     @property
     def num_blocks(self) -> int:
@@ -98,6 +100,7 @@ class BlockAllocator:
 
         A block that loses its last reference is cached if it is registered, else free.
         """
+        self.num_releases += 1
         for block_id in reversed(block_ids):  # descendants first: the eviction order relies on it
             count = self._refs[block_id] - 1
             assert count >= 0, f"block {block_id} was released more often than held"

@@ -359,12 +359,7 @@ class WatchedEngine(Engine):
         assert isinstance(executor, FakeExecutor)
         if executor.broken is not None:
             raise executor.broken
-        sequences = (
-            *self._live.values(),
-            *self._ended.values(),
-            *self._leaving,
-            *(sequence for _, sequence in self._reserved.values()),
-        )
+        sequences = list(self._sequences)
         copies = self._copies
         loading = {b for load in copies._loads for b in load.block_ids} if copies else set()
         for step in executor.in_flight:

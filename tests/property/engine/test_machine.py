@@ -22,8 +22,7 @@ from hypothesis.stateful import (
 from core.block_hash import hash_blocks, root_hash
 from core.errors import InvalidRequestError, OverloadedError
 from core.finish import FinishReason
-from engine.engine import Reservation
-from engine.request import EngineRequest, StepOutputs
+from engine.request import EngineRequest, Reservation, StepOutputs
 from tests.support.engine import (
     DIGEST,
     FakeClock,

@@ -4,8 +4,8 @@ import pytest
 
 from core.finish import FinishReason
 from core.tokens import TokenLogprobs
-from engine.engine import Engine, Reservation
-from engine.request import SequenceOutput
+from engine.engine import Engine
+from engine.request import Reservation, SequenceOutput
 from tests.support.engine import (
     FakeExecutor,
     MakeEngine,
