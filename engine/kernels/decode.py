@@ -18,6 +18,7 @@ from core.modelfile.cache import models_cache_dir
 from engine.kv.pool import KVPool
 from engine.layers.decoder import DecoderLayer, DecoderModel
 from engine.layers.linear import Linear
+from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.models.config import ModelConfig
@@ -66,7 +67,8 @@ def make_compiled_decode(
 def _suits(config: ModelConfig, pool: KVPool) -> bool:
     lengths = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
     return (
-        pool.tensor.device.type == "cpu"
+        config.experts is None
+        and pool.tensor.device.type == "cpu"
         and pool.tensor.dtype == torch.float32
         and all(length % _UNIT == 0 for length in lengths)
         and config.head_dim % _UNIT == 0
@@ -177,6 +179,7 @@ class CompiledDecode:
 
     def _weights(self, layer: DecoderLayer) -> "LayerWeights":
         attention, mlp = layer.attention, layer.mlp
+        assert isinstance(mlp, GatedMLP)
         query_norm, key_norm = attention.norms or (None, None)
         return self._code.LayerWeights(
             _view(layer.input_norm.scaled_weight),

@@ -1,9 +1,10 @@
-"""The stack that dense decoder-only models are: embedding, layers, final norm, LM head."""
+"""The stack that decoder-only models are: embedding, layers, final norm, LM head."""
 
 import torch
 
 from engine.layers.attention import SelfAttention
 from engine.layers.context import ForwardContext
+from engine.layers.experts import ExpertMLP
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
@@ -32,7 +33,11 @@ class DecoderLayer:
             source, f"{prefix}.self_attn", config, group, layer=layer, pack=pack
         )
         self.mlp_norm = RMSNorm(source, f"{prefix}.post_attention_layernorm", hidden, eps)
-        self.mlp = GatedMLP(source, f"{prefix}.mlp", config, group, pack=pack)
+        self.mlp: GatedMLP | ExpertMLP
+        if config.experts is not None and layer in config.experts.layers:
+            self.mlp = ExpertMLP(source, f"{prefix}.mlp", hidden, config.experts, group)
+        else:
+            self.mlp = GatedMLP(source, f"{prefix}.mlp", config, group, pack=pack)
 
     def __call__(
         self,

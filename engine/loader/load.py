@@ -37,11 +37,17 @@ def load_model(
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of all matrices, which is what one decode step reads at least.
+    """Bytes of all matrices, which is what a decode step reads; with experts, a large one.
 
     The LM head counts, an embedding of its own does not: a step reads few rows of it.
     """
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * config.hidden_size
-    mlp = 3 * config.intermediate_size * config.hidden_size
-    elements = config.num_layers * (heads + mlp) + config.vocab_size * config.hidden_size
-    return elements * dtype.itemsize
+    experts = config.experts
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    rows = config.num_layers * heads + config.vocab_size
+    if experts is None:
+        rows += 3 * config.num_layers * config.intermediate_size
+    else:
+        layers = len(experts.layers)
+        rows += 3 * (config.num_layers - layers) * config.intermediate_size
+        rows += layers * experts.count * (3 * experts.intermediate_size + 1)  # 1: of the router
+    return rows * config.hidden_size * dtype.itemsize

@@ -17,6 +17,7 @@ import torch
 from core.errors import ConfigError
 from engine.config import LoadFormat
 from engine.loader.dummy import dummy_values
+from engine.loader.experts import stored_weights
 from engine.parallel.group import RankGroup
 
 
@@ -81,8 +82,7 @@ class WeightSource:
         Raises:
             ConfigError: it is missing or has another shape.
         """
-        if self._names is not None and name not in self._names:
-            raise ConfigError(f"The checkpoint lacks the weight {name}, which the model needs.")
+        self._require(name)
         tensor = self._read(name, shape)
         if tuple(tensor.shape) != shape:
             raise ConfigError(
@@ -92,6 +92,19 @@ class WeightSource:
         if self._split is not None and self._group.size > 1:
             tensor = self._part(tensor, self._split, copies)
         return tensor.to(device=self._device, dtype=self._dtype)
+
+    def skip(self, name: str) -> None:
+        """Leave a weight to another rank.
+
+        Raises:
+            ConfigError: it is missing.
+        """
+        self._require(name)
+        self._taken.add(name)
+
+    def _require(self, name: str) -> None:
+        if self._names is not None and name not in self._names:
+            raise ConfigError(f"The checkpoint lacks the weight {name}, which the model needs.")
 
     def _part(self, tensor: torch.Tensor, dim: int, copies: int) -> torch.Tensor:
         rank = self._group.rank
@@ -175,21 +188,24 @@ def _safetensors_reader(path: Path) -> tuple[Collection[str], _Reader]:
     if not shards:
         raise ConfigError(f"{path} has no *.safetensors file. --load-format dummy needs none.")
     where: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
         try:
             # The file stays mapped as long as one of its tensors lives, and pages are shared
             # between the workers of a host.
-            handle = safe_open(shard, framework="pt")
-            names: list[str] = list(handle.keys())  # type: ignore[no-untyped-call]
+            handle: Any = safe_open(shard, framework="pt")
+            for name in handle.keys():  # noqa: SIM118 - it is no mapping
+                where[name] = handle
+                shapes[name] = tuple(handle.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{shard} can't be read as safetensors: {error}.") from error
-        where.update(dict.fromkeys(names, handle))
+    stored = stored_weights(shapes)
 
     def read(name: str, _shape: tuple[int, ...]) -> torch.Tensor:
-        tensor: torch.Tensor = where[name].get_tensor(name)
-        return tensor
+        found = stored[name]
+        return found.of(where[found.name].get_tensor(found.name))
 
-    return where.keys(), read
+    return stored.keys(), read
 
 
 def _gguf_reader(path: Path) -> tuple[Collection[str], _Reader]:

@@ -4,7 +4,7 @@ The loader reads it; models and layers only look. A feature that is not supporte
 name, so that nothing is silently computed wrong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,6 +32,21 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """A feed-forward of several experts, of which a router chooses a few for each token."""
+
+    count: int
+    per_token: int
+    """How many are chosen."""
+    intermediate_size: int
+    """Of each."""
+    normalised: bool
+    """The weights of a token's experts sum to one; else they are what softmax gives over all."""
+    layers: frozenset[int]
+    """Which layers have them; the others are dense."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One decoder-only transformer."""
 
@@ -39,6 +54,7 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    """Of layers without experts."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -57,6 +73,13 @@ class ModelConfig:
     dtype: str
     """Of the checkpoint, as torch names it."""
     eos_token_ids: tuple[int, ...]
+    experts: ExpertsConfig | None = None
+    """None: every layer is dense."""
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """True unless all layers have experts."""
+        return self.experts is None or len(self.experts.layers) < self.num_layers
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -81,6 +104,11 @@ def parse_model_config(raw: Mapping[str, Any], eos_token_ids: tuple[int, ...]) -
             f"Architecture {architecture} is not supported; these are: {', '.join(_TRAITS)}."
         )
     _refuse_unsupported(raw)
+    if traits.always_slides and raw.get("sliding_window"):
+        raise ConfigError(
+            "sliding_window is not supported; if the model was trained without, as Mixtral 8x7B "
+            "and 8x22B were, set it to null in config.json."
+        )
     hidden_size = _integer(raw, "hidden_size")
     num_heads = _integer(raw, "num_attention_heads")
     attention_bias = bool(raw.get("attention_bias", False))
@@ -103,6 +131,52 @@ def parse_model_config(raw: Mapping[str, Any], eos_token_ids: tuple[int, ...]) -
         qk_norm=traits.qk_norm,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         eos_token_ids=eos_token_ids,
+        experts=traits.experts(raw),
+    )
+
+
+def _no_experts(_raw: Mapping[str, Any]) -> None:
+    """Of a dense model."""
+
+
+def _mixtral_experts(raw: Mapping[str, Any]) -> ExpertsConfig:
+    return _experts(
+        raw,
+        intermediate_size=_integer(raw, "intermediate_size"),
+        normalised=True,
+        layers=range(_integer(raw, "num_hidden_layers")),
+    )
+
+
+def _qwen3_experts(raw: Mapping[str, Any]) -> ExpertsConfig | None:
+    dense = set(raw.get("mlp_only_layers") or ())
+    step = int(raw.get("decoder_sparse_step") or 1)
+    layers = range(step - 1, _integer(raw, "num_hidden_layers"), step)
+    found = _experts(
+        raw,
+        intermediate_size=_integer(raw, "moe_intermediate_size"),
+        normalised=bool(raw.get("norm_topk_prob", False)),
+        layers=[layer for layer in layers if layer not in dense],
+    )
+    return found if found.layers else None
+
+
+def _experts(
+    raw: Mapping[str, Any], *, intermediate_size: int, normalised: bool, layers: Iterable[int]
+) -> ExpertsConfig:
+    # transformers 5 reads and writes either name for every architecture.
+    count = _integer(raw, "num_experts" if "num_experts" in raw else "num_local_experts")
+    per_token = _integer(raw, "num_experts_per_tok")
+    if per_token > count:
+        raise ConfigError(
+            f"config.json asks for {per_token} experts per token and has {count} experts."
+        )
+    return ExpertsConfig(
+        count=count,
+        per_token=per_token,
+        intermediate_size=intermediate_size,
+        normalised=normalised,
+        layers=frozenset(layers),
     )
 
 
@@ -112,12 +186,17 @@ class _Traits:
 
     always_qkv_bias: bool = False
     qk_norm: bool = False
+    always_slides: bool = False
+    """`sliding_window` counts wherever it is given; elsewhere `use_sliding_window` switches it."""
+    experts: Callable[[Mapping[str, Any]], ExpertsConfig | None] = _no_experts
 
 
 _TRAITS = {
     "LlamaForCausalLM": _Traits(),
     "Qwen2ForCausalLM": _Traits(always_qkv_bias=True),
     "Qwen3ForCausalLM": _Traits(qk_norm=True),
+    "Qwen3MoeForCausalLM": _Traits(qk_norm=True, experts=_qwen3_experts),
+    "MixtralForCausalLM": _Traits(always_slides=True, experts=_mixtral_experts),
 }
 
 

@@ -9,6 +9,8 @@ _MODULES = {
     "LlamaForCausalLM": "engine.models.llama",
     "Qwen2ForCausalLM": "engine.models.qwen2",
     "Qwen3ForCausalLM": "engine.models.qwen3",
+    "Qwen3MoeForCausalLM": "engine.models.qwen3_moe",
+    "MixtralForCausalLM": "engine.models.mixtral",
 }
 
 

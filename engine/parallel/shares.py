@@ -1,12 +1,13 @@
 """One rank's share of the model and the devices; refuses what can't be shared."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from core.errors import ConfigError
 from engine.config import EngineConfig
-from engine.models.config import ModelConfig
+from engine.models.config import ExpertsConfig, ModelConfig
+from engine.parallel.group import RankGroup
 
 _MAX_SIZE = 64
 """Largest size that an error message proposes."""
@@ -38,12 +39,44 @@ def rank_share(config: ModelConfig, size: int) -> ModelConfig:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShare:
+    """What one rank has of the experts of each layer."""
+
+    first: int
+    count: int
+    intermediate_size: int
+    """Of its part of each."""
+    whole: bool
+    """Each expert is on one rank; else each is cut, as a dense layer is."""
+
+
+def expert_share(experts: ExpertsConfig, group: RankGroup) -> ExpertShare:
+    """Whole experts if the ranks divide their number, so that matrices stay large; else parts."""
+    if experts.count % group.size == 0:
+        count = experts.count // group.size
+        return ExpertShare(
+            first=group.rank * count,
+            count=count,
+            intermediate_size=experts.intermediate_size,
+            whole=True,
+        )
+    return ExpertShare(
+        first=0,
+        count=experts.count,
+        intermediate_size=experts.intermediate_size // group.size,
+        whole=False,
+    )
+
+
 def _uneven(config: ModelConfig, size: int) -> list[str]:
     """What of the model `size` ranks can't share."""
-    counts = {
-        "attention heads": config.num_heads,
-        "feed-forward rows": config.intermediate_size,
-    }
+    counts = {"attention heads": config.num_heads}
+    if config.has_dense_layers:
+        counts["feed-forward rows"] = config.intermediate_size
+    experts = config.experts
+    if experts is not None and experts.count % size:
+        counts[f"feed-forward rows of each of {experts.count} experts"] = experts.intermediate_size
     if size % config.num_kv_heads:
         counts["KV heads"] = config.num_kv_heads
     return [f"{count} {name}" for name, count in counts.items() if count % size]

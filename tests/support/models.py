@@ -20,7 +20,21 @@ _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
 }
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "Qwen3MoeForCausalLM": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+_MIXTRAL_PARTS = {"gate": "w1", "up": "w3", "down": "w2"}
 _TRAINING_TEXT = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
     "Prefill reads the prompt once; decode writes one token after another.",
@@ -37,7 +51,7 @@ def make_checkpoint(
 
     Args:
         folder: parent; the checkpoint becomes a folder in it.
-        arch: LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM.
+        arch: one of those that the engine knows.
         seed: of the weights.
         overrides: values of config.json.
 
@@ -67,6 +81,7 @@ def make_checkpoint(
         "bos_token_id": 1,
         "eos_token_id": EOS_ID,
         "pad_token_id": 0,
+        **_EXPERTS.get(arch, {}),
         **overrides,
     }
     _write_json(target / "config.json", config)
@@ -98,9 +113,7 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]
     def vector(size: int, mean: float) -> torch.Tensor:
         return mean + 0.2 * torch.randn(size, generator=generator)
 
-    hidden, inner, head_dim = (
-        config[key] for key in ("hidden_size", "intermediate_size", "head_dim")
-    )
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
     heads = {
         "q": config["num_attention_heads"] * head_dim,
         "k": config["num_key_value_heads"] * head_dim,
@@ -120,20 +133,39 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]
         weights[f"{name}.self_attn.o_proj.weight"] = matrix(hidden, heads["q"])
         if attention_bias and model_type != "qwen2":
             weights[f"{name}.self_attn.o_proj.bias"] = vector(hidden, 0.0)
-        if model_type == "qwen3":
+        if model_type in ("qwen3", "qwen3_moe"):
             for part in ("q", "k"):
                 weights[f"{name}.self_attn.{part}_norm.weight"] = vector(head_dim, 1.0)
-        shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-        for part, (rows, columns) in shapes.items():
-            weights[f"{name}.mlp.{part}_proj.weight"] = matrix(rows, columns)
-            if config.get("mlp_bias"):
-                weights[f"{name}.mlp.{part}_proj.bias"] = vector(rows, 0.0)
+        for prefix, size in _feed_forwards(config, layer).items():
+            shapes = {"gate": (size, hidden), "up": (size, hidden), "down": (hidden, size)}
+            for part, (rows, columns) in shapes.items():
+                own = _MIXTRAL_PARTS[part] if "block_sparse" in prefix else f"{part}_proj"
+                weights[f"{name}.{prefix}.{own}.weight"] = matrix(rows, columns)
+                if config.get("mlp_bias"):
+                    weights[f"{name}.{prefix}.{own}.bias"] = vector(rows, 0.0)
+        if len(prefixes := _feed_forwards(config, layer)) > 1:
+            router = next(iter(prefixes)).replace(".experts.0", ".gate.weight")
+            weights[f"{name}.{router}"] = matrix(len(prefixes), hidden, 2.0)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             weights[f"{name}.{norm}.weight"] = vector(hidden, 1.0)
     weights["model.norm.weight"] = vector(hidden, 1.0)
     if not config["tie_word_embeddings"]:
         weights["lm_head.weight"] = matrix(config["vocab_size"], hidden, 4.0)
     return weights
+
+
+def _feed_forwards(config: dict[str, Any], layer: int) -> dict[str, int]:
+    """Name within the layer -> inner size: of the dense one, or of each expert."""
+    inner = config["intermediate_size"]
+    if config["model_type"] == "mixtral":
+        count = config["num_local_experts"]
+        return {f"block_sparse_moe.experts.{expert}": inner for expert in range(count)}
+    if config["model_type"] == "qwen3_moe":
+        sparse = (layer + 1) % config["decoder_sparse_step"] == 0
+        if sparse and layer not in config["mlp_only_layers"]:
+            inner, count = config["moe_intermediate_size"], config["num_experts"]
+            return {f"mlp.experts.{expert}": inner for expert in range(count)}
+    return {"mlp": inner}
 
 
 def make_tokenizer() -> Tokenizer:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from core.errors import ConfigError
 from core.sampling import SamplingParams
@@ -18,6 +19,11 @@ from engine.plan import Chunk, SampleSpec, StepPlan
 from tests.support.models import make_checkpoint, make_gguf
 
 PROMPT = list(range(10, 30))
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 
 
 def build(path: Path, **settings: Any) -> Executor:
@@ -43,6 +49,22 @@ def test_shards_compute_what_one_file_computes(tmp_path: Path) -> None:
     save_file(dict(weights[::2]), path / "model-00001-of-00002.safetensors")
     save_file(dict(weights[1::2]), path / "model-00002-of-00002.safetensors")
     assert output(build(path)) == whole
+
+
+@pytest.mark.parametrize("arch", ["Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+def test_stacked_experts_compute_what_single_ones_compute(arch: str, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, arch)
+    single = output(build(path))
+    stacked = tmp_path / "stacked"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.save_pretrained(stacked, save_original_format=False)
+    names = load_file(stacked / "model.safetensors")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names
+    assert output(build(stacked)) == single
+    # As transformers 5 writes them back by default.
+    model.save_pretrained(tmp_path / "again")
+    assert len(load_file(tmp_path / "again" / "model.safetensors")) > len(names)
+    assert output(build(tmp_path / "again")) == single
 
 
 def test_dummy_weights_follow_the_seed_and_need_no_files(tmp_path: Path) -> None:
@@ -103,7 +125,10 @@ def test_context_longer_than_the_models_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "moe_intermediate_size"),
+        ({**MIXTRAL, "num_local_experts": 1}, "2 experts per token"),
+        ({**MIXTRAL, "sliding_window": 4096}, "sliding_window"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"use_sliding_window": True}, "sliding_window"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),

@@ -46,6 +46,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", {}),
+    "qwen3-moe-some-dense": (
+        "Qwen3MoeForCausalLM",
+        {
+            "num_hidden_layers": 5,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "norm_topk_prob": False,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "mixtral": ("MixtralForCausalLM", {"sliding_window": None}),
 }
 GREEDY = SamplingParams(temperature=0, logprobs=5)
 
