@@ -29,6 +29,7 @@ from core.errors import ConfigError
 from core.modelfile.resolve import resolve_model
 from core.settings import load_or_exit, secret_values
 from core.version import installed_version
+from core.watched import LOOK_EVERY_S
 from router.access.door import Door
 from router.access.key_file import KeyFile
 from router.access.salt import tenant_salt
@@ -55,7 +56,6 @@ from router.spans import open_spans
 from router.text.loading import load_text
 from router.text.processor import TextProcessor
 from router.tls import ServerCertificate, server_certificate
-from router.watched import LOOK_EVERY_S
 from rpc.auth import Credentials
 from rpc.channel import open_channel
 from telemetry.faults import Faults, parse_faults

@@ -76,7 +76,11 @@ class RouterSettings(BaseModel):
     auth_token: SecretStr | None = Field(
         None, description="Shared token that every gRPC call to a worker carries."
     )
-    tls_cert: str | None = Field(None, description="PEM file of this router's certificate.")
+    tls_cert: str | None = Field(
+        None,
+        description="PEM file of this router's certificate; all TLS files are read again when "
+        "they change.",
+    )
     tls_key: str | None = Field(None, description="PEM file of the certificate's key.")
     tls_ca: str | None = Field(
         None, description="PEM file of the CA that workers' certificates must come from."

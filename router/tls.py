@@ -9,7 +9,7 @@ import ssl
 from pathlib import Path
 
 from core.errors import ConfigError
-from router.watched import WatchedFiles
+from core.watched import WatchedFiles
 
 _log = logging.getLogger(__name__)
 

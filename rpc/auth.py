@@ -1,19 +1,22 @@
 """Who may speak on a gRPC port: the shared token and the TLS files of one process.
 
-Every server and channel is built from one `Credentials`. A token is compared in constant time, and
-a port that others can reach is never opened without a token or TLS by accident.
+Every server and channel is built from one `Credentials`. A token is compared in constant time, a
+port that others can reach is never opened without a token or TLS by accident, and a server takes
+renewed certificates over while it runs.
 """
 
 import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from core.errors import ConfigError
+from rpc.tls_files import Pem, TlsFiles
 
 AUTHORIZATION = "authorization"
 _OPEN_PREFIX = "/grpc.health.v1.Health/"
@@ -23,11 +26,12 @@ if TYPE_CHECKING:  # gRPC's classes take type arguments in its stubs only
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Credentials:
     """What a process proves itself with, and what it asks of others.
 
-    A server speaks TLS if it has a certificate; a channel speaks TLS if a CA is named.
+    A server speaks TLS if it has a certificate; a channel speaks TLS if a CA is named. Each new
+    connection of a server and each new channel go by the files as they are then.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -64,14 +68,20 @@ class Credentials:
         key: str | None = None,
         server_name: str | None = None,
     ) -> "Credentials":
-        """Build from the text of settings, where an empty string means unset."""
-        return cls(
+        """Build from the text of settings, where an empty string means unset.
+
+        Raises:
+            ConfigError: the files can't be used.
+        """
+        made = cls(
             token=token or None,
             ca=Path(ca) if ca else None,
             cert=Path(cert) if cert else None,
             key=Path(key) if key else None,
             server_name=server_name or None,
         )
+        made._files.read()
+        return made
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -82,21 +92,48 @@ class Credentials:
         """TLS of a server; None: plain text."""
         if self.cert is None or self.key is None:
             return None
-        ca = self.ca.read_bytes() if self.ca is not None and self.mutual else None
-        return grpc.ssl_server_credentials(
-            [(self.key.read_bytes(), self.cert.read_bytes())],
-            root_certificates=ca,
-            require_client_auth=ca is not None,
+        renewed = _RenewedCertificate(self._files, ask_clients=self.mutual)
+        return grpc.dynamic_ssl_server_credentials(
+            renewed.first,
+            renewed,  # type: ignore[arg-type]  # its stub knows no None
+            require_client_authentication=self.ca is not None and self.mutual,
         )
 
     def channel_credentials(self) -> grpc.ChannelCredentials | None:
         """TLS of a channel; None: plain text."""
         if self.ca is None:
             return None
+        pem = self._files.read()
         return grpc.ssl_channel_credentials(
-            root_certificates=self.ca.read_bytes(),
-            private_key=self.key.read_bytes() if self.key else None,
-            certificate_chain=self.cert.read_bytes() if self.cert else None,
+            root_certificates=pem.ca, private_key=pem.key, certificate_chain=pem.cert
+        )
+
+    @cached_property
+    def _files(self) -> TlsFiles:
+        return TlsFiles(ca=self.ca, cert=self.cert, key=self.key)
+
+
+class _RenewedCertificate:
+    """What gRPC asks before each handshake of a server for what it shall use from now on."""
+
+    def __init__(self, files: TlsFiles, *, ask_clients: bool) -> None:
+        self._files = files
+        self._ask_clients = ask_clients
+        self._given = files.read()
+        self.first = self._shaped(self._given)
+
+    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
+        """None: nothing new."""
+        latest = self._files.read()
+        if latest is self._given:
+            return None
+        self._given = latest
+        return self._shaped(latest)
+
+    def _shaped(self, pem: Pem) -> grpc.ServerCertificateConfiguration:
+        assert pem.key is not None and pem.cert is not None, "a server has both"
+        return grpc.ssl_server_certificate_configuration(
+            [(pem.key, pem.cert)], root_certificates=pem.ca if self._ask_clients else None
         )
 
 

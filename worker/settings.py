@@ -99,7 +99,11 @@ class WorkerSettings(BaseModel):
     auth_token: SecretStr | None = Field(
         None, description="Shared token that every gRPC call must carry."
     )
-    tls_cert: str | None = Field(None, description="PEM file of this process's certificate.")
+    tls_cert: str | None = Field(
+        None,
+        description="PEM file of this process's certificate; all TLS files are read again when "
+        "they change.",
+    )
     tls_key: str | None = Field(None, description="PEM file of the certificate's key.")
     tls_ca: str | None = Field(
         None, description="PEM file of the CA that peers' certificates must come from."

@@ -9,9 +9,9 @@ import logging
 from pathlib import Path
 
 from core.errors import ConfigError
+from core.watched import WatchedFiles
 from router.access.door import Door
 from router.access.keys import Keys, read_keys
-from router.watched import WatchedFiles
 
 _log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from rpc.auth import Credentials
 from rpc.channel import open_channel
 from rpc.server import RpcServer, build_server
 from rpc.v1 import worker_pb2, worker_pb2_grpc
+from tests.support.pki import Files, issue
 
 SERVICE = "diptych.v1.Worker"
 TIMEOUT_S = 5.0
@@ -90,6 +91,10 @@ def ours(pki: dict[str, Path], *, ca: bool = True, **more: object) -> Credential
         key=pki["ours.key"],
         **more,  # type: ignore[arg-type]
     )
+
+
+def _of(files: Files) -> Credentials:
+    return Credentials(ca=files.ca, cert=files.cert, key=files.key)
 
 
 async def test_right_token_is_let_in() -> None:
@@ -195,6 +200,43 @@ async def test_certificate_may_bear_another_name_if_told(pki: dict[str, Path]) -
         assert await describe(address, named) == "m"
         wrong = Credentials(ca=pki["ca.pem"], server_name="other")
         assert await refusal(address, wrong, stream=False) is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_renewed_files_serve_whoever_connects_from_then_on(tmp_path: Path) -> None:
+    # As Kubernetes mounts a Secret: the files are behind a link, which is swapped.
+    old, new = issue(tmp_path / "old"), issue(tmp_path / "new")
+    mounted = tmp_path / "mounted"
+    mounted.symlink_to("old")
+    shared = _of(Files(mounted / "ca.crt", mounted / "tls.crt", mounted / "tls.key"))
+    async with served(shared) as (_, address), open_channel(address, shared) as before:
+        stream = worker_pb2_grpc.WorkerStub(before).Attach(timeout=4 * TIMEOUT_S)
+        await stream.write(worker_pb2.RouterMessage())
+        await stream.read()
+        assert await refusal(address, _of(new), stream=False) is grpc.StatusCode.UNAVAILABLE
+
+        (tmp_path / "next").symlink_to("new")
+        (tmp_path / "next").rename(mounted)
+        assert await describe(address, shared) == "m"
+        assert await describe(address, _of(new)) == "m"
+        assert await refusal(address, _of(old), stream=False) is grpc.StatusCode.UNAVAILABLE
+        await stream.write(worker_pb2.RouterMessage())
+        assert await stream.read() is not grpc.aio.EOF
+
+
+async def test_half_renewed_files_change_nothing_until_they_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = trustme.CA()
+    used, client = issue(tmp_path / "used", authority), issue(tmp_path / "client", authority)
+    new = issue(tmp_path / "new")
+    async with served(_of(used)) as (_, address):
+        new.key.replace(used.key)
+        assert await describe(address, _of(client)) == "m"
+        assert "tls.key can't be used" in caplog.text
+        new.cert.replace(used.cert)
+        new.ca.replace(used.ca)
+        assert await refusal(address, _of(client), stream=False) is grpc.StatusCode.UNAVAILABLE
+        assert await describe(address, _of(used)) == "m"
 
 
 async def test_port_is_never_shared() -> None:

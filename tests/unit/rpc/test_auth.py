@@ -4,6 +4,7 @@ import pytest
 
 from core.errors import ConfigError
 from rpc.auth import Credentials, require_protection
+from tests.support.pki import issue
 
 
 @pytest.fixture
@@ -57,3 +58,12 @@ def test_other_hosts_need_protection(host: str, pem: Path) -> None:
     require_protection(host, Credentials(), insecure=True)
     require_protection(host, Credentials(token="t"), insecure=False)
     require_protection(host, Credentials(ca=pem, cert=pem, key=pem), insecure=False)
+
+
+def test_files_of_no_use_are_refused_at_start(tmp_path: Path, pem: Path) -> None:
+    one, other = issue(tmp_path / "one"), issue(tmp_path / "other")
+    assert Credentials.from_settings(ca=str(one.ca), cert=str(one.cert), key=str(one.key))
+    with pytest.raises(ConfigError, match=r"tls_key .*other.* can't be used"):
+        Credentials.from_settings(cert=str(one.cert), key=str(other.key))
+    with pytest.raises(ConfigError, match=r"tls_ca .* no PEM certificate"):
+        Credentials.from_settings(ca=str(pem))
