@@ -335,6 +335,7 @@ async def test_request_above_the_limit_waits_for_its_turn_and_says_so() -> None:
         async with asyncio.TaskGroup() as group, router.generate(make_request([4], 4000)):
             waiting = group.create_task(run(router, request))
             await until(lambda: router.explain(request.request_id), "the second is known")
+            await until(lambda: workers[0].submits, "the first has come")
             assert len(workers[0].submits) == 1
         assert waiting.result() == expected([5], 4)
         timeline = router.timeline(request.request_id)

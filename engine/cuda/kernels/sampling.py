@@ -291,7 +291,8 @@ def _pick(
     scale = exponent_scale(temperature)
     slot = row * num_chunks + chunks
     tops = tl.load(maxima + slot, mask=chunks < num_chunks, other=float("-inf"))
-    in_chunk = tl.load(sums + slot, mask=chunks < num_chunks, other=0.0)
+    num_sums = tl.where(greedy, 0, num_chunks)  # those of greedy rows were never written
+    in_chunk = tl.load(sums + slot, mask=chunks < num_sums, other=0.0)
     maximum = tl.max(tops, 0)
     factors = tl.where(greedy, 1.0, tl.exp2((tops - maximum) * scale)).to(tl.float64)
     largest = (tops == maximum).to(tl.float64)
