@@ -110,7 +110,7 @@ def free_on_revoke(patch: pytest.MonkeyPatch) -> None:
     honest = ExportMachine.failed
 
     def failed(self: Any, key: Key, code: ErrorCode, message: str, now: float) -> Any:
-        export = self._exports.get(key)
+        export = self._book.exports.get(key)
         actions = honest(self, key, code, message, now)
         return actions if export is None else [*actions, *end_once(self, export)]
 
@@ -121,7 +121,7 @@ def free_on_link_close(patch: pytest.MonkeyPatch) -> None:
     honest = ExportMachine.link_closed
 
     def link_closed(self: Any, link: int, now: float) -> Any:
-        exports = list(self._exports.values())
+        exports = list(self._book.exports.values())
         actions = honest(self, link, now)
         return actions + [action for export in exports for action in end_once(self, export)]
 
@@ -129,13 +129,13 @@ def free_on_link_close(patch: pytest.MonkeyPatch) -> None:
 
 
 def end_once(machine: Any, export: Any) -> Any:
-    if export.key not in machine._exports:
+    if export.key not in machine._book.exports:
         return []
-    return machine._end(export, ErrorCode.KV_TRANSFER, "mutated")
+    return machine._book.end(export, ErrorCode.KV_TRANSFER, "mutated")
 
 
 def expire_silently(self: Any, export: Any) -> Any:
-    return self._end(export, ErrorCode.KV_TRANSFER, "mutated")
+    return self._book.end(export, ErrorCode.KV_TRANSFER, "mutated")
 
 
 def no_revoke_on_expiry(patch: pytest.MonkeyPatch) -> None:

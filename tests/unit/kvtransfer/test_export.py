@@ -7,7 +7,8 @@ import pytest
 
 from core.errors import ErrorCode
 from kvtransfer.actions import CancelPrefill, CloseLink, ExportAction, FreeBlocks, Send
-from kvtransfer.export import ExportConfig, ExportMachine
+from kvtransfer.export import ExportMachine
+from kvtransfer.export_config import ExportConfig
 from kvtransfer.messages import (
     Claim,
     Key,
