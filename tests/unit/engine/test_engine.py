@@ -13,18 +13,8 @@ from core.errors import (
 )
 from core.finish import FinishReason
 from engine.plan import StepResult
-from tests.support.engine import (
-    DIGEST,
-    EOS,
-    VOCAB_SIZE,
-    FakeClock,
-    FakeStep,
-    MakeEngine,
-    make_request,
-    run,
-    step_until_preempted,
-    undisturbed,
-)
+from tests.support.engine import FakeClock, MakeEngine, make_request, run, step_until_preempted
+from tests.support.fake_executor import DIGEST, EOS, VOCAB_SIZE, FakeStep, undisturbed
 
 
 def prompt_that_samples(token_id: int, at: int, **sampling: object) -> list[int]:

@@ -2,13 +2,8 @@
 
 from engine.engine import Engine
 from engine.kv.tier_copies import MAX_WAIT_S
-from tests.support.engine import (
-    FakeClock,
-    MakeEngine,
-    make_request,
-    run,
-    undisturbed,
-)
+from tests.support.engine import FakeClock, MakeEngine, make_request, run
+from tests.support.fake_executor import undisturbed
 from tests.support.host_memory import FakeHostMemory
 
 PROMPT = [*range(1, 18)]

@@ -10,17 +10,8 @@ from core.finish import FinishReason
 from engine.engine import Engine
 from engine.plan import PENDING, StepPlan
 from engine.request import SequenceOutput
-from tests.support.engine import (
-    EOS,
-    FakeClock,
-    FakeExecutor,
-    FakeStep,
-    make_engine,
-    make_request,
-    run,
-    step_until_preempted,
-    undisturbed,
-)
+from tests.support.engine import FakeClock, make_engine, make_request, run, step_until_preempted
+from tests.support.fake_executor import EOS, FakeExecutor, FakeStep, undisturbed
 
 
 def ahead_engine(**settings: object) -> tuple[Engine, FakeExecutor]:

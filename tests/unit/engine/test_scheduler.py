@@ -5,15 +5,8 @@ import pytest
 from core.errors import ConfigError
 from engine.engine import Engine
 from engine.plan import StepPlan
-from tests.support.engine import (
-    FakeClock,
-    MakeEngine,
-    kv_of,
-    make_request,
-    run,
-    step_until_preempted,
-    undisturbed,
-)
+from tests.support.engine import FakeClock, MakeEngine, make_request, run, step_until_preempted
+from tests.support.fake_executor import kv_of, undisturbed
 
 
 def spans(plan: StepPlan) -> dict[str, tuple[int, int]]:
