@@ -324,22 +324,21 @@ class ExportMachine:
         if export is None or export.link is not link:
             self.counters["late_release"] += 1
             return []
-        cancel = export.prefilling
-        actions = self._book.end(export, ErrorCode.KV_TRANSFER, message)
-        if cancel:
-            actions.append(CancelPrefill(key, ErrorCode.KV_TRANSFER, message))
-        return actions
+        return self._give_up(export, message)
 
     def _expire(self, export: Export) -> list[ExportAction]:
         self.counters["expired_lease"] += 1
         message = f"The lease of {export.key.request_id} expired after {self._ttl_s:g} s."
-        link = export.link
-        cancel = export.prefilling
-        actions = self._book.end(export, ErrorCode.KV_TRANSFER, message)
-        if link is not None and not link.closed:
+        actions = self._give_up(export, message)
+        if export.link is not None and not export.link.closed:
             revoke = Revoke(export.key, ErrorCode.KV_TRANSFER, message)
-            actions.append(Send(link.number, revoke))
-        if cancel:
+            actions.append(Send(export.link.number, revoke))
+        return actions
+
+    def _give_up(self, export: Export, message: str) -> list[ExportAction]:
+        """End an export that decode reads no more; if it is being computed, that is for nobody."""
+        actions = self._book.end(export, ErrorCode.KV_TRANSFER, message)
+        if export.prefilling:
             actions.append(CancelPrefill(export.key, ErrorCode.KV_TRANSFER, message))
         return actions
 

@@ -63,6 +63,13 @@ class FakeClock:
         return self.now
 
 
+def clock_of(engine: Engine) -> FakeClock:
+    """The clock that `make_engine` gave it."""
+    clock = engine._clock
+    assert isinstance(clock, FakeClock)
+    return clock
+
+
 def make_config(**settings: object) -> EngineConfig:
     """A configuration with small limits."""
     return EngineConfig(**{"model": "fake", "max_step_tokens": 16, "max_num_seqs": 8, **settings})
