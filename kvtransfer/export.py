@@ -1,23 +1,17 @@
 """Prefill's half of the hand-over: which KV blocks are leased to whom, and until when.
 
-Owns one record per prompt that is computed here for a decode worker elsewhere, and one per probe of
-a link, which leases blocks of no content. The engine loop of
-prefill feeds it events and carries out the actions that it returns; it has no clock and no I/O.
+The engine loop of prefill feeds it events and carries out the actions that it returns; it has no
+clock and no I/O. There is one record (`export_record.py`) per prompt that is computed here for a
+decode worker elsewhere, and one per probe of a link, which leases blocks of no content; the book
+(`export_book.py`) has them all.
 
 Invariant: a block that came in through `progressed` goes out through FreeBlocks exactly once, and
 after its lease was offered not before the lease is over: released, or expired, which is `ttl` after
 the latest of the Offer and the link's latest Renew. A Revoke or a closed link does not end a lease,
 because decode may still be reading.
-
-States of a record:
-    PREFILLING  the engine computes; a Claim turns it into an offered lease
-    COMMITTED   the prompt is complete
-    REVOKED     there will be no Commit; only Release or expiry are awaited
 """
 
-from collections import Counter, OrderedDict
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from collections import Counter
 
 from core.errors import ErrorCode
 from core.tokens import TokenLogprobs
@@ -29,13 +23,15 @@ from kvtransfer.actions import (
     ReserveScratch,
     Send,
 )
+from kvtransfer.export_book import ExportBook
+from kvtransfer.export_config import ExportConfig
+from kvtransfer.export_record import ClaimLink, Export, ExportState
 from kvtransfer.messages import (
     Claim,
     Commit,
     DecodeMessage,
     Hello,
     Key,
-    Offer,
     Probe,
     Progress,
     Refused,
@@ -47,67 +43,8 @@ from kvtransfer.messages import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportConfig:
-    """Bounds of what prefill remembers."""
-
-    max_early_claims: int = 4096
-    """Claims of requests not submitted yet, per link; more are revoked."""
-    max_endings: int = 4096
-    """Ended keys remembered, so that a late word about them is answered rightly."""
-    probe_share: int = 32
-    """A probe gets at most this share of the pool, one out of so many blocks."""
-    max_lease_s: float = 600.0
-    """Longest a lease may go on after Commit or Revoke, however often it is renewed. The link of a
-    decode worker that keeps one longer is closed, and the lease then runs out."""
-
-
-class ExportState(StrEnum):
-    """See the module's docstring."""
-
-    PREFILLING = "prefilling"
-    COMMITTED = "committed"
-    REVOKED = "revoked"
-
-
-@dataclass(slots=True)
-class _Link:
-    number: int
-    worker_id: str | None = None
-    """None until its hello."""
-    closed: bool = False
-    renewed_at: float = float("-inf")
-    renew_seq: int = 0
-    probe: Key | None = None
-    """The latest one."""
-    early_claims: dict[Key, float] = field(default_factory=dict)
-    """Key to when it was claimed."""
-
-
-@dataclass(slots=True)
-class _Export:
-    key: Key
-    decode_worker_id: str
-    num_tokens: int
-    router: int = 0
-    blocks: list[int] = field(default_factory=list)
-    state: ExportState = ExportState.PREFILLING
-    settled_at: float = 0.0
-    """When it left PREFILLING."""
-    link: _Link | None = None
-    lease_id: int = 0
-    offered_at: float = 0.0
-    commit: Commit | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Ending:
-    code: ErrorCode
-    message: str
-
-
 class ExportMachine:
-    """The lease book of one prefill worker. Single thread; `now` never goes back."""
+    """Every lease of one prefill worker. Single thread; `now` never goes back."""
 
     def __init__(self, own: Hello, config: ExportConfig | None = None) -> None:
         """`own` is what the worker answers to a hello; its lease_ttl_s rules every lease here."""
@@ -115,9 +52,7 @@ class ExportMachine:
         self._own = own
         self._ttl_s = own.lease_ttl_s
         self._config = config or ExportConfig()
-        self._links: dict[int, _Link] = {}
-        self._exports: dict[Key, _Export] = {}
-        self._endings: OrderedDict[Key, _Ending] = OrderedDict()
+        self._book = ExportBook(self._config.max_endings)
         self._next_lease_id = 1
         self.counters: Counter[str] = Counter()
         """How often something out of the ordinary was ignored or refused, by cause."""
@@ -125,12 +60,12 @@ class ExportMachine:
     @property
     def num_leases(self) -> int:
         """Exports not over yet, offered or not."""
-        return len(self._exports)
+        return len(self._book.exports)
 
     @property
     def num_held_blocks(self) -> int:
         """Holds that this machine has to give back; a block shared by two leases counts twice."""
-        return sum(len(export.blocks) for export in self._exports.values())
+        return sum(len(export.blocks) for export in self._book.exports.values())
 
     # What the engine reports.
 
@@ -141,18 +76,16 @@ class ExportMachine:
 
         `router` names its stream, for `router_left`.
         """
-        ending = self._endings.get(key)
+        ending = self._book.endings.get(key)
         if ending is not None:
             return [CancelPrefill(key, ending.code, ending.message)]
-        if key in self._exports:
+        if key in self._book.exports:
             self.counters["duplicate_submit"] += 1
             return []
-        export = _Export(key, decode_worker_id, num_tokens, router)
-        self._exports[key] = export
+        export = self._book.exports[key] = Export(key, decode_worker_id, num_tokens, router)
         actions: list[ExportAction] = []
-        for link in self._links.values():
-            if link.early_claims.pop(key, None) is not None:
-                actions += self._offer(export, link, now)
+        while (link := self._book.take_early_claim(key)) is not None:
+            actions += self._offer(export, link, now)
         return actions
 
     def progressed(self, key: Key, block_ids: list[int], now: float) -> list[ExportAction]:
@@ -160,8 +93,8 @@ class ExportMachine:
 
         Counts blocks from the prompt's first one on, cached ones and a partial last one included.
         """
-        export = self._exports.get(key)
-        if export is None or export.state is not ExportState.PREFILLING:
+        export = self._book.exports.get(key)
+        if export is None or not export.prefilling:
             self.counters["late_progress"] += 1
             return [FreeBlocks(key, tuple(block_ids))] if block_ids else []
         first = len(export.blocks)
@@ -179,8 +112,8 @@ class ExportMachine:
         now: float,
     ) -> list[ExportAction]:
         """The prompt is complete: every block was reported and its first token sampled."""
-        export = self._exports.get(key)
-        if export is None or export.state is not ExportState.PREFILLING:
+        export = self._book.exports.get(key)
+        if export is None or not export.prefilling:
             self.counters["late_commit"] += 1
             return []
         expected = -(-export.num_tokens // self._own.layout.block_size)
@@ -190,9 +123,7 @@ class ExportMachine:
                 f"{export.num_tokens} tokens, which has {expected}."
             )
             return self.failed(key, ErrorCode.INTERNAL, message, now)
-        export.state = ExportState.COMMITTED
-        export.settled_at = now
-        export.commit = Commit(
+        commit = Commit(
             lease_id=export.lease_id,
             num_tokens=export.num_tokens,
             model_digest=self._own.model_digest,
@@ -201,24 +132,24 @@ class ExportMachine:
             logprobs=logprobs,
             cached_tokens=cached_tokens,
         )
-        return self._send_commit(export)
+        export.complete(commit, now)
+        return [] if export.link is None else [Send(export.link.number, commit)]
 
     def failed(self, key: Key, code: ErrorCode, message: str, now: float) -> list[ExportAction]:
         """There will be no hand-over: it failed, or its router took it back.
 
         Also right for a key that was refused before `submitted`.
         """
-        export = self._exports.get(key)
+        export = self._book.exports.get(key)
         if export is None:
-            if key not in self._endings:
-                self._remember(key, code, message)
-            return self._revoke_early_claim(key)
+            if key not in self._book.endings:
+                self._book.remember(key, code, message)
+            return self._book.revoke_early_claim(key)
         if export.state is ExportState.REVOKED:
             return []
         if export.link is None:
-            return self._end(export, code, message)
-        export.state = ExportState.REVOKED
-        export.settled_at = now
+            return self._book.end(export, code, message)
+        export.revoke(now)
         if export.link.closed:
             return []
         return [Send(export.link.number, Revoke(key, code, message))]
@@ -230,12 +161,11 @@ class ExportMachine:
         prefill, takes decode's part back. Word of it from decode could overtake the good end, and
         would look like a failed hand-over.
         """
-        export = self._exports.get(key)
+        export = self._book.exports.get(key)
         if export is None or export.link is None or export.state is ExportState.REVOKED:
             message = "The first token ended the request."
             return self.failed(key, ErrorCode.KV_TRANSFER, message, now)
-        export.state = ExportState.REVOKED
-        export.settled_at = now
+        export.revoke(now)
         return []
 
     def withdrawn(self, key: Key, router: int) -> list[ExportAction]:
@@ -244,29 +174,29 @@ class ExportMachine:
         What decode has claimed is its own to release. What it has not, it never will; should a
         claim come after all, it gets a Revoke, and the router places the request again.
         """
-        export = self._exports.get(key)
+        export = self._book.exports.get(key)
         if export is None or export.router != router or export.link is not None:
             return []
-        if export.state is ExportState.PREFILLING:
+        if export.prefilling:
             return []  # its own failure is still to come
         message = f"The router gave {key.request_id} up before it was claimed."
-        return self._end(export, ErrorCode.KV_TRANSFER, message)
+        return self._book.end(export, ErrorCode.KV_TRANSFER, message)
 
     def router_left(self, router: int) -> list[ExportAction]:
         """The stream of a router ended, and with it the parts of decode that came over another."""
-        keys = [export.key for export in self._exports.values() if export.router == router]
+        keys = [export.key for export in self._book.exports.values() if export.router == router]
         return [action for key in keys for action in self.withdrawn(key, router)]
 
     # What links report.
 
     def link_opened(self, link: int) -> list[ExportAction]:
         """A decode worker opened a link; numbers are never used again."""
-        self._links[link] = _Link(link)
+        self._book.links[link] = ClaimLink(link)
         return []
 
     def received(self, link: int, message: DecodeMessage, now: float) -> list[ExportAction]:
         """A message arrived on a link."""
-        state = self._links.get(link)
+        state = self._book.links.get(link)
         if state is None:
             self.counters["message_on_closed_link"] += 1
             return []
@@ -286,18 +216,17 @@ class ExportMachine:
 
     def link_closed(self, link: int, now: float) -> list[ExportAction]:
         """A link ended, for whatever reason. Its leases run out; nothing new is computed for it."""
-        state = self._links.pop(link, None)
+        state = self._book.links.pop(link, None)
         if state is None:
             return []
         state.closed = True
         actions: list[ExportAction] = []
         message = f"The link to decode worker {state.worker_id} closed."
         for key in state.early_claims:
-            self._remember(key, ErrorCode.WORKER_LOST, message)
-        for export in self._exports.values():
-            if export.link is state and export.state is ExportState.PREFILLING:
-                export.state = ExportState.REVOKED
-                export.settled_at = now
+            self._book.remember(key, ErrorCode.WORKER_LOST, message)
+        for export in self._book.exports.values():
+            if export.link is state and export.prefilling:
+                export.revoke(now)
                 actions.append(CancelPrefill(export.key, ErrorCode.WORKER_LOST, message))
         return actions
 
@@ -307,23 +236,20 @@ class ExportMachine:
         A lease past its time that was not ended yet may still be renewed: its blocks are here.
         """
         actions: list[ExportAction] = []
-        for export in list(self._exports.values()):
-            if self._expires_at(export) <= now:
+        for export in list(self._book.exports.values()):
+            if export.expires_at(self._ttl_s) <= now:
                 actions += self._expire(export)
-        for link in list(self._links.values()):
+        for link in list(self._book.links.values()):
             for key, claimed_at in list(link.early_claims.items()):
                 if claimed_at + self._ttl_s <= now:
                     self.counters["expired_claim"] += 1
                     message = f"No router submitted {key.request_id} to {self._own.worker_id}."
-                    self._remember(key, ErrorCode.KV_TRANSFER, message)
-                    actions += self._revoke_early_claim(key)
+                    self._book.remember(key, ErrorCode.KV_TRANSFER, message)
+                    actions += self._book.revoke_early_claim(key)
         overdue = {
             export.link.number: export.link
-            for export in self._exports.values()
-            if export.link is not None
-            and not export.link.closed
-            and export.state is not ExportState.PREFILLING
-            and export.settled_at + self._config.max_lease_s <= now
+            for export in self._book.exports.values()
+            if export.link is not None and export.overdue_at(now, self._config.max_lease_s)
         }
         for link in overdue.values():
             self.counters["overdue_lease"] += 1
@@ -332,7 +258,7 @@ class ExportMachine:
 
     # Rules.
 
-    def _hello(self, link: _Link, hello: Hello, now: float) -> list[ExportAction]:
+    def _hello(self, link: ClaimLink, hello: Hello, now: float) -> list[ExportAction]:
         if link.worker_id is not None:
             return self._close(link, "a link takes one hello only", now)
         reason = hello_mismatch(self._own, hello)
@@ -342,14 +268,14 @@ class ExportMachine:
         link.worker_id = hello.worker_id
         return [Send(link.number, self._own)]
 
-    def _claimed(self, link: _Link, key: Key, now: float) -> list[ExportAction]:
-        export = self._exports.get(key)
+    def _claimed(self, link: ClaimLink, key: Key, now: float) -> list[ExportAction]:
+        export = self._book.exports.get(key)
         if export is not None:
             if export.link is link:
                 self.counters["duplicate_claim"] += 1
                 return []
             return self._offer(export, link, now)
-        ending = self._endings.get(key)
+        ending = self._book.endings.get(key)
         if ending is not None:
             return [Send(link.number, Revoke(key, ending.code, ending.message))]
         if key in link.early_claims:
@@ -361,101 +287,60 @@ class ExportMachine:
         link.early_claims[key] = now
         return []
 
-    def _probed(self, link: _Link, key: Key, num_blocks: int, now: float) -> list[ExportAction]:
+    def _probed(self, link: ClaimLink, key: Key, num_blocks: int, now: float) -> list[ExportAction]:
         most = self._own.num_blocks // self._config.probe_share
-        known = key in self._exports or key in self._endings or key in link.early_claims
-        if known or link.probe in self._exports or not 0 < num_blocks <= most:
+        known = key in self._book.exports or key in self._book.endings or key in link.early_claims
+        if known or link.probe in self._book.exports or not 0 < num_blocks <= most:
             self.counters["refused_probe"] += 1
             message = f"{num_blocks} blocks can't be probed here and now, at most {most}."
             return [Send(link.number, Revoke(key, ErrorCode.OVERLOADED, message))]
         num_tokens = num_blocks * self._own.layout.block_size
         assert link.worker_id is not None
-        export = _Export(key, link.worker_id, num_tokens)
-        self._exports[key] = export
+        export = self._book.exports[key] = Export(key, link.worker_id, num_tokens)
         link.probe = key
         return [*self._offer(export, link, now), ReserveScratch(key, num_blocks)]
 
-    def _offer(self, export: _Export, link: _Link, now: float) -> list[ExportAction]:
+    def _offer(self, export: Export, link: ClaimLink, now: float) -> list[ExportAction]:
         if export.link is not None or export.decode_worker_id != link.worker_id:
             self.counters["refused_claim"] += 1
             message = f"{export.key.request_id} is for another worker than {link.worker_id}."
             return [Send(link.number, Revoke(export.key, ErrorCode.KV_TRANSFER, message))]
-        export.link = link
-        export.lease_id = self._next_lease_id
-        export.offered_at = now
+        lease_id = self._next_lease_id
         self._next_lease_id += 1
-        actions: list[ExportAction] = [
-            Send(link.number, Offer(export.key, export.lease_id, export.num_tokens))
-        ]
-        if export.blocks:
-            progress = Progress(export.lease_id, 0, tuple(export.blocks))
-            actions.append(Send(link.number, progress))
-        return actions + self._send_commit(export)
+        return [Send(link.number, message) for message in export.offer(link, lease_id, now)]
 
-    def _send_commit(self, export: _Export) -> list[ExportAction]:
-        if export.link is None or export.commit is None:
-            return []
-        return [Send(export.link.number, replace(export.commit, lease_id=export.lease_id))]
-
-    def _renewed(self, link: _Link, seq: int, now: float) -> list[ExportAction]:
-        if seq <= link.renew_seq:
+    def _renewed(self, link: ClaimLink, seq: int, now: float) -> list[ExportAction]:
+        if not link.renew(seq, now):
             self.counters["late_renew"] += 1
             return []
-        link.renew_seq = seq
-        link.renewed_at = now
         return [Send(link.number, Renewed(seq))]
 
-    def _released(self, link: _Link, key: Key) -> list[ExportAction]:
+    def _released(self, link: ClaimLink, key: Key) -> list[ExportAction]:
         message = f"Decode worker {link.worker_id} gave up {key.request_id}."
         if link.early_claims.pop(key, None) is not None:
-            self._remember(key, ErrorCode.KV_TRANSFER, message)
+            self._book.remember(key, ErrorCode.KV_TRANSFER, message)
             return []
-        export = self._exports.get(key)
+        export = self._book.exports.get(key)
         if export is None or export.link is not link:
             self.counters["late_release"] += 1
             return []
-        cancel = export.state is ExportState.PREFILLING
-        actions = self._end(export, ErrorCode.KV_TRANSFER, message)
-        if cancel:
-            actions.append(CancelPrefill(key, ErrorCode.KV_TRANSFER, message))
-        return actions
+        return self._give_up(export, message)
 
-    def _expires_at(self, export: _Export) -> float:
-        if export.link is not None:
-            return max(export.offered_at, export.link.renewed_at) + self._ttl_s
-        if export.state is ExportState.PREFILLING:
-            return float("inf")
-        return export.settled_at + self._ttl_s
-
-    def _expire(self, export: _Export) -> list[ExportAction]:
+    def _expire(self, export: Export) -> list[ExportAction]:
         self.counters["expired_lease"] += 1
         message = f"The lease of {export.key.request_id} expired after {self._ttl_s:g} s."
-        link = export.link
-        cancel = export.state is ExportState.PREFILLING
-        actions = self._end(export, ErrorCode.KV_TRANSFER, message)
-        if link is not None and not link.closed:
+        actions = self._give_up(export, message)
+        if export.link is not None and not export.link.closed:
             revoke = Revoke(export.key, ErrorCode.KV_TRANSFER, message)
-            actions.append(Send(link.number, revoke))
-        if cancel:
+            actions.append(Send(export.link.number, revoke))
+        return actions
+
+    def _give_up(self, export: Export, message: str) -> list[ExportAction]:
+        """End an export that decode reads no more; if it is being computed, that is for nobody."""
+        actions = self._book.end(export, ErrorCode.KV_TRANSFER, message)
+        if export.prefilling:
             actions.append(CancelPrefill(export.key, ErrorCode.KV_TRANSFER, message))
         return actions
 
-    def _end(self, export: _Export, code: ErrorCode, message: str) -> list[ExportAction]:
-        del self._exports[export.key]
-        self._remember(export.key, code, message)
-        return [FreeBlocks(export.key, tuple(export.blocks))] if export.blocks else []
-
-    def _remember(self, key: Key, code: ErrorCode, message: str) -> None:
-        self._endings[key] = _Ending(code, message)
-        while len(self._endings) > self._config.max_endings:
-            self._endings.popitem(last=False)
-
-    def _revoke_early_claim(self, key: Key) -> list[ExportAction]:
-        ending = self._endings[key]
-        for link in self._links.values():
-            if link.early_claims.pop(key, None) is not None:
-                return [Send(link.number, Revoke(key, ending.code, ending.message))]
-        return []
-
-    def _close(self, link: _Link, reason: str, now: float) -> list[ExportAction]:
+    def _close(self, link: ClaimLink, reason: str, now: float) -> list[ExportAction]:
         return [*self.link_closed(link.number, now), CloseLink(link.number, reason)]

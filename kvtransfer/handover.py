@@ -1,8 +1,10 @@
 """Decode's half of the hand-over: when to read which KV blocks, and when what was read may be used.
 
-Owns one record per prompt whose KV comes from a prefill worker, and the links to those workers.
 The engine loop of decode feeds it events and carries out the actions that it returns; it has no
-clock and no I/O. In each turn: first the messages and the READs that ended, then `tick`.
+clock and no I/O. In each turn: first the messages and the READs that ended, then `tick`. There is
+one record per prompt whose KV comes from a prefill worker (`handover_record.py`) and one per link
+to such a worker (`peer_link.py`); both say what they allow. Which there are, and what ends with
+them, is up to the book (`handover_book.py`).
 
 Invariants: a prompt is delivered only if its Commit fits, every block was read or cached here, and
 the lease held without a gap from before the first READ until now; every key ends once, in Deliver,
@@ -19,21 +21,17 @@ from collections import Counter
 
 from core.errors import ErrorCode
 from kvtransfer.actions import (
-    CloseLink,
     ConnectPeer,
-    Deliver,
-    DisconnectPeer,
     DropBlocks,
     Fail,
     HandoverAction,
-    OpenLink,
     Reserve,
     ReserveScratch,
     Send,
-    StartRead,
 )
+from kvtransfer.handover_book import HandoverBook
 from kvtransfer.handover_config import HandoverConfig
-from kvtransfer.handover_record import Handover, PendingRead
+from kvtransfer.handover_record import Handover
 from kvtransfer.messages import (
     Claim,
     Commit,
@@ -48,10 +46,9 @@ from kvtransfer.messages import (
     Renew,
     Renewed,
     Revoke,
-    hello_mismatch,
 )
 from kvtransfer.peer_link import PeerLink
-from kvtransfer.probing import ProbeSchedule, probe_ended
+from kvtransfer.probing import ProbeSchedule
 
 
 class HandoverMachine:
@@ -61,9 +58,7 @@ class HandoverMachine:
         """`own` is what this worker says to each prefill worker."""
         self._own = own
         self._config = config or HandoverConfig()
-        self._links: dict[int, PeerLink] = {}
-        self._handovers: dict[Key, Handover] = {}
-        self._next_link = 1
+        self._book = HandoverBook(own, self._config.drift_ratio)
         self._next_read = 1
         self._probes = ProbeSchedule(own, self._config)
         self.counters: Counter[str] = Counter()
@@ -72,17 +67,17 @@ class HandoverMachine:
     @property
     def num_handovers(self) -> int:
         """Hand-overs not over yet, ended ones with a pending READ included."""
-        return len(self._handovers)
+        return len(self._book.handovers)
 
     @property
     def num_inflight_blocks(self) -> int:
         """Blocks being read now."""
-        return sum(link.inflight_blocks for link in self._links.values())
+        return sum(link.inflight_blocks for link in self._book.links.values())
 
     @property
     def num_links(self) -> int:
         """Links open or opening."""
-        return len(self._links)
+        return len(self._book.links)
 
     # What the router asks for and the engine answers.
 
@@ -98,41 +93,32 @@ class HandoverMachine:
         now: float,
     ) -> list[HandoverAction]:
         """Fetch the KV of a prompt of `num_tokens` tokens from that lifetime of a worker."""
-        if key in self._handovers:
+        if key in self._book.handovers:
             self.counters["duplicate_submit"] += 1
             return []
-        actions: list[HandoverAction] = []
-        link = self._find_link(worker_id, epoch, address)
-        if link is None:
-            link = PeerLink(
-                self._next_link, worker_id, epoch, address, now, self._config.drift_ratio
-            )
-            self._next_link += 1
-            self._links[link.number] = link
-            actions += [OpenLink(link.number, address), Send(link.number, self._own)]
+        link, actions = self._book.link_to(worker_id, epoch, address, now)
         if link.probe is not None:
-            actions += self._end(link.probe, None, now)
+            actions += self._book.end(link.probe, None, now)
         num_blocks = -(-num_tokens // self._own.layout.block_size)
         handover = Handover(key, link, num_tokens, num_blocks, deadline)
-        self._handovers[key] = handover
-        link.keys[key] = None
+        self._book.add(handover)
         if link.hello is not None:
             actions += self._claim(handover)
         return actions
 
     def aborted(self, key: Key, now: float) -> list[HandoverAction]:
         """The router takes the request back; it ends without a word."""
-        return self._end(key, None, now)
+        return self._book.end(key, None, now)
 
     def failed(self, key: Key, code: ErrorCode, message: str, now: float) -> list[HandoverAction]:
         """The engine can't take the request, for instance because it never fits the pool."""
-        return self._end(key, Fail(key, code, message), now)
+        return self._book.end(key, Fail(key, code, message), now)
 
     def reserved(
         self, key: Key, block_table: tuple[int, ...], num_cached_blocks: int, now: float
     ) -> list[HandoverAction]:
         """Answer to Reserve: own blocks for the whole prompt, and how many leading ones hold it."""
-        handover = self._handovers.get(key)
+        handover = self._book.handovers.get(key)
         if handover is None or handover.ended or handover.table is not None:
             self.counters["late_reserve"] += 1
             return [] if handover else [DropBlocks(key)]
@@ -153,7 +139,7 @@ class HandoverMachine:
             return []
         handover.last_read_at = now
         handover.enough = duration_s >= self._config.probe_read_s
-        actions = self._finish(handover, now) if handover.ended else []
+        actions = self._book.finish(handover, now) if handover.ended else []
         return actions + self._pump(handover.link, now)
 
     def read_failed(self, key: Key, read_no: int, message: str, now: float) -> list[HandoverAction]:
@@ -163,21 +149,21 @@ class HandoverMachine:
             return []
         self.counters["failed_read"] += 1
         reason = f"Reading KV blocks from {handover.link.worker_id} failed: {message}"
-        return self._drop_link(handover.link, ErrorCode.KV_TRANSFER, reason, now)
+        return self._book.drop_link(handover.link, ErrorCode.KV_TRANSFER, reason, now)
 
     def peer_failed(self, link: int, message: str, now: float) -> list[HandoverAction]:
         """The transport could not connect."""
-        state = self._links.get(link)
+        state = self._book.links.get(link)
         if state is None:
             return []
         reason = f"Can't reach the KV blocks of {state.worker_id}: {message}"
-        return self._drop_link(state, ErrorCode.KV_TRANSFER, reason, now)
+        return self._book.drop_link(state, ErrorCode.KV_TRANSFER, reason, now)
 
     # What links report.
 
     def received(self, link: int, message: PrefillMessage, now: float) -> list[HandoverAction]:
         """A message arrived on a link."""
-        state = self._links.get(link)
+        state = self._book.links.get(link)
         if state is None:
             self.counters["message_on_closed_link"] += 1
             return []
@@ -185,7 +171,7 @@ class HandoverMachine:
             case Hello():
                 return self._hello(state, message, now)
             case Refused(reason):
-                return self._drop_link(state, ErrorCode.KV_TRANSFER, reason, now)
+                return self._book.drop_link(state, ErrorCode.KV_TRANSFER, reason, now)
             case Offer():
                 return self._offered(state, message, now)
             case Progress():
@@ -199,53 +185,38 @@ class HandoverMachine:
 
     def link_closed(self, link: int, reason: str, now: float) -> list[HandoverAction]:
         """A link ended or could not be opened."""
-        state = self._links.get(link)
+        state = self._book.links.get(link)
         if state is None:
             return []
         message = f"The link to prefill worker {state.worker_id} closed: {reason}"
-        return self._drop_link(state, ErrorCode.WORKER_LOST, message, now, dead=True)
+        return self._book.drop_link(state, ErrorCode.WORKER_LOST, message, now, dead=True)
 
     def tick(self, now: float) -> list[HandoverAction]:
         """Do what time asks for: renew, and give up what is late."""
         actions: list[HandoverAction] = []
-        for link in list(self._links.values()):
+        for link in list(self._book.links.values()):
             actions += self._tick_link(link, now)
-        for handover in list(self._handovers.values()):
+        for handover in list(self._book.handovers.values()):
             if not handover.ended and handover.deadline <= now:
                 message = f"The KV of {handover.key.request_id} did not arrive within its deadline."
                 fail = Fail(handover.key, ErrorCode.DEADLINE, message)
-                actions += self._end(handover.key, fail, now)
+                actions += self._book.end(handover.key, fail, now)
         return actions
 
     # Rules of links.
 
-    def _find_link(self, worker_id: str, epoch: int, address: str) -> PeerLink | None:
-        for link in self._links.values():
-            if (link.worker_id, link.epoch, link.address) == (worker_id, epoch, address):
-                return link
-        return None
-
     def _hello(self, link: PeerLink, hello: Hello, now: float) -> list[HandoverAction]:
-        reason = hello_mismatch(self._own, hello)
-        if link.hello is not None:
-            reason = f"{link.worker_id} sent a second hello."
-        elif (hello.worker_id, hello.epoch) != (link.worker_id, link.epoch):
-            reason = (
-                f"{link.address} is {hello.worker_id} of epoch {hello.epoch:x}, expected was "
-                f"{link.worker_id} of epoch {link.epoch:x}."
-            )
-        elif hello.lease_ttl_s * (1 - self._config.drift_ratio) <= self._config.read_margin_s:
-            reason = f"A lease ttl of {hello.lease_ttl_s:g} s is too short to read anything."
-        if reason:
-            return self._drop_link(link, ErrorCode.KV_TRANSFER, reason, now)
+        fault = link.hello_fault(self._own, hello, self._config)
+        if fault:
+            return self._book.drop_link(link, ErrorCode.KV_TRANSFER, fault, now)
         link.hello = hello
         link.idle_since = now
         actions: list[HandoverAction] = [
             Send(link.number, Renew(link.next_renew(now))),
             ConnectPeer(link.number, link.peer_id, hello),
         ]
-        for key in link.keys:
-            actions += self._claim(self._handovers[key])
+        for handover in self._book.on(link):
+            actions += self._claim(handover)
         return actions
 
     def _renewed(self, link: PeerLink, seq: int, now: float) -> list[HandoverAction]:
@@ -253,12 +224,12 @@ class HandoverMachine:
             self.counters["late_renewed"] += 1
             return []
         actions: list[HandoverAction] = []
-        for key in list(link.keys):
-            handover = self._handovers[key]
+        for handover in self._book.on(link):
             if not handover.ended and handover.first_read_at < link.valid_since:
                 self.counters["lapsed_lease"] += 1
+                key = handover.key
                 message = f"The lease of {key.request_id} lapsed while its blocks were read."
-                actions += self._end(key, Fail(key, ErrorCode.KV_TRANSFER, message), now)
+                actions += self._book.end(key, Fail(key, ErrorCode.KV_TRANSFER, message), now)
         return actions + self._pump(link, now)
 
     def _tick_link(self, link: PeerLink, now: float) -> list[HandoverAction]:
@@ -267,21 +238,21 @@ class HandoverMachine:
             if now < link.opened_at + config.open_timeout_s:
                 return []
             message = f"Prefill worker {link.worker_id} at {link.address} does not answer."
-            return self._drop_link(link, ErrorCode.WORKER_LOST, message, now)
+            return self._book.drop_link(link, ErrorCode.WORKER_LOST, message, now)
         if now >= link.silent_since(now) + config.peer_silence_s:
             self.counters["silent_peer"] += 1
             message = f"Prefill worker {link.worker_id} is silent."
-            return self._drop_link(link, ErrorCode.WORKER_LOST, message, now)
-        for key in link.keys:
-            read = self._handovers[key].read
+            return self._book.drop_link(link, ErrorCode.WORKER_LOST, message, now)
+        for handover in self._book.on(link):
+            read = handover.read
             if read is not None and now >= read.started_at + config.read_timeout_s:
                 self.counters["stuck_read"] += 1
                 message = f"Reading KV blocks from {link.worker_id} takes too long."
-                return self._drop_link(link, ErrorCode.KV_TRANSFER, message, now)
+                return self._book.drop_link(link, ErrorCode.KV_TRANSFER, message, now)
         if any(key != link.probe for key in link.keys):
             link.idle_since = now
         elif now >= link.idle_since + config.idle_link_s:
-            return self._drop_link(link, ErrorCode.UNAVAILABLE, "idle", now)
+            return self._book.drop_link(link, ErrorCode.UNAVAILABLE, "idle", now)
         actions = self._probe(link, now)
         if link.renew_due(now, config.peer_silence_s):
             actions.append(Send(link.number, Renew(link.next_renew(now))))
@@ -291,30 +262,8 @@ class HandoverMachine:
         probe = self._probes.start(link, now)
         if probe is None:
             return []
-        self._handovers[probe.key] = probe
-        link.keys[probe.key] = None
-        link.probe = probe.key
+        self._book.add(probe)
         return [Send(link.number, Probe(probe.key, probe.num_blocks))]
-
-    def _drop_link(
-        self, link: PeerLink, code: ErrorCode, message: str, now: float, *, dead: bool = False
-    ) -> list[HandoverAction]:
-        """End a link and all on it at once: after DisconnectPeer no READ is pending."""
-        del self._links[link.number]
-        actions: list[HandoverAction] = []
-        if link.hello is not None:
-            actions.append(DisconnectPeer(link.peer_id))
-        for key in list(link.keys):
-            handover = self._handovers[key]
-            handover.read = None
-            if not handover.ended:
-                handover.ended = True
-                fail = Fail(key, code, message)
-                actions.append(probe_ended(key, fail) if handover.probe else fail)
-            actions += self._finish(handover, now, dead=dead)
-        if not dead:
-            actions.append(CloseLink(link.number, message))
-        return actions
 
     # Rules of hand-overs.
 
@@ -323,16 +272,13 @@ class HandoverMachine:
         return [Send(handover.link.number, Claim(handover.key))]
 
     def _offered(self, link: PeerLink, offer: Offer, now: float) -> list[HandoverAction]:
-        handover = self._on_link(link, offer.key)
+        handover = self._book.find(link, offer.key)
         if handover is None or handover.ended:
             self.counters["late_offer"] += 1
             return []
-        if handover.lease_id is not None or offer.num_tokens != handover.num_tokens:
-            return self._doubt(
-                handover,
-                f"{offer.num_tokens} tokens are offered, {handover.num_tokens} expected, and once",
-                now,
-            )
+        doubt = handover.doubt_of_offer(offer)
+        if doubt is not None:
+            return self._doubt(handover, doubt, now)
         handover.lease_id = offer.lease_id
         link.leases[offer.lease_id] = offer.key
         return []
@@ -341,16 +287,9 @@ class HandoverMachine:
         handover = self._of_lease(link, progress.lease_id)
         if handover is None:
             return []
-        end = progress.first_block + len(progress.block_ids)
-        assert link.hello is not None
-        in_pool = all(0 <= block < link.hello.num_blocks for block in progress.block_ids)
-        if progress.first_block != len(handover.remote) or end > handover.num_blocks or not in_pool:
-            return self._doubt(
-                handover,
-                f"blocks [{progress.first_block}, {end}) of {handover.num_blocks} do not follow "
-                f"the {len(handover.remote)} known ones, or are outside the peer's pool",
-                now,
-            )
+        doubt = handover.doubt_of_progress(progress)
+        if doubt is not None:
+            return self._doubt(handover, doubt, now)
         handover.remote += progress.block_ids
         return self._reserve(handover) + self._pump(link, now)
 
@@ -358,23 +297,22 @@ class HandoverMachine:
         handover = self._of_lease(link, commit.lease_id)
         if handover is None:
             return []
-        wrong = handover.misfits(commit, self._own.model_digest)
-        if wrong:
-            return self._doubt(handover, f"its Commit does not fit: {', '.join(wrong)}", now)
+        doubt = handover.doubt_of_commit(commit, self._own.model_digest)
+        if doubt is not None:
+            return self._doubt(handover, doubt, now)
         handover.commit = commit
         handover.committed_at = now
         return self._pump(link, now)
 
     def _revoked(self, link: PeerLink, revoke: Revoke, now: float) -> list[HandoverAction]:
-        handover = self._on_link(link, revoke.key)
-        if handover is None:
+        if self._book.find(link, revoke.key) is None:
             self.counters["late_revoke"] += 1
             return []
         try:
             code = ErrorCode(revoke.error_code)
         except ValueError:
             code = ErrorCode.KV_TRANSFER
-        return self._end(revoke.key, Fail(revoke.key, code, revoke.error_message), now)
+        return self._book.end(revoke.key, Fail(revoke.key, code, revoke.error_message), now)
 
     def _reserve(self, handover: Handover) -> list[HandoverAction]:
         if handover.reserve_asked:
@@ -387,111 +325,40 @@ class HandoverMachine:
     def _pump(self, link: PeerLink, now: float) -> list[HandoverAction]:
         """Deliver what is complete and start the READs that may start, in turn among keys."""
         actions: list[HandoverAction] = []
-        if link.number not in self._links:
+        if link.number not in self._book.links:
             return actions
-        for key in list(link.keys):
-            handover = self._handovers[key]
-            actions += self._deliver(handover, now) or self._start_read(handover, now)
+        for handover in self._book.on(link):
+            if handover.complete_at(now):
+                actions += self._deliver(handover, now)
+                continue
+            read = handover.start_read(self._next_read, now, self._config)
+            if read is not None:
+                self._next_read += 1
+                actions.append(read)
         return actions
 
-    def _start_read(self, handover: Handover, now: float) -> list[HandoverAction]:
-        link, table, start = handover.link, handover.table, handover.next_block
-        room = self._config.max_inflight_blocks - link.inflight_blocks
-        count = min(room, len(handover.remote) - start, handover.most_to_read)
-        if table is None or handover.ended or handover.read is not None or count <= 0:
-            return []
-        if not link.holds_since(min(now, handover.first_read_at), now + self._config.read_margin_s):
-            return []
-        read = PendingRead(self._next_read, count, now)
-        self._next_read += 1
-        handover.read = read
-        handover.first_read_at = min(handover.first_read_at, now)
-        handover.next_block += count
-        link.inflight_blocks += count
-        link.keys[handover.key] = link.keys.pop(handover.key)
-        stop = start + count
-        pairs = tuple(zip(handover.remote[start:stop], table[start:stop], strict=True))
-        return [StartRead(handover.key, read.number, link.peer_id, pairs)]
-
     def _end_read(self, key: Key, read_no: int) -> Handover | None:
-        handover = self._handovers.get(key)
-        if handover is None or handover.read is None or handover.read.number != read_no:
+        handover = self._book.handovers.get(key)
+        if handover is None or not handover.end_read(read_no):
             self.counters["late_read"] += 1
             return None
-        handover.link.inflight_blocks -= handover.read.num_blocks
-        handover.read = None
         return handover
 
     def _deliver(self, handover: Handover, now: float) -> list[HandoverAction]:
-        commit = handover.commit
-        read_all = handover.next_block == handover.num_blocks
-        complete = handover.table is not None and (read_all or (handover.probe and handover.enough))
-        if commit is None or not complete or handover.read is not None or handover.ended:
-            return []
-        if not handover.link.holds_since(min(now, handover.first_read_at), now):
-            return []
         if handover.probe:
             handover.ended = True
-            return [self._probes.measured(handover, now), *self._finish(handover, now)]
-        self._forget(handover, now)
-        return [
-            Deliver(
-                key=handover.key,
-                first_token=commit.first_token,
-                logprobs=commit.logprobs,
-                prefill_cached_tokens=commit.cached_tokens,
-                num_read_blocks=handover.num_blocks - handover.num_cached,
-                transfer_s=max(0.0, handover.last_read_at - handover.committed_at),
-            ),
-            Send(handover.link.number, Release(handover.key)),
-        ]
+            return [self._probes.measured(handover, now), *self._book.finish(handover, now)]
+        self._book.forget(handover, now)
+        return [handover.delivery(), Send(handover.link.number, Release(handover.key))]
 
     def _doubt(self, handover: Handover, what: str, now: float) -> list[HandoverAction]:
         self.counters["doubt"] += 1
         message = f"The KV of {handover.key.request_id} can't be trusted: {what}."
-        return self._end(handover.key, Fail(handover.key, ErrorCode.KV_TRANSFER, message), now)
-
-    def _end(self, key: Key, fail: Fail | None, now: float) -> list[HandoverAction]:
-        handover = self._handovers.get(key)
-        if handover is None or handover.ended:
-            return []
-        handover.ended = True
-        actions: list[HandoverAction] = [] if fail is None else [fail]
-        if handover.probe:
-            actions = [probe_ended(key, fail)]
-        return actions if handover.read is not None else actions + self._finish(handover, now)
-
-    def _finish(
-        self, handover: Handover, now: float, *, dead: bool = False
-    ) -> list[HandoverAction]:
-        """Give back everything of an ended record, now that no READ is pending."""
-        assert handover.ended and handover.read is None
-        self._forget(handover, now)
-        actions: list[HandoverAction] = []
-        if handover.reserve_asked:
-            actions.append(DropBlocks(handover.key))
-        if handover.claimed and not dead:
-            actions.append(Send(handover.link.number, Release(handover.key)))
-        return actions
-
-    def _forget(self, handover: Handover, now: float) -> None:
-        link = handover.link
-        del self._handovers[handover.key]
-        del link.keys[handover.key]
-        if handover.lease_id is not None:
-            del link.leases[handover.lease_id]
-        if handover.probe:
-            link.probe = None
-        else:
-            link.idle_since = now
-
-    def _on_link(self, link: PeerLink, key: Key) -> Handover | None:
-        handover = self._handovers.get(key)
-        return handover if handover is not None and handover.link is link else None
+        return self._book.end(handover.key, Fail(handover.key, ErrorCode.KV_TRANSFER, message), now)
 
     def _of_lease(self, link: PeerLink, lease_id: int) -> Handover | None:
         key = link.leases.get(lease_id)
-        if key is None or self._handovers[key].ended:
+        if key is None or self._book.handovers[key].ended:
             self.counters["late_message"] += 1
             return None
-        return self._handovers[key]
+        return self._book.handovers[key]

@@ -1,15 +1,16 @@
 """Decode's view of one link to a prefill worker: is the peer alive, and until when do leases hold.
 
-Used by `handover.py` only. Invariant: `valid_until` lies before the moment at which prefill may end
-any lease of this link that it has not revoked, as long as the two clocks run at rates that differ
-by less than the drift ratio. It counts from when decode sent the Renew that prefill acknowledged,
-and prefill counts from when it received it, which is later.
+Owned by `handover_book.py`, fed by `handover.py`. Invariant: `valid_until` lies before the moment
+at which prefill may end any lease of this link that it has not revoked, as long as the two clocks
+run at rates that differ by less than the drift ratio. It counts from when decode sent the Renew
+that prefill acknowledged, and prefill counts from when it received it, which is later.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from kvtransfer.messages import Hello, Key
+from kvtransfer.handover_config import HandoverConfig
+from kvtransfer.messages import Hello, Key, hello_mismatch
 
 RENEWS_PER_TTL = 5
 """Heartbeats per lease ttl: several may be lost or late before a lease lapses."""
@@ -52,6 +53,23 @@ class PeerLink:
     def ttl_s(self) -> float:
         """Lease ttl of the peer, 0 while opening."""
         return self.hello.lease_ttl_s if self.hello else 0.0
+
+    def serve_last(self, key: Key) -> None:
+        """Let all others on this link go first next time."""
+        self.keys[key] = self.keys.pop(key)
+
+    def hello_fault(self, own: Hello, hello: Hello, config: HandoverConfig) -> str:
+        """Why a hello can't be the one expected on this link; empty if it can."""
+        if self.hello is not None:
+            return f"{self.worker_id} sent a second hello."
+        if (hello.worker_id, hello.epoch) != (self.worker_id, self.epoch):
+            return (
+                f"{self.address} is {hello.worker_id} of epoch {hello.epoch:x}, expected was "
+                f"{self.worker_id} of epoch {self.epoch:x}."
+            )
+        if hello.lease_ttl_s * (1 - self.drift_ratio) <= config.read_margin_s:
+            return f"A lease ttl of {hello.lease_ttl_s:g} s is too short to read anything."
+        return hello_mismatch(own, hello)
 
     def renew_due(self, now: float, peer_silence_s: float) -> bool:
         """True if a Renew must be sent now."""

@@ -9,7 +9,8 @@ from typing import Literal, cast, get_args
 from core.errors import ConfigError, TransferError
 from kvtransfer.gpu import GpuTransport
 from kvtransfer.mooncake import MooncakeTransport
-from kvtransfer.nixl import NixlTransport, load_nixl
+from kvtransfer.nixl import NixlTransport
+from kvtransfer.nixl_agent import load_nixl
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import BlockPool, Transport
 

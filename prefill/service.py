@@ -1,8 +1,6 @@
 """The KvExport service of a prefill worker, in its service process: links in, frames onward."""
 
-import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 
 import grpc
 
@@ -26,15 +24,9 @@ class KvExportService(kv_export_pb2_grpc.KvExportServicer):
     ) -> AsyncIterator[kv_export_pb2.PrefillMessage]:
         """One decode worker's link, for as long as its stream lives."""
         channel: Channel[kv_export_pb2.PrefillMessage] = self._switchboard.open()
-        with self._switchboard.serving(channel):
-            pump = asyncio.create_task(self._switchboard.pump(channel, request_iterator, _command))
-            try:
-                async for message in channel.outgoing():
-                    yield message
-            finally:
-                pump.cancel()
-                with suppress(asyncio.CancelledError):
-                    await pump
+        async with self._switchboard.carrying(channel, request_iterator, _command) as outgoing:
+            async for message in outgoing:
+                yield message
 
 
 def _command(channel: int, message: kv_export_pb2.DecodeMessage) -> ipc_pb2.EngineCommand:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from engine.threads import available_cores, compute_thread_env
 from kvtransfer.mooncake_engine import mooncake_environment
-from kvtransfer.nixl import ucx_environment
+from kvtransfer.nixl_agent import ucx_environment
 from rpc.v1 import ipc_pb2
 from worker.ipc import ServicePipe, open_pipe
 from worker.settings import WorkerSettings

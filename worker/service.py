@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -103,19 +102,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """Carry a router's requests for as long as its stream lives."""
         await self._require_engine(context)
         channel: Channel[worker_pb2.WorkerMessage] = self._switchboard.open()
-        with self._switchboard.serving(channel):
-            log.info("router attached from %s (channel %d)", context.peer(), channel.number)
-            pump = asyncio.create_task(
-                self._switchboard.pump(channel, request_iterator, _router_command)
-            )
-            try:
-                async for message in channel.outgoing():
+        carrying = self._switchboard.carrying(channel, request_iterator, _router_command)
+        log.info("router attached from %s (channel %d)", context.peer(), channel.number)
+        try:
+            async with carrying as outgoing:
+                async for message in outgoing:
                     yield message
-            finally:
-                pump.cancel()
-                with suppress(asyncio.CancelledError):
-                    await pump
-                log.info("router left (channel %d): %s", channel.number, channel.close_reason)
+        finally:
+            log.info("router left (channel %d): %s", channel.number, channel.close_reason)
 
     async def Describe(
         self,

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Generic, TypeVar
 
 from rpc.v1 import ipc_pb2
@@ -113,6 +113,23 @@ class Switchboard:
             reason = f"the stream broke: {error}"
         finally:
             channel.close(reason)
+
+    @asynccontextmanager
+    async def carrying(
+        self,
+        channel: Channel[Out],
+        incoming: AsyncIterator[In],
+        wrap: Callable[[int, In], ipc_pb2.EngineCommand],
+    ) -> AsyncIterator[AsyncIterator[Out]]:
+        """Serve a channel with a stream that was opened to us; gives what is to go out on it."""
+        with self.serving(channel):
+            pump = asyncio.create_task(self.pump(channel, incoming, wrap))
+            try:
+                yield channel.outgoing()
+            finally:
+                pump.cancel()
+                with suppress(asyncio.CancelledError):
+                    await pump
 
     def to_router(self, frame: ipc_pb2.WorkerFrame) -> None:
         """A frame for one router, or for all of them."""

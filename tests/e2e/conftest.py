@@ -1,10 +1,13 @@
-"""Models that every end-to-end test may ask for."""
+"""Models and clients that every end-to-end test may ask for."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
 from core.modelfile.resolve import resolve_model
+from tests.support.cluster import Cluster
 from tests.support.models import make_checkpoint
 from tests.support.oracle import Oracle
 from tests.support.stream import LONG_PROMPT, LONG_TOKENS
@@ -58,3 +61,15 @@ def long_answer(slow_llama: Path) -> list[int]:
     ids = oracle.tokenizer(LONG_PROMPT)["input_ids"]
     assert len(ids) > 600
     return oracle.greedy(ids, LONG_TOKENS, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def client(system: Cluster) -> Iterator[openai.OpenAI]:
+    """Of the module's own `system`."""
+    with system.openai() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def model(client: openai.OpenAI) -> str:
+    return client.models.list().data[0].id

@@ -27,17 +27,6 @@ def system(tiny_llama: Path) -> Iterator[Cluster]:
         running.wait_balanced()
 
 
-@pytest.fixture(scope="module")
-def client(system: Cluster) -> Iterator[openai.OpenAI]:
-    with system.openai() as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
-def model(client: openai.OpenAI) -> str:
-    return client.models.list().data[0].id
-
-
 def ids_of(choice: Any) -> list[int]:
     return list(choice.token_ids)
 

@@ -53,17 +53,6 @@ def system(
         running.wait_balanced()
 
 
-@pytest.fixture(scope="module")
-def client(system: Cluster) -> Iterator[openai.OpenAI]:
-    with system.openai() as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
-def model(client: openai.OpenAI) -> str:
-    return client.models.list().data[0].id
-
-
 def check_arguments(text: str) -> None:
     arguments = json.loads(text)
     assert list(arguments) == ["city", "days"]

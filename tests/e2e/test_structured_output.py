@@ -57,12 +57,6 @@ def check(text: str) -> None:
     assert all(isinstance(day, int) and 0 <= day <= 99 for day in entry["days"])
 
 
-@pytest.fixture(scope="module")
-def client(system: Cluster) -> Iterator[openai.OpenAI]:
-    with system.openai() as client:
-        yield client
-
-
 def chat(client: openai.OpenAI, **options: Any) -> Any:
     fields: dict[str, Any] = {
         "model": client.models.list().data[0].id,

@@ -24,14 +24,8 @@ from prefill.metrics import ExportMetrics
 from router.fleet.wire import sampling_to_proto
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.faults import Faults, Point, parse_faults
-from tests.support.engine import (
-    DIGEST,
-    FakeClock,
-    FakeExecutor,
-    FakePool,
-    WatchedEngine,
-    make_config,
-)
+from tests.support.engine import FakeClock, WatchedEngine, make_config
+from tests.support.fake_executor import DIGEST, FakeExecutor, FakePool
 from worker.faulty import FaultyExecutor, FaultyPipe
 from worker.loop import EngineLoop
 from worker.role import Outbox, Role

@@ -38,14 +38,6 @@ async def served() -> AsyncIterator[Served]:
         yield running
 
 
-@pytest.fixture
-async def api(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=f"{served.url}/v1", api_key="none", max_retries=0
-    ) as opened:
-        yield opened
-
-
 async def test_chat_has_text_reason_and_true_usage(api: openai.AsyncOpenAI, served: Served) -> None:
     raw = await api.chat.completions.with_raw_response.create(model="tiny", messages=USER)
     answer = raw.parse()

@@ -17,7 +17,6 @@ from tests.support.router_api import (
     ScriptedGenerator,
     Served,
     byte_tokenizer,
-    client,
     says,
     serve,
     until,
@@ -31,12 +30,6 @@ IDS = byte_tokenizer().encode(TEXT).ids
 async def served() -> AsyncIterator[Served]:
     async with serve(ScriptedGenerator(lambda _: says(TEXT, cached_tokens=3))) as running:
         yield running
-
-
-@pytest.fixture
-async def http(served: Served) -> AsyncIterator[httpx.AsyncClient]:
-    async with client(served) as opened:
-        yield opened
 
 
 async def generate(http: httpx.AsyncClient, **body: Any) -> Any:

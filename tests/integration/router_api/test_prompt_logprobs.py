@@ -16,7 +16,6 @@ from tests.support.router_api import (
     ScriptedGenerator,
     Served,
     byte_tokenizer,
-    client,
     says,
     serve,
     until,
@@ -31,18 +30,6 @@ POSITIONS = range(1, len(IDS))
 async def served() -> AsyncIterator[Served]:
     async with serve(ScriptedGenerator(lambda _: says("ok"))) as running:
         yield running
-
-
-@pytest.fixture
-async def http(served: Served) -> AsyncIterator[httpx.AsyncClient]:
-    async with client(served) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def api(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="x") as opened:
-        yield opened
 
 
 async def post(http: httpx.AsyncClient, path: str, **body: Any) -> Any:

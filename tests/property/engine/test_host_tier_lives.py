@@ -10,16 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.engine import Engine
-from tests.support.engine import (
-    DIGEST,
-    FakeClock,
-    FakeExecutor,
-    Transcript,
-    WatchedEngine,
-    make_config,
-    make_request,
-    undisturbed,
-)
+from tests.support.engine import FakeClock, Transcript, WatchedEngine, make_config, make_request
+from tests.support.fake_executor import DIGEST, FakeExecutor, undisturbed
 from tests.support.host_memory import FakeHostMemory
 
 BLOCK_SIZE = 4

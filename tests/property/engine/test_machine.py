@@ -23,17 +23,8 @@ from core.block_hash import hash_blocks, root_hash
 from core.errors import InvalidRequestError, OverloadedError
 from core.finish import FinishReason
 from engine.request import EngineRequest, Reservation, StepOutputs
-from tests.support.engine import (
-    DIGEST,
-    FakeClock,
-    FakeExecutor,
-    Transcript,
-    WatchedEngine,
-    kv_of,
-    make_config,
-    make_request,
-    undisturbed,
-)
+from tests.support.engine import FakeClock, Transcript, WatchedEngine, make_config, make_request
+from tests.support.fake_executor import DIGEST, FakeExecutor, kv_of, undisturbed
 from tests.support.grammar import HeldCompiler, structure
 
 BLOCK_SIZE = 4

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from tests.support.engine import Transcript, make_engine, make_request, undisturbed
+from tests.support.engine import Transcript, make_engine, make_request
+from tests.support.fake_executor import undisturbed
 
 
 @dataclass(frozen=True)

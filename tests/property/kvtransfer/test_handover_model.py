@@ -8,10 +8,12 @@ import pytest
 
 from core.errors import ErrorCode
 from kvtransfer import actions as act
-from kvtransfer import handover
+from kvtransfer import handover, handover_book
 from kvtransfer.actions import ProbeOutcome
 from kvtransfer.export import ExportMachine
 from kvtransfer.handover import HandoverMachine
+from kvtransfer.handover_book import HandoverBook
+from kvtransfer.handover_record import Handover
 from kvtransfer.messages import Key
 from kvtransfer.peer_link import PeerLink
 from kvtransfer.probing import ProbeSchedule
@@ -108,7 +110,7 @@ def free_on_revoke(patch: pytest.MonkeyPatch) -> None:
     honest = ExportMachine.failed
 
     def failed(self: Any, key: Key, code: ErrorCode, message: str, now: float) -> Any:
-        export = self._exports.get(key)
+        export = self._book.exports.get(key)
         actions = honest(self, key, code, message, now)
         return actions if export is None else [*actions, *end_once(self, export)]
 
@@ -119,7 +121,7 @@ def free_on_link_close(patch: pytest.MonkeyPatch) -> None:
     honest = ExportMachine.link_closed
 
     def link_closed(self: Any, link: int, now: float) -> Any:
-        exports = list(self._exports.values())
+        exports = list(self._book.exports.values())
         actions = honest(self, link, now)
         return actions + [action for export in exports for action in end_once(self, export)]
 
@@ -127,13 +129,13 @@ def free_on_link_close(patch: pytest.MonkeyPatch) -> None:
 
 
 def end_once(machine: Any, export: Any) -> Any:
-    if export.key not in machine._exports:
+    if export.key not in machine._book.exports:
         return []
-    return machine._end(export, ErrorCode.KV_TRANSFER, "mutated")
+    return machine._book.end(export, ErrorCode.KV_TRANSFER, "mutated")
 
 
 def expire_silently(self: Any, export: Any) -> Any:
-    return self._end(export, ErrorCode.KV_TRANSFER, "mutated")
+    return self._book.end(export, ErrorCode.KV_TRANSFER, "mutated")
 
 
 def no_revoke_on_expiry(patch: pytest.MonkeyPatch) -> None:
@@ -141,30 +143,31 @@ def no_revoke_on_expiry(patch: pytest.MonkeyPatch) -> None:
 
 
 def drop_under_a_read(patch: pytest.MonkeyPatch) -> None:
-    honest = HandoverMachine._end
+    honest = HandoverBook.end
 
     def end(self: Any, key: Key, fail: Any, now: float) -> Any:
-        record = self._handovers.get(key)
+        record = self.handovers.get(key)
         actions = honest(self, key, fail, now)
         return [*actions, act.DropBlocks(key)] if record and record.read else actions
 
-    patch.setattr(HandoverMachine, "_end", end)
+    patch.setattr(HandoverBook, "end", end)
 
 
 def forget_to_release(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(handover, "Release", lambda key: handover.Renew(0))
+    for module in (handover, handover_book):
+        patch.setattr(module, "Release", lambda key: handover.Renew(0))
 
 
 def deliver_while_reading(patch: pytest.MonkeyPatch) -> None:
-    honest = HandoverMachine._deliver
+    honest = Handover.complete_at
 
-    def deliver(self: Any, record: Any, now: float) -> Any:
-        read, record.read = record.read, None
-        actions = honest(self, record, now)
-        record.read = read
-        return actions
+    def complete_at(self: Any, now: float) -> bool:
+        read, self.read = self.read, None
+        complete = honest(self, now)
+        self.read = read
+        return complete
 
-    patch.setattr(HandoverMachine, "_deliver", deliver)
+    patch.setattr(Handover, "complete_at", complete_at)
 
 
 def deliver_without_commit(patch: pytest.MonkeyPatch) -> None:
@@ -192,7 +195,7 @@ def probe_beside_a_prompt(patch: pytest.MonkeyPatch) -> None:
 
 
 def probe_ends_as_a_prompt(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(handover, "probe_ended", lambda key, fail: fail)
+    patch.setattr(handover_book, "probe_ended", lambda key, fail: fail)
 
 
 MUTATIONS: dict[str, tuple[Patch, Scenario]] = {

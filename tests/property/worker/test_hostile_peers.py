@@ -15,7 +15,8 @@ from core.block_hash import hash_blocks, root_hash
 from core.sampling import SamplingParams
 from router.fleet.wire import sampling_to_proto
 from rpc.v1 import ipc_pb2, kv_export_pb2, worker_pb2
-from tests.support.engine import DIGEST, FakeClock
+from tests.support.engine import FakeClock
+from tests.support.fake_executor import DIGEST
 from tests.support.loops import BLOCK_SIZE, Pair, Side, make_side
 from tests.support.protobuf import messages
 from worker.ipc import EnginePipe, PipeClosedError, open_pipe

@@ -9,7 +9,7 @@ from core.errors import RETRYABLE
 from engine.executor import ExecutorLostError
 from kvtransfer.rank_transport import RankTransport
 from rpc.v1 import ipc_pb2, worker_pb2
-from tests.support.engine import undisturbed
+from tests.support.fake_executor import undisturbed
 from tests.support.grammar import BAD, HeldCompiler, ready_compiler, structure
 from tests.support.loops import COPY_S, LEASE_TTL_S, Pair
 

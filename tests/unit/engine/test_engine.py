@@ -13,18 +13,8 @@ from core.errors import (
 )
 from core.finish import FinishReason
 from engine.plan import StepResult
-from tests.support.engine import (
-    DIGEST,
-    EOS,
-    VOCAB_SIZE,
-    FakeClock,
-    FakeStep,
-    MakeEngine,
-    make_request,
-    run,
-    step_until_preempted,
-    undisturbed,
-)
+from tests.support.engine import MakeEngine, clock_of, make_request, run, step_until_preempted
+from tests.support.fake_executor import DIGEST, EOS, VOCAB_SIZE, FakeStep, undisturbed
 
 
 def prompt_that_samples(token_id: int, at: int, **sampling: object) -> list[int]:
@@ -367,8 +357,7 @@ def test_configured_length_bounds_the_models(make_engine: MakeEngine) -> None:
 
 def test_step_says_how_long_it_took_and_what_it_computed(make_engine: MakeEngine) -> None:
     engine, executor = make_engine()
-    clock = engine._clock
-    assert isinstance(clock, FakeClock)
+    clock = clock_of(engine)
     finish = executor.finish
 
     def slow(step: FakeStep) -> StepResult:

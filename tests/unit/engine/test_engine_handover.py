@@ -6,15 +6,8 @@ from core.finish import FinishReason
 from core.tokens import TokenLogprobs
 from engine.engine import Engine
 from engine.request import Reservation, SequenceOutput
-from tests.support.engine import (
-    FakeExecutor,
-    MakeEngine,
-    kv_of,
-    make_request,
-    run,
-    step_until_preempted,
-    undisturbed,
-)
+from tests.support.engine import MakeEngine, make_request, run, step_until_preempted
+from tests.support.fake_executor import FakeExecutor, kv_of, undisturbed
 
 
 def prefill(engine: Engine, request_id: str) -> SequenceOutput:

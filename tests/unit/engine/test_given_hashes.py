@@ -6,7 +6,8 @@ from core.block_hash import hash_blocks, root_hash
 from core.sampling import SamplingParams
 from engine.engine import Engine
 from engine.request import EngineRequest
-from tests.support.engine import DIGEST, MakeEngine, undisturbed
+from tests.support.engine import MakeEngine
+from tests.support.fake_executor import DIGEST, undisturbed
 
 SHORT = [5, 6]
 PARAMS = SamplingParams(max_tokens=9, ignore_eos=True)

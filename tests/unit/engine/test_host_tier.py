@@ -2,13 +2,8 @@
 
 from engine.engine import Engine
 from engine.kv.tier_copies import MAX_WAIT_S
-from tests.support.engine import (
-    FakeClock,
-    MakeEngine,
-    make_request,
-    run,
-    undisturbed,
-)
+from tests.support.engine import MakeEngine, clock_of, make_request, run
+from tests.support.fake_executor import undisturbed
 from tests.support.host_memory import FakeHostMemory
 
 PROMPT = [*range(1, 18)]
@@ -83,8 +78,7 @@ def test_a_copy_that_hangs_does_not_hang_the_prompt(make_engine: MakeEngine) -> 
     for _ in range(5):
         assert engine.has_work
         assert not engine.step().outputs
-    clock = engine._clock
-    assert isinstance(clock, FakeClock)
+    clock = clock_of(engine)
     clock.now += MAX_WAIT_S
     done = run(engine)
     assert done.ends["r"].num_cached_tokens == 0

@@ -7,7 +7,8 @@ from core.errors import ConfigError, DiptychError, InvalidRequestError
 from core.finish import FinishReason
 from core.sampling import SamplingParams
 from engine.llm import LLM
-from tests.support.engine import FakeExecutor, make_config, undisturbed
+from tests.support.engine import make_config
+from tests.support.fake_executor import FakeExecutor, undisturbed
 from tests.support.models import make_checkpoint
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)

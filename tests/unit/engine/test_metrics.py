@@ -3,7 +3,8 @@ from prometheus_client import CollectorRegistry
 from engine.engine import Engine
 from engine.metrics import EngineMetrics
 from engine.request import EngineStats, HostTierStats, StepOutputs
-from tests.support.engine import DIGEST, FakeExecutor, make_config, make_request, run
+from tests.support.engine import make_config, make_request, run
+from tests.support.fake_executor import DIGEST, FakeExecutor
 
 
 def test_stats_show_as_gauges_and_counters() -> None:

@@ -10,17 +10,8 @@ from core.finish import FinishReason
 from engine.engine import Engine
 from engine.plan import PENDING, StepPlan
 from engine.request import SequenceOutput
-from tests.support.engine import (
-    EOS,
-    FakeClock,
-    FakeExecutor,
-    FakeStep,
-    make_engine,
-    make_request,
-    run,
-    step_until_preempted,
-    undisturbed,
-)
+from tests.support.engine import clock_of, make_engine, make_request, run, step_until_preempted
+from tests.support.fake_executor import EOS, FakeExecutor, FakeStep, undisturbed
 
 
 def ahead_engine(**settings: object) -> tuple[Engine, FakeExecutor]:
@@ -354,8 +345,7 @@ def test_settle_returns_what_was_in_flight_and_starts_nothing() -> None:
 
 def test_duration_is_the_time_that_the_device_gave_to_the_step() -> None:
     engine, executor = ahead_engine()
-    clock = engine._clock
-    assert isinstance(clock, FakeClock)
+    clock = clock_of(engine)
     finish = executor.finish
 
     def slow(step: FakeStep) -> object:

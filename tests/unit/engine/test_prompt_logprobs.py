@@ -11,7 +11,8 @@ from core.tokens import PromptLogprobs
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.llm import LLM
-from tests.support.engine import MakeEngine, kv_of, make_request, score_of
+from tests.support.engine import MakeEngine, make_request
+from tests.support.fake_executor import kv_of, score_of
 from tests.support.models import make_checkpoint
 from tests.support.oracle import Oracle
 

@@ -5,15 +5,8 @@ import pytest
 from core.errors import ConfigError
 from engine.engine import Engine
 from engine.plan import StepPlan
-from tests.support.engine import (
-    FakeClock,
-    MakeEngine,
-    kv_of,
-    make_request,
-    run,
-    step_until_preempted,
-    undisturbed,
-)
+from tests.support.engine import MakeEngine, clock_of, make_request, run, step_until_preempted
+from tests.support.fake_executor import kv_of, undisturbed
 
 
 def spans(plan: StepPlan) -> dict[str, tuple[int, int]]:
@@ -253,8 +246,7 @@ def test_other_requests_pass_one_that_waits_for_its_prefix(make_engine: MakeEngi
 
 def test_longest_prefix_goes_first_but_not_for_ever(make_engine: MakeEngine) -> None:
     engine, _ = make_engine(num_blocks=32, policy="longest_prefix", max_num_seqs=1)
-    clock = engine._clock
-    assert isinstance(clock, FakeClock)
+    clock = clock_of(engine)
     engine.add(make_request("warm", 12, max_tokens=1))
     run(engine)
     engine.add(make_request("cold", [9] * 12, max_tokens=1))

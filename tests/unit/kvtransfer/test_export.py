@@ -7,7 +7,8 @@ import pytest
 
 from core.errors import ErrorCode
 from kvtransfer.actions import CancelPrefill, CloseLink, ExportAction, FreeBlocks, Send
-from kvtransfer.export import ExportConfig, ExportMachine
+from kvtransfer.export import ExportMachine
+from kvtransfer.export_config import ExportConfig
 from kvtransfer.messages import (
     Claim,
     Key,
@@ -173,7 +174,7 @@ def test_renew_revives_a_lease_that_was_not_ended_yet(machine: ExportMachine) ->
 
 def test_lease_that_expires_under_computation_cancels_it(machine: ExportMachine) -> None:
     lease(machine)
-    assert [type(a) for a in machine.expire(TTL)] == [Send, CancelPrefill]
+    assert [type(a) for a in machine.expire(TTL)] == [CancelPrefill, Send]
 
 
 def test_unclaimed_prompt_lives_while_it_is_computed_and_a_ttl_longer(

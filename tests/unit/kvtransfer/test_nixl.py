@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import TransferError
-from kvtransfer.nixl import NixlPool, NixlTransport, cut_pieces
+from kvtransfer.nixl import NixlTransport
+from kvtransfer.nixl_pool import NixlPool, cut_pieces
 from kvtransfer.transport import Piece
 from tests.support.kv import HostPool
 

@@ -5,8 +5,8 @@ import logging
 import pytest
 
 from core.errors import ConfigError, TransferError
-from kvtransfer import nixl, select
-from kvtransfer.nixl import ucx_environment
+from kvtransfer import nixl, nixl_agent, select
+from kvtransfer.nixl_agent import ucx_environment
 from tests.support.kv import HostPool
 
 
@@ -59,7 +59,7 @@ def test_nixl_could_be_used_where_it_is_installed_and_has_rdma(
     monkeypatch: pytest.MonkeyPatch, installed: bool, rdma: bool
 ) -> None:
     monkeypatch.setattr(select, "has_rdma", lambda: rdma)
-    monkeypatch.setattr(select, "load_nixl", nixl.load_nixl if installed else no_nixl)
+    monkeypatch.setattr(select, "load_nixl", nixl_agent.load_nixl if installed else no_nixl)
     assert select.could_use_nixl() is (installed and rdma)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from rpc.v1 import ipc_pb2, kv_export_pb2, worker_pb2
 from telemetry.faults import Faults, parse_faults
-from tests.support.engine import undisturbed
+from tests.support.fake_executor import undisturbed
 from tests.support.loops import Pair
 from tests.unit.worker.test_switchboard import HELLO, RecordingPipe, collect, frame
 from worker.faulty_links import FaultySwitchboard

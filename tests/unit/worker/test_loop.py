@@ -7,7 +7,8 @@ from core.errors import RETRYABLE
 from core.sampling import SamplingParams
 from engine.executor import ExecutorLostError
 from rpc.v1 import ipc_pb2, worker_pb2
-from tests.support.engine import FakeClock, undisturbed
+from tests.support.engine import FakeClock
+from tests.support.fake_executor import undisturbed
 from tests.support.grammar import HeldCompiler, structure
 from tests.support.loops import ROUTER, Side, make_side, sampling_to_proto
 

@@ -10,16 +10,8 @@ from engine.engine import Engine
 from engine.grammar.compiler import COMPILE_TIMEOUT_S, MAX_QUEUED
 from engine.plan import PENDING
 from engine.request import EngineRequest, SequenceOutput
-from tests.support.engine import (
-    EOS,
-    FakeClock,
-    MakeEngine,
-    kv_of,
-    make_engine,
-    make_request,
-    run,
-    undisturbed,
-)
+from tests.support.engine import FakeClock, MakeEngine, make_engine, make_request, run
+from tests.support.fake_executor import EOS, kv_of, undisturbed
 from tests.support.grammar import BAD, HeldCompiler, ready_compiler, structure
 
 

@@ -3,7 +3,8 @@ import pytest
 from engine.kv.allocator import BlockAllocator
 from engine.kv.tier_copies import MAX_WAIT_S, TierCopies, build_tiers
 from engine.rates import StepRates
-from tests.support.engine import FakeClock, FakePool
+from tests.support.engine import FakeClock
+from tests.support.fake_executor import FakePool
 from tests.support.host_memory import FakeHostMemory
 
 HASHES = [bytes([i]) for i in range(6)]

@@ -5,7 +5,7 @@ import pytest
 from core.errors import DiptychError
 from engine.parallel.host_memory import RankCopies, RankedHostMemory
 from engine.parallel.pipe import Frame
-from tests.support.engine import FakePool
+from tests.support.fake_executor import FakePool
 from tests.support.host_memory import FakeHostMemory
 
 
