@@ -1,6 +1,10 @@
 """Layers with experts by kernels against the same in torch; without a GPU, in the interpreter."""
 
+import os
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +83,10 @@ def test_more_pairs_than_one_chunk_are_all_gathered() -> None:
     for index in range(4):
         own = gathered.order[bounds[index] : bounds[index + 1]].long().cpu()
         assert own.tolist() == (flat == index + 2).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton has compilers for Linux alone")
+def test_kernels_are_built_for_gpus_before_and_since_overlapping_launches(tmp_path: Path) -> None:
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.support.kernel_builds", "80", "90"]
+    subprocess.run(command, check=True, timeout=120, env=env)
