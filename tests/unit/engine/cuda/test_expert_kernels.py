@@ -43,7 +43,7 @@ def layer(group: Alone, experts: ExpertsConfig, dtype: torch.dtype) -> ExpertMLP
     [
         (1, 6, 3, Alone(), torch.float32),  # most experts have no token
         (5, 4, 1, Alone(), torch.float16),
-        (70, 3, 2, Alone(), torch.float16),  # several tiles for each
+        (150, 3, 2, Alone(), torch.float16),  # several tiles for each
         (9, 6, 3, OneOf(1, 2), torch.float16),  # three whole experts
         (9, 3, 2, OneOf(1, 2), torch.float32),  # half of each of three
     ],
