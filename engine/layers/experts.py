@@ -34,7 +34,7 @@ class ExpertMLP:
         """Load `prefix`.gate and this rank's share of `prefix`.experts."""
         self._group = group
         self._experts = experts
-        share = expert_share(experts, group)
+        share = expert_share(experts, group.rank, group.size)
         self._first = share.first
         self._inner = share.intermediate_size
         self.router = Linear(source.get(f"{prefix}.gate.weight", experts.count, hidden_size))

@@ -6,8 +6,7 @@ import pytest
 
 from core.errors import ConfigError
 from engine.models.config import ModelConfig, parse_model_config
-from engine.parallel.group import Alone
-from engine.parallel.shares import ExpertShare, expert_share, rank_share
+from engine.parallel.shares import ExpertShare, expert_share, rank_share, told_of_experts
 
 
 def model(**changes: Any) -> ModelConfig:
@@ -27,24 +26,21 @@ def model(**changes: Any) -> ModelConfig:
     return parse_model_config({**raw, **changes}, ())
 
 
-class Rank(Alone):
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size  # type: ignore[misc]
-
-
 @pytest.mark.parametrize("rank", range(4))
 def test_experts_are_shared_out_whole_where_ranks_divide_their_number(rank: int) -> None:
     experts = model().experts
     assert experts is not None
-    share = expert_share(experts, Rank(rank, 4))
+    share = expert_share(experts, rank, 4)
     assert share == ExpertShare(first=2 * rank, count=2, intermediate_size=36, whole=True)
+    assert "2 of a layer's 8 experts" in told_of_experts(model(), 4)
 
 
 def test_experts_are_cut_where_ranks_do_not_divide_their_number() -> None:
     experts = model().experts
     assert experts is not None
-    share = expert_share(experts, Rank(2, 3))
+    share = expert_share(experts, 2, 3)
     assert share == ExpertShare(first=0, count=8, intermediate_size=12, whole=False)
+    assert "a part of every one" in told_of_experts(model(), 3)
 
 
 def test_dense_rows_matter_only_where_a_layer_is_dense() -> None:
