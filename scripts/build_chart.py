@@ -25,7 +25,7 @@ CHART = Path("deploy/helm/diptych")
 SCHEMA = CHART / "values.schema.json"
 REFERENCE = Path("docs/kubernetes-values.md")
 GOLDEN = Path("tests/deploy/golden")
-PROFILES = ("cpu", "single-node", "pd-rdma", "multinode")
+PROFILES = ("cpu", "single-node", "pd-rdma", "multinode-ep")
 GOLDEN_FLAGS = (
     *("--set", "grpc.auth.token=golden", "--set", "router.apiKeys.existingSecret=golden"),
     *("--set", "metrics.dashboards.enabled=false,metrics.prometheusRule.enabled=false"),

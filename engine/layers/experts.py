@@ -34,7 +34,7 @@ class ExpertMLP:
         """Load `prefix`.gate and this rank's share of `prefix`.experts."""
         self._group = group
         self._experts = experts
-        share = expert_share(experts, group)
+        share = expert_share(experts, group.rank, group.size)
         self._first = share.first
         self._inner = share.intermediate_size
         self.router = Linear(source.get(f"{prefix}.gate.weight", experts.count, hidden_size))
@@ -59,34 +59,44 @@ class ExpertMLP:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> [T, hidden_size]."""
-        weights, chosen = self._route(x)
-        outputs = self._each(x, chosen)
+        weights, outputs = self._on_gpu(x) if self._fused else self._in_torch(x)
         # A product, so that narrow types are summed in float32.
-        part = torch.bmm(weights.unsqueeze(1), outputs).squeeze(1)
+        part = torch.bmm(weights.unsqueeze(1), outputs.view(*weights.shape, -1)).squeeze(1)
         return self._group.all_reduce_(part)
 
-    def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights of each token's experts, and which they are, [T, per_token] int64."""
-        shares = self.router(x).softmax(-1, dtype=torch.float32)
-        weights, chosen = shares.topk(self._experts.per_token, -1)
-        if self._experts.normalised:
-            weights /= weights.sum(-1, keepdim=True)
-        return weights.to(x.dtype), chosen
+    def _in_torch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of each token's experts, [T, per_token], and their outputs.
 
-    def _each(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Outputs of each token's experts, [T, per_token, hidden_size]; zeros of other ranks'."""
+        Returns:
+            Outputs are [T * per_token, hidden_size], zeros where the expert is another rank's.
+        """
+        experts = self._experts
+        shares = self.router(x).softmax(-1, dtype=torch.float32)
+        weights, chosen = shares.topk(experts.per_token, -1)
+        if experts.normalised:
+            weights /= weights.sum(-1, keepdim=True)
         pairs = chosen.flatten()
-        order = pairs.argsort(stable=True)
-        counts = torch.bincount(pairs, minlength=self._experts.count).tolist()
+        counts = torch.bincount(pairs, minlength=experts.count).tolist()
+        by_expert = pairs.argsort(stable=True).split(counts)
         outputs = x.new_zeros(len(pairs), x.shape[1])
-        groups = order.split(counts)[self._first : self._first + len(self.down)]
-        for index, group in enumerate(groups):
-            if len(group):
-                gate_up = functional.linear(x[group // chosen.shape[1]], self.gate_up[index])
+        for index in range(len(self.down)):
+            own = by_expert[self._first + index]
+            if len(own):
+                gate_up = functional.linear(x[own // experts.per_token], self.gate_up[index])
                 inner = functional.silu(gate_up[:, : self._inner])
                 inner.mul_(gate_up[:, self._inner :])
-                outputs[group] = functional.linear(inner, self.down[index])
-        return outputs.view(*chosen.shape, -1)
+                outputs[own] = functional.linear(inner, self.down[index])
+        return weights.to(x.dtype), outputs
+
+    def _on_gpu(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in kernels that a graph can replay."""
+        from engine.cuda.kernels.experts import choose, expert_products, gather
+
+        experts = self._experts
+        weights, chosen = choose(self.router(x), experts.per_token, normalised=experts.normalised)
+        gathered = gather(chosen, first=self._first, count=len(self.down), total=experts.count)
+        inner = expert_products(x, self.gate_up, gathered, per_row=experts.per_token, gated=True)
+        return weights, expert_products(inner, self.down, gathered, per_row=1, gated=False)
 
 
 _PARTS = ("gate", "up", "down")

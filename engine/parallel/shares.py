@@ -7,7 +7,6 @@ import torch
 from core.errors import ConfigError
 from engine.config import EngineConfig
 from engine.models.config import ExpertsConfig, ModelConfig
-from engine.parallel.group import RankGroup
 
 _MAX_SIZE = 64
 """Largest size that an error message proposes."""
@@ -51,12 +50,12 @@ class ExpertShare:
     """Each expert is on one rank; else each is cut, as a dense layer is."""
 
 
-def expert_share(experts: ExpertsConfig, group: RankGroup) -> ExpertShare:
+def expert_share(experts: ExpertsConfig, rank: int, size: int) -> ExpertShare:
     """Whole experts if the ranks divide their number, so that matrices stay large; else parts."""
-    if experts.count % group.size == 0:
-        count = experts.count // group.size
+    if experts.count % size == 0:
+        count = experts.count // size
         return ExpertShare(
-            first=group.rank * count,
+            first=rank * count,
             count=count,
             intermediate_size=experts.intermediate_size,
             whole=True,
@@ -64,9 +63,20 @@ def expert_share(experts: ExpertsConfig, group: RankGroup) -> ExpertShare:
     return ExpertShare(
         first=0,
         count=experts.count,
-        intermediate_size=experts.intermediate_size // group.size,
+        intermediate_size=experts.intermediate_size // size,
         whole=False,
     )
+
+
+def told_of_experts(config: ModelConfig, size: int) -> str:
+    """How `size` ranks share them, for the log; empty if there is nothing to tell."""
+    experts = config.experts
+    if experts is None or size == 1:
+        return ""
+    share = expert_share(experts, 0, size)
+    if share.whole:
+        return f"each rank has {share.count} of a layer's {experts.count} experts"
+    return f"each rank has a part of every one of a layer's {experts.count} experts"
 
 
 def _uneven(config: ModelConfig, size: int) -> list[str]:

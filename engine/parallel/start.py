@@ -18,7 +18,7 @@ from engine.parallel.children import RankProcesses
 from engine.parallel.executor import MultiProcessExecutor
 from engine.parallel.meeting import Meeting, start_message
 from engine.parallel.peers import OtherNodes
-from engine.parallel.shares import rank_device, rank_share
+from engine.parallel.shares import rank_device, rank_share, told_of_experts
 from engine.parallel.torch_group import TorchGroup, make_store_fd
 from engine.threads import compute_thread_env, rank_threads
 
@@ -55,7 +55,8 @@ def start_ranks(
     # What is wrong with the settings is found before any process is started.
     path = resolve_model(config.model, progress)
     config = replace(config, model=str(path))
-    rank_share(read_model_config(path), size)
+    model = read_model_config(path)
+    rank_share(model, size)
     device = rank_device(config, 0)
     ranks = RankProcesses(config.rank_timeout_s)
     group: TorchGroup | None = None
@@ -64,6 +65,8 @@ def start_ranks(
     here = config.ranks_per_node
     try:
         progress(f"starting {here} of {size} ranks" if elsewhere else f"starting {size} ranks")
+        if experts := told_of_experts(model, size):
+            progress(experts)
         ranks.start(
             [sys.executable, "-m", rank_module],
             [start_message(config, rank, told) for rank in range(1, here)],

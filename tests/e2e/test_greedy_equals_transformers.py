@@ -25,9 +25,10 @@ PAIRWISE = [
     ("qwen2", "tcp", WHOLE),
     ("qwen3", "nixl", 16),
     ("qwen3", "tcp", 64),
-    ("qwen3", "tcp", WHOLE),
+    ("qwen3-moe", "tcp", WHOLE),
 ]
-"""Each model with each chunk and each transport, and each transport with each chunk."""
+"""Each kind of attention (the last two models have one) with each chunk and each transport, and
+each transport with each chunk."""
 
 
 @dataclass(frozen=True)

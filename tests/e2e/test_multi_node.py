@@ -21,7 +21,7 @@ LONG = 10
 def test_prefill_on_two_nodes_serves_like_one_and_costs_no_token_when_a_node_dies(
     tmp_path: Path,
 ) -> None:
-    model = make_checkpoint(tmp_path)
+    model = make_checkpoint(tmp_path, "Qwen3MoeForCausalLM")  # half of the experts on each node
     with cluster(model, transport="tcp", worker=STEP, prefill_worker=TWO_NODES) as system:
         (prefill,) = system.prefill
         assert answer(system, PROMPT) == ("disaggregated", expected(model, PROMPT))

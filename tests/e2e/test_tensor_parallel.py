@@ -82,17 +82,21 @@ def wait_attached(system: Cluster, *numbers: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_kv_heads", "transport", "prefill", "decode"),
-    [(4, "nixl", (1, 2), (1, 2)), (2, "tcp", (1,), (4,))],
+    ("arch", "num_kv_heads", "transport", "prefill", "decode"),
+    [
+        ("LlamaForCausalLM", 4, "nixl", (1, 2), (1, 2)),
+        ("MixtralForCausalLM", 2, "tcp", (1,), (4,)),  # an expert on each rank of decode
+    ],
 )
 def test_kv_moves_between_workers_of_any_number_of_ranks(
     tmp_path: Path,
+    arch: str,
     num_kv_heads: int,
     transport: str,
     prefill: tuple[int, ...],
     decode: tuple[int, ...],
 ) -> None:
-    model = make_checkpoint(tmp_path, num_key_value_heads=num_kv_heads)
+    model = make_checkpoint(tmp_path, arch, num_key_value_heads=num_kv_heads)
     with cluster(
         model,
         transport=transport,

@@ -24,6 +24,7 @@ from engine.cuda.attention import (
 from engine.cuda.inputs import Int32s, StepInputs
 from engine.cuda.runner import CudaRunner, StepLimits
 from engine.kv.pool import KVPool
+from engine.layers.experts import ExpertMLP
 from engine.layers.rope import cos_sin_table
 from engine.runner import TorchRunner
 
@@ -121,6 +122,9 @@ def build_cuda_runner_on_cpu(path: Path, config: EngineConfig) -> CudaRunner:
     """The runner over a checkpoint in float32, its pool as `config` says."""
     plain = build_executor(config)
     assert isinstance(plain, TorchRunner) and plain._model is not None
+    for layer in plain._model.layers:
+        if isinstance(layer.mlp, ExpertMLP):
+            layer.mlp._fused = True
     model = plain.model_config
     rows = config.max_num_seqs or 8
     return CudaRunner(

@@ -35,12 +35,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2ForCausalLM", {"rope_theta": 1e6}),
     "qwen3": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}),
 }
+EXPERT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe": ("Qwen3MoeForCausalLM", {"num_experts": 20, "moe_intermediate_size": 96}),
+    "mixtral": ("MixtralForCausalLM", {}),
+}
+"""Where rounding may choose another expert, so that narrow types are as near as luck has it."""
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=CASES | EXPERT_CASES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    arch, overrides = CASES[request.param]
+    yield from fresh_checkpoint(request.param, tmp_path)
+
+
+@pytest.fixture(params=CASES)
+def dense(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    yield from fresh_checkpoint(request.param, tmp_path)
+
+
+def fresh_checkpoint(case: str, tmp_path: Path) -> Iterator[Path]:
+    arch, overrides = (CASES | EXPERT_CASES)[case]
     seed = random.SystemRandom().randrange(1 << 30)
     yield make_checkpoint(tmp_path, arch, seed=seed, **{**SHAPE, **overrides})
     torch.cuda.empty_cache()
@@ -105,15 +119,15 @@ def test_greedy_float32_equals_transformers(checkpoint: Path) -> None:
     llm.close()
 
 
-def test_prompt_logprobs_are_as_near_to_float32_as_those_of_transformers(checkpoint: Path) -> None:
-    llm = LLM(config(checkpoint, dtype="bfloat16"))
+def test_prompt_logprobs_are_as_near_to_float32_as_those_of_transformers(dense: Path) -> None:
+    llm = LLM(config(dense, dtype="bfloat16"))
     given = [prompt for prompt in prompts(12) if len(prompt) > 1]
     done = llm.generate(given, replace(GREEDY, prompt_logprobs=1))
     llm.close()
     ours = [value for one in done if one.prompt_logprobs for value in one.prompt_logprobs.logprobs]
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = oracle(checkpoint, dtype)
+        model = oracle(dense, dtype)
         with torch.inference_mode():
             found[dtype] = torch.cat([prompt_logprobs(model, prompt) for prompt in given])
     exact = found[torch.float32]
@@ -122,17 +136,17 @@ def test_prompt_logprobs_are_as_near_to_float32_as_those_of_transformers(checkpo
 
 
 @pytest.mark.parametrize("count", [5, 70])  # with contexts split between programs, and whole
-def test_bfloat16_is_as_near_to_float32_as_transformers_is(checkpoint: Path, count: int) -> None:
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(dense: Path, count: int) -> None:
     rng = random.SystemRandom()
     sequences = [[rng.randrange(3, 280) for _ in range(70)] for _ in range(count)]
-    settings = config(checkpoint, dtype="bfloat16", max_num_seqs=70, max_step_tokens=4096)
+    settings = config(dense, dtype="bfloat16", max_num_seqs=70, max_step_tokens=4096)
     executor = build_executor(settings)
     ours = forced_logits(executor, sequences, num_prompt=40)
     tokens = torch.tensor(sequences, device="cuda")
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         with torch.inference_mode():
-            found[dtype] = oracle(checkpoint, dtype)(tokens).logits[:, 39:].float()
+            found[dtype] = oracle(dense, dtype)(tokens).logits[:, 39:].float()
     exact = found[torch.float32]
     error = (ours - exact).norm() / exact.norm()
     theirs = (found[torch.bfloat16] - exact).norm() / exact.norm()

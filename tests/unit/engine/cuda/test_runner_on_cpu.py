@@ -20,7 +20,10 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize(
     ("arch", "overrides"),
-    [("LlamaForCausalLM", {}), ("Qwen3ForCausalLM", {"tie_word_embeddings": True})],
+    [
+        ("LlamaForCausalLM", {}),
+        ("Qwen3MoeForCausalLM", {"tie_word_embeddings": True, "mlp_only_layers": [1]}),
+    ],
 )
 def test_generates_what_the_torch_runner_does(
     arch: str, overrides: dict[str, Any], tmp_path: Path

@@ -14,6 +14,7 @@ from core.sampling import SamplingParams
 from engine.build import build_executor
 from engine.config import EngineConfig
 from engine.executor import Executor
+from engine.loader.load import weight_bytes
 from engine.models.config import parse_model_config, read_model_config
 from engine.plan import Chunk, SampleSpec, StepPlan
 from tests.support.models import make_checkpoint, make_gguf
@@ -142,6 +143,33 @@ def test_unsupported_configuration_is_refused_by_name(
     raw = json.loads((make_checkpoint(tmp_path) / "config.json").read_text())
     with pytest.raises(ConfigError, match=named):
         parse_model_config({**raw, **change}, ())
+
+
+def test_layers_with_experts_are_those_that_the_configuration_names(tmp_path: Path) -> None:
+    raw = json.loads((make_checkpoint(tmp_path, "Qwen3MoeForCausalLM") / "config.json").read_text())
+    raw["num_hidden_layers"] = 7
+    found = parse_model_config({**raw, "decoder_sparse_step": 3, "mlp_only_layers": [5]}, ())
+    assert found.experts is not None and found.experts.layers == {2}
+    renamed = {**raw, "num_local_experts": raw["num_experts"]}
+    del renamed["num_experts"]
+    assert parse_model_config(renamed, ()) == parse_model_config(raw, ())
+    assert parse_model_config({**raw, "mlp_only_layers": list(range(7))}, ()).experts is None
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("LlamaForCausalLM", {}),
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1]}),
+        ("MixtralForCausalLM", {}),
+    ],
+)
+def test_matrices_of_all_experts_count(arch: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, arch, **changes)
+    weights = load_file(path / "model.safetensors")
+    del weights["model.embed_tokens.weight"]
+    expected = sum(each.nbytes for each in weights.values() if each.dim() == 2)
+    assert weight_bytes(read_model_config(path), torch.float32) == expected
 
 
 def test_rope_parameters_of_both_transformers_versions_are_read(tmp_path: Path) -> None:

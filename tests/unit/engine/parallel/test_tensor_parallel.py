@@ -22,12 +22,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaForCausalLM",
         {"attention_bias": True, "mlp_bias": True, "vocab_size": 387},
     ),
-    "llama, tied, a vocabulary that does not divide": (
-        "LlamaForCausalLM",
-        {"tie_word_embeddings": True, "vocab_size": 385},
-    ),
     "qwen2, one KV head on both ranks": ("Qwen2ForCausalLM", {"num_key_value_heads": 1}),
-    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3-moe, three whole experts on each rank, a dense layer": (
+        "Qwen3MoeForCausalLM",
+        {"head_dim": 32, "mlp_only_layers": [1]},
+    ),
+    "mixtral, half of each of three experts on each rank, an odd vocabulary": (
+        "MixtralForCausalLM",
+        {"num_local_experts": 3, "tie_word_embeddings": True, "vocab_size": 385},
+    ),
 }
 WORDS = StructuredOutput(kind="regex", definition="([a-f]{2,7} )+")
 LENGTHS = (1, 5, 16, 40, 64, 33)
@@ -154,7 +157,10 @@ def test_other_forms_of_weights_are_shared_alike(tmp_path: Path, form: str) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("arch", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    "arch",
+    ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"],
+)
 def test_two_gpus_generate_what_one_does(arch: str, tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
