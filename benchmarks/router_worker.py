@@ -31,6 +31,7 @@ from router.http_protocol import ConnectionLimits
 from router.http_server import http_server, listen
 from rpc.auth import Credentials
 from rpc.server import RpcServer
+from rpc.token_batch import TokenRow, token_batch
 from rpc.v1 import worker_pb2, worker_pb2_grpc
 
 TICKS = 100_000
@@ -183,18 +184,10 @@ async def _within(event: asyncio.Event, seconds: float) -> None:
 
 def _step(running: list[Running]) -> worker_pb2.WorkerMessage:
     token_ids = [tick(time.monotonic())]
-    deltas = []
+    rows = [TokenRow(each.request_id, each.attempt, each.index, token_ids) for each in running]
     for each in running:
-        deltas.append(
-            worker_pb2.TokenDelta(
-                request_id=each.request_id,
-                attempt=each.attempt,
-                first_index=each.index,
-                token_ids=token_ids,
-            )
-        )
         each.index += 1
-    return worker_pb2.WorkerMessage(tokens=worker_pb2.TokenBatch(deltas=deltas))
+    return worker_pb2.WorkerMessage(tokens=token_batch(rows))
 
 
 def _finished(running: Running) -> worker_pb2.WorkerMessage:

@@ -48,6 +48,7 @@ from router.api.settings import ApiSettings
 from router.api.token_endpoints import TokenEndpoints
 from router.console.page import ConsolePage
 from router.generation import FleetControl, Generator
+from router.http_protocol import send_now
 from router.text.processor import TextProcessor
 
 _log = logging.getLogger(__name__)
@@ -200,6 +201,7 @@ class HttpApp:
             path_params={},
             receive=receive,
             send=send,
+            send_now=send_now(scope.get("extensions")),
         )
         scope["app"] = self  # makes starlette raise for 404 and 405 instead of answering in text
         scope["exchange"] = exchange

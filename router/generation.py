@@ -4,7 +4,7 @@ The API turns a client's request into GenerationRequests and reads tokens from G
 placement, attempts, failover and accounting stay behind `Generator`.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -78,11 +78,25 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
 
 
+Take = Callable[[Sequence[Token]], bool]
+"""Takes tokens, at least one, without waiting; False if it wants no more for now."""
+
+
 class Generation(Protocol):
     """A running sequence. Leaving its context, for whatever reason, frees both workers."""
 
-    def __aiter__(self) -> AsyncIterator[Sequence[Token]]:
-        """Tokens as they arrive, at least one per turn; ends after the last.
+    async def begun(self) -> None:
+        """Wait until there is a token, or there never will be."""
+        ...
+
+    async def feed(self, take: Take) -> bool:
+        """Call `take` with all tokens that there are, and with others the moment they arrive.
+
+        One reader at a time. Tokens that arrive while it does not wait here are kept for it. What
+        `take` raises is raised here.
+
+        Returns:
+            True if `take` wanted no more for now; False after the last token.
 
         Raises:
             DiptychError: the sequence can't go on; raised once, after the tokens that were made.
@@ -99,7 +113,7 @@ class Generation(Protocol):
 
     @property
     def end(self) -> GenerationEnd:
-        """How it ended; before iteration has finished, how it ends if it is left now."""
+        """How it ended; before `feed` returned False, how it ends if it is left now."""
         ...
 
 

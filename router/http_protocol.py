@@ -5,10 +5,16 @@ time of bodies are the business of the endpoints that read them (router/api/exch
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from core.errors import ErrorCode
 from router.api.errors import HttpError, error_answer
@@ -28,6 +34,20 @@ class ConnectionLimits:
     """How long the rest of a body may arrive that was answered without being read."""
     flush_s: float = 60.0
     """How long a client may take nothing of what it is sent."""
+
+
+SEND_NOW = "diptych.send_now"
+"""Name of what this server adds to ASGI: a function that sends a part of a body, as bytes.
+
+It returns True if that was possible without waiting, which is so while the peer takes what it is
+sent and after the answer's head; else it sends nothing. Sending so takes no coroutine and no task.
+"""
+
+
+def send_now(extensions: dict[str, Any] | None) -> Callable[[bytes], bool]:
+    """That function of one request; on any other server one that never can."""
+    found: Callable[[bytes], bool] | None = (extensions or {}).get(SEND_NOW)
+    return found or (lambda _: False)
 
 
 class _HeadRefusedError(Exception):
@@ -109,6 +129,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            # The application runs in a task, which has not begun.
+            extensions: dict[str, Any] = {SEND_NOW: partial(_send_now, self.cycle)}
+            self.scope["extensions"] = extensions
 
     def on_message_complete(self) -> None:
         """The body is whole."""
@@ -216,6 +240,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _send_now(cycle: RequestResponseCycle, data: bytes) -> bool:
+    can = cycle.chunked_encoding and not (
+        cycle.flow.write_paused or cycle.disconnected or cycle.response_complete
+    )
+    if can:
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    return bool(can)
 
 
 def _too_large(limits: ConnectionLimits) -> HttpError:

@@ -1,11 +1,12 @@
 """One generation in progress: its ledger, the tokens that its client has not taken yet, its timers.
 
-Made and driven by dispatch; read by the API through the Generation protocol. At most max_tokens
-wait in the buffer, so a slow client never holds up a worker's link.
+Made and driven by dispatch; read by the API through the Generation protocol. A client that keeps up
+is handed tokens where they arrive, without a task in between. For one that does not they wait in a
+buffer, at most max_tokens of them, so a slow client never holds up a worker's link.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from core.block_hash import hash_blocks, root_hash
@@ -14,7 +15,7 @@ from core.tokens import PromptLogprobs
 from router.fleet.breakers import Charge
 from router.fleet.wire import submit_to_proto, with_phase
 from router.fleet.worker import Phase, WorkerInfo
-from router.generation import GenerationEnd, GenerationRequest, Token
+from router.generation import GenerationEnd, GenerationRequest, Take, Token
 from router.ledger import Leg, RequestLedger, RequestState
 from router.placement.cost import Prompt
 from router.placement.decision import Placement
@@ -44,8 +45,10 @@ class Run:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tokens: list[Token] = []
         self._loop = asyncio.get_running_loop()
-        self._waiter: asyncio.Future[None] | None = None
-        """Of the client's side, which is one task, while it waits for a change."""
+        self._waiter: asyncio.Future[bool] | None = None
+        """Of the client's side, which is one task, while it waits for a change; see `_change`."""
+        self._take: Take | None = None
+        """Takes tokens that arrive; only while the client's side waits for them."""
         self._hashes: dict[tuple[bytes, int], list[bytes]] = {}
 
     @property
@@ -117,13 +120,23 @@ class Run:
 
     def push(self, tokens: Sequence[Token]) -> None:
         """Hand tokens to the client's side."""
-        self._tokens += tokens
-        if (waiter := self._waiter) is not None and not waiter.done():
-            waiter.set_result(None)
+        if self._take is None:
+            self._tokens += tokens
+            self.wake()
+            return
+        try:
+            if not self._take(tokens):
+                self.wake(sated=True)
+        except Exception as error:  # the reader's own, and no business of who brings tokens
+            self._take = None
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_exception(error)
 
-    def wake(self) -> None:
-        """Let whoever waits look at the ledger again."""
-        self.push(())
+    def wake(self, *, sated: bool = False) -> None:
+        """Let whoever waits look at the ledger again, or know that it wants no more for now."""
+        self._take = None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(sated)
 
     async def started(self) -> None:
         """Wait until it was placed, or ended without.
@@ -136,23 +149,34 @@ class Run:
         if self.ledger.attempt == 0 and self.ledger.error is not None:
             raise self.ledger.error
 
-    def __aiter__(self) -> AsyncIterator[Sequence[Token]]:
-        """Tokens as they arrive; see Generation."""
-        return self
+    async def begun(self) -> None:
+        """Wait until there is a token, or there never will be."""
+        while not self._tokens and self.ledger.state is not RequestState.ENDED:
+            await self._change()
 
-    async def __anext__(self) -> Sequence[Token]:
-        """The tokens that came since the last turn, at least one."""
-        while not self._tokens:
+    async def feed(self, take: Take) -> bool:
+        """Hand tokens to `take` until it wants no more, or there are none; see Generation."""
+        while True:
+            if self._tokens:
+                batch, self._tokens = self._tokens, []
+                if not take(batch):
+                    return True
             if self.ledger.state is RequestState.ENDED:
                 if self.ledger.error is not None:
                     raise self.ledger.error
-                raise StopAsyncIteration
-            await self._change()
-        batch, self._tokens = self._tokens, []
-        return batch
+                return False
+            self._take = take
+            try:
+                if await self._change():
+                    return True
+            finally:
+                self._take = None
 
-    def _change(self) -> "asyncio.Future[None]":
-        """Until somebody wakes it. Nothing is missed: nobody else runs before it is awaited."""
+    def _change(self) -> "asyncio.Future[bool]":
+        """Until somebody wakes it. Nothing is missed: nobody else runs before it is awaited.
+
+        True if what took tokens wants no more for now.
+        """
         self._waiter = self._loop.create_future()
         return self._waiter
 

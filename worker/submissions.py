@@ -12,6 +12,7 @@ from core.finish import FinishReason
 from core.tokens import PromptLogprobs, TokenLogprobs
 from engine.request import SequenceOutput, StepOutputs
 from kvtransfer.messages import Key
+from rpc.token_batch import TokenRow, token_batch
 from rpc.v1 import ipc_pb2, worker_pb2
 from worker.convert import (
     error_of,
@@ -77,23 +78,20 @@ class Submissions:
     ) -> None:
         """Tell the router of a token that prefill sampled; it drops the copy it knows already."""
         submission.tokens_told += 1
-        delta = worker_pb2.TokenDelta(
-            request_id=submission.key.request_id,
-            attempt=submission.key.attempt,
-            first_index=len(submission.request.output_ids),
-            token_ids=[token_id],
-            logprobs=[logprobs_to_proto(logprobs)] if logprobs else [],
-            cached_tokens=submission.cached_tokens,
+        row = TokenRow(
+            submission.key.request_id,
+            submission.key.attempt,
+            len(submission.request.output_ids),
+            [token_id],
+            [logprobs_to_proto(logprobs)] if logprobs else (),
+            submission.cached_tokens,
         )
-        self.tell(
-            submission.channel,
-            worker_pb2.WorkerMessage(tokens=worker_pb2.TokenBatch(deltas=[delta])),
-        )
+        self.tell(submission.channel, worker_pb2.WorkerMessage(tokens=token_batch([row])))
 
     def publish(self, outputs: StepOutputs) -> None:
         """Send what a step produced: of prompts, one TokenBatch per router, then the ends."""
         ended_at = self._clock()
-        batches: dict[int, list[worker_pb2.TokenDelta]] = {}
+        batches: dict[int, list[TokenRow]] = {}
         ends: list[tuple[Submission, FinishReason, SequenceOutput]] = []
         for output in outputs.outputs:
             submission = self._by_engine_id.get(output.request_id)
@@ -103,14 +101,13 @@ class Submissions:
             if output.prompt_logprobs is not None:
                 self._tell_prompt(submission, output.prompt_logprobs)
             if output.token_ids:
-                delta = _delta(submission, output, first=submission.tokens_told == 0)
+                row = _row(submission, output, first=submission.tokens_told == 0)
                 submission.tokens_told += len(output.token_ids)
-                batches.setdefault(submission.channel, []).append(delta)
+                batches.setdefault(submission.channel, []).append(row)
             if output.finish_reason is not None:
                 ends.append((submission, output.finish_reason, output))
-        for channel, deltas in batches.items():
-            batch = worker_pb2.TokenBatch(deltas=deltas)
-            self.tell(channel, worker_pb2.WorkerMessage(tokens=batch))
+        for channel, rows in batches.items():
+            self.tell(channel, worker_pb2.WorkerMessage(tokens=token_batch(rows)))
         for submission, reason, output in ends:
             self.finish(submission, reason, matched_stop=output.matched_stop, error=output.error)
 
@@ -169,14 +166,14 @@ class Submissions:
         return DeadlineError(f"The request did not finish within its {waited:.1f} s on the worker.")
 
 
-def _delta(submission: Submission, output: SequenceOutput, *, first: bool) -> worker_pb2.TokenDelta:
-    return worker_pb2.TokenDelta(
-        request_id=submission.key.request_id,
-        attempt=submission.key.attempt,
-        first_index=output.first_index,
-        token_ids=output.token_ids,
-        logprobs=[logprobs_to_proto(entry) for entry in output.logprobs],
-        cached_tokens=submission.cached_tokens if first else None,
+def _row(submission: Submission, output: SequenceOutput, *, first: bool) -> TokenRow:
+    return TokenRow(
+        submission.key.request_id,
+        submission.key.attempt,
+        output.first_index,
+        output.token_ids,
+        [logprobs_to_proto(entry) for entry in output.logprobs],
+        submission.cached_tokens if first else None,
     )
 
 

@@ -18,6 +18,7 @@ from router.api.identity import RequestIdentity
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+SendNow = Callable[[bytes], bool]
 
 JSON = b"application/json"
 
@@ -33,6 +34,8 @@ class Exchange:
     path_params: dict[str, Any]
     receive: Receive
     send: Send
+    send_now: SendNow
+    """Sends a part of the body, if that takes no waiting; False if it sent nothing."""
     caller: Caller = ANYONE
     """Whose it is; known once the door has let it in."""
     allowance: Allowance | None = None

@@ -7,13 +7,14 @@ away, a stop string is found or the deadline passes: leaving them is what frees 
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from core.errors import DeadlineError, InvalidRequestError
 from router.api.answer import Answer, AnswerFacts
 from router.api.choice import Choice, EndedChoice
+from router.api.delivery import Delivery, Render
 from router.api.errors import ClientDisconnectedError, error_answer
 from router.api.exchange import Exchange
 from router.api.job import Dialect, Job, make_job
@@ -22,9 +23,6 @@ from router.api.output import Piece
 from router.api.parsing import parse_json
 from router.api.parts import ApiParts
 from router.api.sse import EventStream
-
-Render = Callable[[Piece], bytes]
-"""Takes a piece of a choice's output; returns the events to send of it now, if any."""
 
 TIMEOUT_HEADER = b"x-request-timeout"
 
@@ -163,19 +161,17 @@ class TextEndpoint:
     ) -> None:
         output, clock = choice.output, self._parts.clock
         timer = TokenTimer(self._metrics, exchange.received_at)
+        delivery = Delivery(choice, render, stream, timer, clock, exchange.allowance)
         scores, reports = choice.scores, choice.request.sampling.prompt_logprobs is not None
         try:
             async with self._parts.generator.generate(choice.request) as generation:
-                async for tokens in generation:
-                    if scores is not None:
-                        if reports:
-                            scores.tell(generation.prompt_logprobs)
-                        await scores.told()
-                    if exchange.allowance is not None:
-                        exchange.allowance.take_output(len(tokens))
-                    if events := render(output.take(tokens)):
-                        await stream.write(events)
-                    timer.arrived(clock(), len(tokens))
+                if scores is not None:
+                    await generation.begun()
+                    if reports:
+                        scores.tell(generation.prompt_logprobs)
+                    await scores.told()
+                while await generation.feed(delivery.take):
+                    await delivery.catch_up()
                     if output.stopped:
                         break
                 end = generation.end

@@ -58,6 +58,13 @@ class EventStream:
             self._num_writing -= 1
         self._last_write_at = self._clock()
 
+    def write_now(self, data: bytes) -> bool:
+        """Send whole events if that takes no waiting; False if nothing was sent."""
+        if not (self._begun and self._exchange.send_now(data)):
+            return False
+        self._last_write_at = self._clock()
+        return True
+
     async def keep_alive(self) -> float:
         """Send a comment if the stream was silent for long.
 

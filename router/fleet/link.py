@@ -23,7 +23,7 @@ from router.fleet.wire import (
     leg_end_from_proto,
     load_from_proto,
     prompt_run_from_proto,
-    token_run_from_proto,
+    token_runs_from_proto,
 )
 from router.fleet.worker import (
     CacheChange,
@@ -299,8 +299,7 @@ class WorkerLink:
         try:
             match message.WhichOneof("body"):
                 case "tokens":
-                    runs = [token_run_from_proto(delta) for delta in message.tokens.deltas]
-                    self._listener.tokens(self.address, runs)
+                    self._listener.tokens(self.address, token_runs_from_proto(message.tokens))
                 case "prompt":
                     self._listener.prompt(self.address, prompt_run_from_proto(message.prompt))
                 case "finished":

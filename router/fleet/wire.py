@@ -27,6 +27,7 @@ from router.fleet.worker import (
     WorkerState,
 )
 from router.generation import Token
+from rpc.token_batch import token_rows
 from rpc.v1 import worker_pb2
 
 _ROLES = {worker_pb2.ROLE_PREFILL: Role.PREFILL, worker_pb2.ROLE_DECODE: Role.DECODE}
@@ -128,21 +129,22 @@ def cache_from_proto(message: worker_pb2.CacheEvents) -> CacheChange:
     )
 
 
-def token_run_from_proto(delta: worker_pb2.TokenDelta) -> TokenRun:
-    """Raises ProtocolViolation if logprobs do not match the tokens."""
-    # Once per token of the whole fleet: a slice copies a repeated field far faster than a loop.
-    numbered = enumerate(delta.token_ids[:], delta.first_index)
-    if logprobs := delta.logprobs[:]:
-        if len(logprobs) != len(delta.token_ids):
-            raise ProtocolViolation(
-                f"{len(logprobs)} logprobs came with {len(delta.token_ids)} tokens"
-            )
-        pairs = zip(numbered, logprobs, strict=True)
-        tokens = [Token(*numbers, _logprobs_from_proto(entry)) for numbers, entry in pairs]
-    else:
-        tokens = [Token(index, token_id) for index, token_id in numbered]
-    cached_tokens = delta.cached_tokens if delta.HasField("cached_tokens") else None
-    return TokenRun(delta.request_id, delta.attempt, tokens, cached_tokens)
+def token_runs_from_proto(message: worker_pb2.TokenBatch) -> list[TokenRun]:
+    """Raises ProtocolViolation if its columns do not match."""
+    runs: list[TokenRun] = []
+    try:
+        for request_id, attempt, first, token_ids, logprobs, cached_tokens in token_rows(message):
+            if logprobs:
+                entries = zip(token_ids, map(_logprobs_from_proto, logprobs), strict=True)
+                tokens = [Token(i, *entry) for i, entry in enumerate(entries, first)]
+            elif len(token_ids) == 1:
+                tokens = [Token(first, token_ids[0])]
+            else:
+                tokens = [Token(i, token_id) for i, token_id in enumerate(token_ids, first)]
+            runs.append((request_id, attempt, tokens, cached_tokens))
+    except ValueError as error:
+        raise ProtocolViolation(str(error)) from error
+    return runs
 
 
 def prompt_run_from_proto(message: worker_pb2.PromptLogprobs) -> PromptRun:

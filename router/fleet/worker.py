@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
 
 from core.errors import ErrorCode
 from core.finish import FinishReason
@@ -163,14 +162,9 @@ class CacheChange:
     host_removed: Sequence[bytes] = ()
 
 
-class TokenRun(NamedTuple):
-    """Consecutive tokens of one request from one worker."""
-
-    request_id: str
-    attempt: int
-    tokens: Sequence[Token]
-    cached_tokens: int | None = None
-    """Prompt tokens that a cache spared, where the worker says so."""
+TokenRun = tuple[str, int, Sequence[Token], int | None]
+"""Request id, attempt and consecutive tokens of one request from one worker, and how many prompt
+tokens a cache spared, where the worker says so. Made per token: names would cost more than it."""
 
 
 @dataclass(frozen=True, slots=True)

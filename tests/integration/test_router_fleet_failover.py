@@ -18,7 +18,7 @@ from tests.support.fake_worker import (
     until,
 )
 from tests.support.process import free_port
-from tests.support.router_fleet import collect, make_request, ready_workers, router_on, run
+from tests.support.router_fleet import batches, collect, make_request, ready_workers, router_on, run
 
 
 def attempts_of(router: Dispatcher, request_id: str) -> list[dict[str, object]]:
@@ -32,7 +32,7 @@ async def test_decode_that_dies_mid_stream_costs_no_token() -> None:
         prompt, seen = [3, 1, 4, 1, 5], []
         request = make_request(prompt, 200, seed=9)
         async with router.generate(request) as generation:
-            async for batch in generation:
+            async for batch in batches(generation):
                 seen += [token.token_id for token in batch]
                 victims = [w for w in workers[1:] if w.busy]
                 if len(seen) > 20 and len(workers[0].submits) == 1 and victims:
@@ -80,12 +80,12 @@ async def test_prefill_that_dies_after_the_hand_over_is_not_missed() -> None:
         d.running = False
         request = make_request([4, 5, 6])
         async with router.generate(request) as generation:
-            first = await anext(generation)  # type: ignore[call-overload]
+            first = await anext(batches(generation))
             await until(lambda: p.handed)
             await until(lambda: router.timeline(request.request_id)["attempts"][0]["cached_tokens"])
             p.break_streams()
             d.running = True
-            rest = [token async for batch in generation for token in batch]
+            rest = [token async for batch in batches(generation) for token in batch]
         tokens = [token.token_id for token in (*first, *rest)]
         assert tokens == expected([4, 5, 6], 8)
         assert len(attempts_of(router, request.request_id)) == 1
@@ -235,7 +235,7 @@ async def test_worker_lost_after_the_last_token_ends_the_request_well() -> None:
             for _ in range(3):
                 worker.step()
             seen: list[int] = []
-            async for batch in generation:
+            async for batch in batches(generation):
                 seen += [token.token_id for token in batch]
                 if seen[-1] == EOS:
                     worker.break_streams()
@@ -252,11 +252,11 @@ async def test_output_is_never_continued_by_another_model() -> None:
         async with router_on(workers, no_worker_grace_s=0.2) as router:
             request = make_request([4, 5], 4000)
             async with router.generate(request) as generation:
-                await anext(generation)  # type: ignore[call-overload]
+                await anext(batches(generation))
                 holder: FakeWorker = next(w for w in workers if w.busy)
                 await holder.stop()
                 with pytest.raises(UnavailableError, match="another model"):
-                    async for _ in generation:
+                    async for _ in batches(generation):
                         pass
             await holder.start()
 

@@ -17,7 +17,7 @@ from core.finish import FinishReason
 from router.main import dispatcher_on_fleet
 from router.settings import RouterSettings
 from tests.support.fake_worker import EOS, expected, fake_workers, until
-from tests.support.router_fleet import collect, make_request, ready_workers, router_on, run
+from tests.support.router_fleet import batches, collect, make_request, ready_workers, router_on, run
 
 
 async def test_a_pair_serves_a_request_in_two_legs() -> None:
@@ -46,7 +46,7 @@ async def test_abort_ends_a_request_with_what_it_has_on_both_workers() -> None:
     async with fake_workers(prefill=1, decode=1) as (p, d), router_on((p, d)) as router:
         request = make_request(list(range(10, 30)), 500)
         async with router.generate(request) as generation:
-            first = await anext(aiter(generation))
+            first = await anext(batches(generation))
             assert router.abort(request.request_id)
             assert not router.abort(request.request_id), "it has ended already"
             rest = await collect(generation)
@@ -146,7 +146,7 @@ async def test_client_that_leaves_frees_both_workers(tokens_before: int) -> None
         async with router.generate(make_request([4, 5], 4000)) as generation:
             if tokens_before:
                 seen = 0
-                async for batch in generation:
+                async for batch in batches(generation):
                     seen += len(batch)
                     if seen >= tokens_before:
                         break

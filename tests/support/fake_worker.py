@@ -15,6 +15,7 @@ import grpc
 
 from rpc.auth import Credentials
 from rpc.server import RpcServer
+from rpc.token_batch import TokenRow, token_batch
 from rpc.v1 import worker_pb2, worker_pb2_grpc
 
 VOCAB = 400
@@ -151,7 +152,7 @@ class FakeWorker:
 
     def step(self) -> None:
         """One token for every request that can have one."""
-        deltas, ends = [], []
+        rows, ends = [], []
         for sequence in list(self._sequences.values()):
             if self._score(sequence):
                 continue
@@ -159,21 +160,21 @@ class FakeWorker:
             if produced is None:
                 continue
             first_index, ids = produced
-            deltas.append(
-                worker_pb2.TokenDelta(
-                    request_id=sequence.submit.request_id,
-                    attempt=sequence.submit.attempt,
-                    first_index=first_index,
-                    token_ids=ids,
-                    logprobs=_logprobs(sequence, first_index, ids),
-                    cached_tokens=1 if first_index == len(sequence.submit.output_ids) else None,
+            rows.append(
+                TokenRow(
+                    sequence.submit.request_id,
+                    sequence.submit.attempt,
+                    first_index,
+                    ids,
+                    _logprobs(sequence, first_index, ids),
+                    1 if first_index == len(sequence.submit.output_ids) else None,
                 )
             )
             end = self._end_of(sequence)
             if end is not None and not self.silent_ends:
                 ends.append((sequence, end))
-        if deltas:
-            self._tell(worker_pb2.WorkerMessage(tokens=worker_pb2.TokenBatch(deltas=deltas)))
+        if rows:
+            self._tell(worker_pb2.WorkerMessage(tokens=token_batch(rows)))
         for sequence, end in ends:
             self.finish(sequence.key, end)
 

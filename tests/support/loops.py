@@ -22,6 +22,7 @@ from kvtransfer.worker_transport import WorkerTransport
 from prefill.exporter import Exporter
 from prefill.metrics import ExportMetrics
 from router.fleet.wire import sampling_to_proto
+from rpc.token_batch import token_rows
 from rpc.v1 import ipc_pb2, worker_pb2
 from telemetry.faults import Faults, Point, parse_faults
 from tests.support.engine import FakeClock, WatchedEngine, make_config
@@ -142,10 +143,9 @@ class Side:
         """What the router was told, each index once."""
         known: dict[int, int] = {}
         for event in self.pipe.sent:
-            for delta in event.worker.message.tokens.deltas:
-                if delta.request_id == request_id:
-                    for offset, token in enumerate(delta.token_ids):
-                        index = delta.first_index + offset
+            for name, _, first, token_ids, *_ in token_rows(event.worker.message.tokens):
+                if name == request_id:
+                    for index, token in enumerate(token_ids, first):
                         assert known.setdefault(index, token) == token
         assert sorted(known) == list(range(len(known)))
         return [known[index] for index in range(len(known))]

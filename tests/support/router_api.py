@@ -17,7 +17,7 @@ from core.tokens import PromptLogprobs, TokenLogprobs
 from router.access.door import Door
 from router.api.settings import ApiSettings
 from router.app import create_app
-from router.generation import GenerationEnd, GenerationRequest, ServedModel, Token
+from router.generation import GenerationEnd, GenerationRequest, ServedModel, Take, Token
 from router.http_protocol import ConnectionLimits
 from router.http_server import http_server
 from router.text.loading import text_processor
@@ -195,8 +195,30 @@ class ScriptedGeneration:
         self._logprobs = request.sampling.logprobs
         self._request = request
         self._began = False
+        self._turns = self._play()
+        self._ahead: list[Sequence[Token] | Exception] = []
 
-    async def __aiter__(self) -> AsyncIterator[Sequence[Token]]:
+    async def begun(self) -> None:
+        try:
+            self._ahead.append(await anext(self._turns))
+        except StopAsyncIteration:
+            pass
+        except Exception as error:
+            self._ahead.append(error)
+
+    async def feed(self, take: Take) -> bool:
+        if self._ahead:
+            turn = self._ahead.pop()
+            if isinstance(turn, Exception):
+                raise turn
+            if not take(turn):
+                return True
+        async for tokens in self._turns:
+            if not take(tokens):
+                return True
+        return False
+
+    async def _play(self) -> AsyncIterator[Sequence[Token]]:
         index = 0
         for turn in self._script.turns:
             await asyncio.sleep(0)
@@ -298,6 +320,19 @@ async def serve(
         registry=registry,
         door=door,
     )
+    async with listening(app, limits=limits, certificate=certificate) as port:
+        url = f"{'https' if certificate else 'http'}://127.0.0.1:{port}"
+        yield Served(url, generator, registry)
+
+
+@asynccontextmanager
+async def listening(
+    app: object,
+    *,
+    limits: ConnectionLimits | None = None,
+    certificate: ServerCertificate | None = None,
+) -> AsyncIterator[int]:
+    """Run an ASGI application under the router's server; its port on loopback."""
     with closing_socket() as listener:
         server = http_server(
             app, limits=limits or ConnectionLimits(), certificate=certificate, shutdown_s=0
@@ -305,10 +340,7 @@ async def serve(
         running = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             await until(lambda: server.started)
-            host, port = listener.getsockname()
-            yield Served(
-                f"{'https' if certificate else 'http'}://{host}:{port}", generator, registry
-            )
+            yield listener.getsockname()[1]
         finally:
             server.should_exit = True
             await running

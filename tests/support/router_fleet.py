@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from core.sampling import SamplingParams
 from router.dispatch import Dispatcher
-from router.generation import Generation, GenerationRequest
+from router.generation import Generation, GenerationRequest, Token
 from router.main import dispatcher_on_fleet
 from router.settings import RouterSettings
 from tests.support.fake_worker import FakeWorker, until
@@ -36,9 +36,28 @@ def make_request(
     )
 
 
+async def batches(generation: Generation) -> AsyncIterator[list[Token]]:
+    """Tokens as they reach a reader that wants no more after each time."""
+    taken: list[Token] = []
+
+    def take(tokens: Sequence[Token]) -> bool:
+        taken.extend(tokens)
+        return False
+
+    while await generation.feed(take):
+        yield taken.copy()
+        taken.clear()
+
+
 async def collect(generation: Generation) -> list[int]:
     """Every token id, after checking that indices come once and in order."""
-    tokens = [token async for batch in generation for token in batch]
+    tokens: list[Token] = []
+
+    def take(new: Sequence[Token]) -> bool:
+        tokens.extend(new)
+        return True
+
+    assert not await generation.feed(take)
     assert [token.index for token in tokens] == list(range(len(tokens)))
     return [token.token_id for token in tokens]
 

@@ -7,13 +7,14 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import orjson
 import pytest
 
 from core.errors import ConfigError
-from router.http_protocol import ConnectionLimits
+from router.http_protocol import ConnectionLimits, send_now
 from router.tls import server_certificate
 from tests.support.pki import issue
 from tests.support.router_api import (
@@ -23,6 +24,7 @@ from tests.support.router_api import (
     Served,
     byte_tokenizer,
     client,
+    listening,
     raw_connection,
     says,
     serve,
@@ -209,3 +211,36 @@ def test_certificates_that_can_t_be_used_are_refused_at_the_start(tmp_path: Path
         with pytest.raises(ConfigError, match="can't be used"):
             server_certificate(str(cert), str(key))
     assert server_certificate(None, "") is None
+
+
+async def test_a_body_is_sent_at_once_as_long_as_it_is_taken() -> None:
+    part, sent, blocked, goes_on = b"x" * 4096, [b""], asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        now = send_now(scope["extensions"])
+        assert not now(part), "the head comes first"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while now(part):
+            sent.append(part)
+        blocked.set()
+        await goes_on.wait()
+        await send({"type": "http.response.body", "body": b"y", "more_body": True})
+        assert now(b"z"), "it is taken again"
+        await send({"type": "http.response.body", "body": b""})
+        assert not now(part), "the answer is over"
+
+    async with listening(app) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        async with asyncio.timeout(10):
+            await blocked.wait()
+            goes_on.set()
+            head, _, framed = (await reader.read(-1)).partition(b"\r\n\r\n")
+        writer.close()
+    assert b"transfer-encoding: chunked" in head
+    body = b"".join(sent) + b"yz"
+    assert b"".join(piece for piece in framed.split(b"\r\n")[1::2]) == body
+
+
+async def test_only_this_server_sends_at_once() -> None:
+    assert not send_now(None)(b"x")

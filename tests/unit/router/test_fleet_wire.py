@@ -13,11 +13,12 @@ from router.fleet.wire import (
     prompt_run_from_proto,
     sampling_to_proto,
     submit_to_proto,
-    token_run_from_proto,
+    token_runs_from_proto,
     with_phase,
 )
 from router.fleet.worker import Distance, Phase, Place, WorkerState
 from router.generation import Token
+from rpc.token_batch import TokenRow, token_batch
 from rpc.v1 import worker_pb2
 from tests.support.router_placement import make_info
 from worker.convert import (
@@ -130,12 +131,13 @@ def test_logprobs_must_match_the_tokens() -> None:
     entry = worker_pb2.TokenLogprobs(
         logprob=-1.0, top=[worker_pb2.TokenLogprob(token_id=4, logprob=-1.0)]
     )
-    delta = worker_pb2.TokenDelta(token_ids=[4], logprobs=[entry], first_index=3)
+    batch = token_batch([TokenRow("r", 2, 3, [4], [entry], 1), TokenRow("s", 1, 0, [7])])
     expected = Token(3, 4, TokenLogprobs(-1.0, ((4, -1.0),)))
-    assert token_run_from_proto(delta).tokens == [expected]
-    delta.token_ids.append(5)
-    with pytest.raises(ProtocolViolation):
-        token_run_from_proto(delta)
+    runs = [("r", 2, [expected], 1), ("s", 1, [Token(0, 7)], None)]
+    assert token_runs_from_proto(batch) == runs
+    batch.notes[0].logprobs.append(entry)
+    with pytest.raises(ProtocolViolation, match="2 logprobs came with 1 tokens"):
+        token_runs_from_proto(batch)
 
 
 def test_unknown_words_fail_closed() -> None:

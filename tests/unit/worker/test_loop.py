@@ -6,6 +6,7 @@ from google.protobuf.message import Message
 from core.errors import RETRYABLE
 from core.sampling import SamplingParams
 from engine.executor import ExecutorLostError
+from rpc.token_batch import token_rows
 from rpc.v1 import ipc_pb2, worker_pb2
 from tests.support.engine import FakeClock
 from tests.support.fake_executor import undisturbed
@@ -70,7 +71,7 @@ def test_one_batch_carries_the_tokens_of_all_requests_of_a_step(side: Side) -> N
     batches = [
         e.worker.message.tokens for e in side.pipe.sent if e.worker.message.HasField("tokens")
     ]
-    assert [delta.request_id for delta in batches[-1].deltas] == ["a", "b", "c"]
+    assert [row[0] for row in token_rows(batches[-1])] == ["a", "b", "c"]
     assert len(batches) == 5
 
 
@@ -79,14 +80,13 @@ def test_cached_tokens_come_with_the_first_token_only(side: Side) -> None:
     turn(side)
     submit(side, "again")
     turn(side)
-    deltas = [
-        delta
+    cached = [
+        cached_tokens
         for event in side.pipe.sent
-        for delta in event.worker.message.tokens.deltas
-        if delta.request_id == "again"
+        for request_id, *_, cached_tokens in token_rows(event.worker.message.tokens)
+        if request_id == "again"
     ]
-    assert [d.cached_tokens for d in deltas if d.HasField("cached_tokens")] == [8]
-    assert deltas[0].HasField("cached_tokens")
+    assert cached[0] == 8 and set(cached[1:]) == {None}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""One sequence's tokens on their way to the client.
+
+Made by router/api/generate.py for each sequence, and given to its Generation, which calls `take`
+where tokens arrive. Invariant: what can't be sent at once is kept, and no more is taken before
+`catch_up` has sent it; so a client that reads slowly costs one turn of events, and one that keeps
+up costs no task.
+"""
+
+from collections.abc import Callable, Sequence
+
+from core.clock import Clock
+from router.access.allowance import Allowance
+from router.api.choice import Choice
+from router.api.metrics import TokenTimer
+from router.api.output import Piece
+from router.api.sse import EventStream
+from router.generation import Token
+
+Render = Callable[[Piece], bytes]
+"""Takes a piece of a choice's output; returns the events to send of it now, if any."""
+
+
+class Delivery:
+    """See the module."""
+
+    def __init__(
+        self,
+        choice: Choice,
+        render: Render,
+        stream: EventStream,
+        timer: TokenTimer,
+        clock: Clock,
+        allowance: Allowance | None,
+    ) -> None:
+        self._output = choice.output
+        self._render = render
+        self._stream = stream
+        self._timer = timer
+        self._clock = clock
+        self._allowance = allowance
+        self._unsent = b""
+        self._num_unsent = 0
+
+    def take(self, tokens: Sequence[Token]) -> bool:
+        """Send what tokens add to the output; see router.generation.Take."""
+        if self._allowance is not None:
+            self._allowance.take_output(len(tokens))
+        events = self._render(self._output.take(tokens))
+        if events and not self._stream.write_now(events):
+            self._unsent, self._num_unsent = events, len(tokens)
+            return False
+        self._timer.arrived(self._clock(), len(tokens))
+        return not self._output.stopped
+
+    async def catch_up(self) -> None:
+        """Send what was kept, however long the client takes."""
+        if self._unsent:
+            await self._stream.write(self._unsent)
+            self._timer.arrived(self._clock(), self._num_unsent)
+            self._unsent = b""
