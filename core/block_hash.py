@@ -6,6 +6,7 @@ same hash only if all tokens up to their end, and everything else that shapes KV
 
 from array import array
 from collections.abc import Sequence
+from struct import Struct
 from sys import byteorder
 
 import xxhash
@@ -43,16 +44,15 @@ def hash_blocks(
     Returns:
         One hash of HASH_BYTES bytes per full block, in order.
     """
-    tokens = array("I", token_ids[start:])
+    tokens = array("I", token_ids[start:] if start else token_ids)
     if byteorder == "big":
         tokens.byteswap()
-    data = memoryview(tokens).cast("B")
-    step = block_size * tokens.itemsize
-    hashes = []
-    for end in range(step, len(data) + 1, step):
-        parent = xxhash.xxh3_128_digest(parent + data[end - step : end])
-        hashes.append(parent)
-    return hashes
+    # Of all ways to cut the tokens this is the fastest, and a long prompt has thousands of blocks.
+    num_blocks = len(tokens) // block_size
+    blocks = Struct(f"{block_size * tokens.itemsize}s").iter_unpack(
+        memoryview(tokens)[: num_blocks * block_size]
+    )
+    return [parent := xxhash.xxh3_128_digest(parent + block) for (block,) in blocks]
 
 
 def pack_hashes(hashes: Sequence[bytes]) -> bytes:

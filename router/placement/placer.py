@@ -14,6 +14,7 @@ from router.placement.columns import WorkerColumns, WorkerView
 from router.placement.cost import EXPECTED_OUTPUT_TOKENS, CostSettings, Prompt
 from router.placement.decision import Placement, Refusal
 from router.placement.prefix_index import Applied, PrefixIndex
+from router.placement.prefix_walk import Held
 from router.placement.prices import Demand, Distrust, Outlook
 from router.placement.rate import RecentCount, RecentCounts
 
@@ -178,7 +179,7 @@ class Placer:
         matched, longest = self._match(hashes_for)
         demand = Demand(
             prompt=prompt,
-            matched_blocks={} if prompt.recomputed else matched,
+            held={} if prompt.recomputed else matched,
             popularity=self._popularity.add(longest, now) if longest else 0.0,
             avoid=avoid,
             allow_avoided=allow_avoided,
@@ -224,9 +225,9 @@ class Placer:
 
     def _match(
         self, hashes_for: Callable[[WorkerInfo], Sequence[bytes]]
-    ) -> tuple[dict[str, int], bytes]:
-        """Leading blocks that each worker has, and the last block that any of them has."""
-        matched: dict[str, int] = {}
+    ) -> tuple[dict[str, Held], bytes]:
+        """What each worker has of the prompt, and the last block that any of them has."""
+        matched: dict[str, Held] = {}
         last = b""
         for info in self._kinds.values():
             # Chains of different digests or block sizes share no hash.
@@ -234,5 +235,5 @@ class Placer:
             found = self._index.match(hashes)
             if found:
                 matched |= found
-                last = hashes[max(found.values()) - 1]
+                last = hashes[max(held.blocks for held in found.values()) - 1]
         return matched, last

@@ -11,27 +11,61 @@ have a chance of one in 400,000 to exist; all that comes of it is a wrong guess 
 Called by placer.py. Pure: time comes in as an argument.
 """
 
-from collections.abc import Callable, Collection, Sequence
+import secrets
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from core.block_hash import HASH_BYTES
 from router.fleet.worker import CacheChange
-from router.placement.block_table import MOST_CHANGED, BlockTable, Keys
+from router.placement.block_table import BlockTable, Keys
 from router.placement.holders import HolderSets
+from router.placement.prefix_walk import ROW_BITS, Held, PrefixWalk
 
 TIERS = 6
 """Places where a worker may keep blocks: device, host, disk and so on; one bit each."""
-_ROW_BITS = 8
-_ALL = (1 << _ROW_BITS) - 1
+_ALL = (1 << ROW_BITS) - 1
 _KNOWN = (1 << TIERS) - 1
 _PREDICTED = _ALL & ~_KNOWN
 """Two bits that take turns every half of a prediction's life."""
 FIRST_LOOK = 512
-"""Blocks looked up at first; four times as many each time, as long as somebody has them all."""
+"""Landmarks looked up at first; four times as many each time, as long as somebody has them all."""
+NEAR_BLOCKS = 512
+"""Blocks at the begin of a prompt that are all landmarks."""
+STRIDE = 16
+"""Blocks from one landmark to the next beyond those."""
+
+
+class Marks(NamedTuple):
+    """Some blocks of a prompt, in order: as a rule its landmarks.
+
+    Landmarks are looked at first: all blocks near the begin, few beyond. A worker gives up blocks
+    before those that they follow, so one that has a block has, with rare exceptions, all before it.
+    """
+
+    keys: Keys
+    ends: NDArray[np.int64]
+    """Blocks of the prompt up to and with each."""
+
+    @property
+    def last(self) -> int:
+        """Where the last of them ends; 0 if there is none."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    @property
+    def sparse(self) -> bool:
+        """True if there may be blocks between them, or after."""
+        return len(self.ends) >= NEAR_BLOCKS
+
+    def next_after(self, begin: int, num_blocks: int) -> int:
+        """Where the next one begins, or else the prompt of `num_blocks` ends."""
+        ahead = int(np.searchsorted(self.ends, begin, side="right"))
+        return int(self.ends[ahead]) - 1 if ahead < len(self.ends) else num_blocks
 
 
 class Applied(Enum):
@@ -52,7 +86,7 @@ class _Member:
     seq: int = 0
 
     def bits(self, of_row: int) -> int:
-        return of_row << self.row * _ROW_BITS
+        return of_row << self.row * ROW_BITS
 
 
 class PrefixIndex:
@@ -63,9 +97,11 @@ class PrefixIndex:
         self._turn = 0
         self._table = BlockTable()
         self._sets = HolderSets()
+        self._secret = np.uint64(secrets.randbits(64) | 1)
+        """Without it nobody can make up prompts whose blocks crowd one place in the table."""
         self._members: dict[str, _Member] = {}
         self._rows: list[str | None] = []
-        self._seen: tuple[Sequence[bytes], Keys] = ((), np.empty(0, np.uint64))
+        self._seen: tuple[Sequence[bytes], int, Marks] | None = None
         """The prompt looked at last: what is matched is predicted next, on two workers."""
 
     def __len__(self) -> int:
@@ -115,8 +151,9 @@ class PrefixIndex:
         predicted = member.bits(_PREDICTED)
         for tier, (stored, removed) in enumerate(_by_tier(change)):
             bit = member.bits(1 << tier)
-            self._edit(_distinct(removed), partial(_swapped, out=bit | predicted, into=0))
-            self._edit(_distinct(stored), partial(_swapped, out=predicted, into=bit))
+            for hashes, out, into in ((removed, bit | predicted, 0), (stored, predicted, bit)):
+                keys = self._keys(dict.fromkeys(hashes))
+                self._edit(keys, partial(_swapped, out=out, into=into))
         return Applied.APPLIED
 
     def predict(self, workers: Collection[str], hashes: Sequence[bytes], now: float) -> None:
@@ -139,7 +176,9 @@ class PrefixIndex:
             return mask
 
         if places:
-            self._edit(hashes, edit)
+            marks = self._marks(hashes)
+            rest = self._keys(hashes[marks.last :])
+            self._edit(np.concatenate([marks.keys, rest]), edit, hurried=True)
 
     def expire(self, now: float) -> None:
         """End the predictions whose time has come."""
@@ -151,62 +190,79 @@ class PrefixIndex:
         if self._rows:
             self._sets.strip(int.from_bytes(bytes([stale]) * len(self._rows), "little"))
 
-    def match(self, hashes: Sequence[bytes]) -> dict[str, int]:
-        """Leading blocks of `hashes` that each worker has; workers with none are left out.
+    def match(self, hashes: Sequence[bytes]) -> dict[str, Held]:
+        """What each worker has of the beginning of `hashes`; workers with none are left out.
 
-        Costs one look into the table per block until no worker has the next one, plus one step per
-        worker that matched, however many workers there are. Every block is looked at: a worker may
-        have dropped one from the middle of a prompt, and what follows it there is of no use.
+        Costs one look into the table per landmark until no worker has the next one, however many
+        workers there are, and one per block between where one of them stops and the next landmark.
         """
-        num_rows = len(self._rows)
-        keys = self._keys(hashes)
-        lengths = np.zeros(num_rows, np.int64)
-        alive = np.ones(num_rows, np.bool_)
-        start, look = 0, FIRST_LOOK
-        while start < len(keys) and alive.any():
-            ids = self._table.get(keys[start : start + look])
-            begins = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1).tolist()]
-            for begin in begins:
-                mask = self._sets.mask(int(ids[begin]))
-                row_bytes = mask.to_bytes(num_rows, "little")
-                holders = np.frombuffer(row_bytes, np.uint8) != 0
-                lengths[alive & ~holders] = start + begin
-                alive &= holders
-                if not alive.any():
-                    break
-            start += len(ids)
+        marks, walk = self._marks(hashes), PrefixWalk(len(self._rows))
+        begin, start, look = 0, 0, FIRST_LOOK
+        while start < len(marks.ends) and walk.going:
+            part = slice(start, start + look)
+            begin = self._follow(walk, begin, Marks(marks.keys[part], marks.ends[part]))
+            start += look
             look *= 4
-        lengths[alive] = len(keys)
-        matched = {}
-        for row in np.flatnonzero(lengths).tolist():
-            name = self._rows[row]
-            if name is not None:
-                matched[name] = int(lengths[row])
-        return matched
+        walk.stop(begin)
+        for begin in walk.stops if marks.sparse else ():
+            limit = marks.next_after(begin, len(hashes))
+            if begin < limit:
+                walk.resume(begin)
+                rest = Marks(self._keys(hashes[begin:limit]), np.arange(begin + 1, limit + 1))
+                walk.stop(self._follow(walk, begin, rest))
+        return {name: held for row, held in walk.result() if (name := self._rows[row]) is not None}
 
-    def _edit(self, hashes: Sequence[bytes], edit: Callable[[int], int]) -> None:
+    def _follow(self, walk: PrefixWalk, begin: int, marks: Marks) -> int:
+        """Let a walk go on from `begin` to the last of some marks.
+
+        Returns:
+            Where those stand that still go.
+        """
+        ids = self._table.get(marks.keys)
+        changes = np.flatnonzero(ids[1:] != ids[:-1])
+        runs = zip(
+            ids[[0, *(changes + 1)]].tolist(),
+            [*marks.ends[changes].tolist(), marks.last],
+            strict=True,
+        )
+        for set_id, end in runs:
+            walk.over(self._sets.mask(set_id), begin, end)
+            if not walk.going:
+                break
+            begin = end
+        return begin
+
+    def _edit(self, keys: Keys, edit: Callable[[int], int], *, hurried: bool = False) -> None:
         """Change the holders of blocks, no two of them alike."""
-        keys = self._keys(hashes)
-        for start in range(0, len(keys), MOST_CHANGED):
-            slots = self._table.slots(keys[start : start + MOST_CHANGED])
-            self._table.write(slots, self._sets.change(self._table.read(slots), edit))
-            gone = self._table.tidy(self._sets.live, self._sets.alive, len(slots))
+        most = self._table.most_changed
+        for start in range(0, len(keys), most):
+            part = keys[start : start + most]
+            self._table.change(part, lambda ids: self._sets.change(ids, edit))
+            gone = self._table.tidy(self._sets.live, self._sets.alive, len(part), hurried=hurried)
             if len(gone):
                 self._sets.release(gone)
 
-    def _keys(self, hashes: Sequence[bytes]) -> Keys:
-        """The first 64 bits of each hash; never 0, which marks a free slot."""
-        seen, keys = self._seen
-        if seen is not hashes or len(keys) != len(hashes):
-            words = np.frombuffer(b"".join(hashes), np.uint64)
-            keys = words[:: HASH_BYTES // words.itemsize].copy()
-            keys[keys == 0] = 1
-            self._seen = hashes, keys
+    def _marks(self, hashes: Sequence[bytes]) -> Marks:
+        """The landmarks of a prompt, worked out once if it is asked for again."""
+        if self._seen is not None and self._seen[0] is hashes and self._seen[1] == len(hashes):
+            return self._seen[2]
+        near, far = hashes[:NEAR_BLOCKS], hashes[NEAR_BLOCKS + STRIDE - 1 :: STRIDE]
+        ends = np.arange(1, len(near) + len(far) + 1)
+        ends[len(near) :] += (STRIDE - 1) * np.arange(1, len(far) + 1)
+        marks = Marks(self._keys([*near, *far]), ends)
+        self._seen = hashes, len(hashes), marks
+        return marks
+
+    def _keys(self, hashes: Iterable[bytes]) -> Keys:
+        """64 bits of each hash, spread by the secret; never 0, which marks a free slot.
+
+        Source: multiply-shift hashing, Dietzfelbinger et al., A Reliable Randomized Algorithm for
+        the Closest-Pair Problem (1997), section 2.
+        """
+        words = np.frombuffer(b"".join(hashes), np.uint64)
+        keys: Keys = words[:: HASH_BYTES // words.itemsize] * self._secret
+        keys[keys == 0] = 1
         return keys
-
-
-def _distinct(hashes: Sequence[bytes]) -> Sequence[bytes]:
-    return list(dict.fromkeys(hashes))
 
 
 def _swapped(mask: int, *, out: int, into: int) -> int:

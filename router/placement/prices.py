@@ -14,6 +14,7 @@ from router.placement.columns import Flags, Rows, WorkerColumns
 from router.placement.cost import EXPECTED_OUTPUT_TOKENS, Column, Prompt
 from router.placement.decision import MAX_CANDIDATES, Ranking
 from router.placement.pairing import Side
+from router.placement.prefix_walk import Held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +32,8 @@ class Demand:
     """What is to be placed, and under which conditions."""
 
     prompt: Prompt
-    matched_blocks: Mapping[str, int] = field(default_factory=dict)
-    """Leading blocks of the prompt in each worker's cache."""
+    held: Mapping[str, Held] = field(default_factory=dict)
+    """What each worker has of the prompt."""
     popularity: float = 0.0
     """Recent requests for the longest prefix of the prompt that any worker has."""
     avoid: Collection[str] = ()
@@ -66,10 +67,10 @@ class Prices:
         self.outlook = outlook
         prompt = demand.prompt
         matched = np.zeros_like(columns["placed"])
-        for key, blocks in demand.matched_blocks.items():
+        for key, held in demand.held.items():
             row = columns.row(key)
             if row is not None:
-                matched[row] = blocks
+                matched[row] = held.blocks
         self.usable = fits(columns, demand)
         # Rows without a worker have a block size of 0; what comes out for them is never looked at.
         block_size = np.maximum(columns["block_size"], 1)

@@ -12,6 +12,7 @@ from router.placement.choose import choose
 from router.placement.columns import WorkerView
 from router.placement.cost import Prompt
 from router.placement.decision import Mode
+from router.placement.prefix_walk import Held
 from router.placement.prices import Demand, Outlook
 from tests.support.router_placement import make_columns, make_layout, make_view
 
@@ -118,7 +119,7 @@ def test_no_burden_makes_a_worker_cheaper(
         for i, (backlog, running) in enumerate(loads)
     ]
     demand, outlook = (
-        Demand(prompt=PROMPT, matched_blocks=matched),
+        Demand(prompt=PROMPT, held={key: Held(blocks) for key, blocks in matched.items()}),
         Outlook(arrivals_per_s=arrivals),
     )
     before = choose(make_columns(views), demand, outlook)
@@ -142,7 +143,7 @@ def test_more_cached_blocks_never_cost_more(matched: int, more: int) -> None:
     costs = [
         choose(
             columns,
-            Demand(prompt=PROMPT, matched_blocks=dict.fromkeys("pd", blocks)),
+            Demand(prompt=PROMPT, held=dict.fromkeys("pd", Held(blocks))),
             Outlook(arrivals_per_s=2.0),
         ).cost_s
         for blocks in (matched, min(25, matched + more))

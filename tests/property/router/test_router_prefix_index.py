@@ -6,6 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from router.fleet.worker import CacheChange
 from router.placement.prefix_index import Applied, PrefixIndex
+from router.placement.prefix_walk import Held
 
 WORKERS = ("a", "b", "c")
 BLOCKS = [bytes([value]) * 16 for value in range(6)]
@@ -137,7 +138,8 @@ class IndexAgainstModel(RuleBasedStateMachine):
             while length < len(hashes) and hashes[length] in held:
                 length += 1
             if length:
-                wanted[worker] = length
+                lower = self.host[worker] - self.known[worker]
+                wanted[worker] = Held(length, sum(block in lower for block in hashes[:length]))
         assert self.index.match(hashes) == wanted
 
     @invariant()

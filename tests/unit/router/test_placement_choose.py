@@ -6,6 +6,7 @@ from router.placement.choose import choose
 from router.placement.columns import WorkerView
 from router.placement.cost import SHARED_COST, Prompt
 from router.placement.decision import Mode, Placement, Refusal
+from router.placement.prefix_walk import Held
 from router.placement.prices import Demand, Distrust, Outlook
 from tests.support.router_placement import make_columns, make_layout, make_view
 
@@ -45,7 +46,7 @@ def test_cached_prefix_is_worth_waiting_for_up_to_a_multiple(
         make_view("cached", "prefill", backlog_tokens=backlog),
         make_view("idle", "prefill"),
         make_view("d0", "decode"),
-        matched_blocks={"cached": 20},
+        held={"cached": Held(20)},
         popularity=popularity,
     )
     assert placement.prefill == chosen
@@ -53,14 +54,14 @@ def test_cached_prefix_is_worth_waiting_for_up_to_a_multiple(
 
 def test_at_least_one_token_is_left_to_compute() -> None:
     placement = place(
-        make_view("p", "prefill"), make_view("d", "decode"), matched_blocks={"p": 25, "d": 25}
+        make_view("p", "prefill"), make_view("d", "decode"), held={"p": Held(25), "d": Held(25)}
     )
     assert placement.cached_tokens == 99
 
 
 def test_decode_that_holds_the_prefix_saves_the_transfer() -> None:
     views = (make_view("p", "prefill"), make_view("d0", "decode"), make_view("d1", "decode"))
-    placement = place(*views, matched_blocks={"d1": 20})
+    placement = place(*views, held={"d1": Held(20)})
     assert placement.worker == "d1"
     terms = {c.worker: c.terms["transfer_s"] for c in placement.candidates if c.part == "decode"}
     assert terms == {"d0": pytest.approx(0.025), "d1": pytest.approx(0.005)}
@@ -143,7 +144,7 @@ def test_one_pool_serves_alone(role: str, mode: Mode) -> None:
 @pytest.mark.parametrize(("matched", "mode"), [(24, Mode.LOCAL), (23, Mode.DISAGGREGATED)])
 def test_nearly_cached_prompt_stays_on_decode(matched: int, mode: Mode) -> None:
     views = (make_view("p", "prefill"), make_view("d", "decode"))
-    placement = place(*views, local=4, matched_blocks={"d": matched})
+    placement = place(*views, local=4, held={"d": Held(matched)})
     assert placement.mode is mode
 
 
