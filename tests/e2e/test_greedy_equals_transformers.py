@@ -14,7 +14,7 @@ from tests.support.process import wait_until
 from tests.support.prompts import CHATS, TEXTS
 
 TINY_TOKENS = 24
-SMOLLM2_TOKENS = 16
+SMOLLM2_TOKENS = 8
 WHOLE = 4096
 PAIRWISE = [
     ("llama", "nixl", 16),
