@@ -1,6 +1,7 @@
 """Drives a world of two hand-over machines: through every state, or on random walks.
 
-Used by tests/property/kvtransfer; what may happen and what must hold is in handover_world.py.
+Used by tests/property/kvtransfer; what may happen and what must hold is in handover_world.py,
+the way there and back in handover_course.py.
 """
 
 import pickle
@@ -9,7 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tests.support.handover_world import Scenario, Violation, World
+from tests.support.handover_course import drain, prepared
+from tests.support.handover_scenario import Scenario
+from tests.support.handover_world import Violation, World
 
 _WEIGHTS = {"break": 0.01, "lose": 0.01, "decode aborts": 0.02, "prefill fails": 0.02, "time": 0.1}
 """Of events in random walks; others have 1."""
@@ -21,7 +24,7 @@ def explore(scenario: Scenario, max_states: int = 30_000) -> int:
     Raises:
         Violation: with the shortest sequence of events that leads to it.
     """
-    start = pickle.dumps(World(scenario).prepared(), -1)
+    start = pickle.dumps(prepared(scenario), -1)
     parents: dict[bytes, tuple[bytes, str] | None] = {start: None}
     todo = deque([start])
     while todo:
@@ -37,7 +40,7 @@ def explore(scenario: Scenario, max_states: int = 30_000) -> int:
                 todo.append(after)
         if scenario.last_time == 0 or not names:
             with _told(lambda s=state: _path(parents, s, "drain")):  # type: ignore[misc]
-                pickle.loads(state).drain()
+                drain(pickle.loads(state))
         assert len(parents) <= max_states, f"more than {max_states} states"
     return len(parents)
 
@@ -45,7 +48,7 @@ def explore(scenario: Scenario, max_states: int = 30_000) -> int:
 def wander(scenario: Scenario, seed: int, steps: int) -> World:
     """Take random steps from the start, then drain; returns the last state."""
     rng = random.Random(seed)
-    world = World(scenario).prepared()
+    world = prepared(scenario)
     names = []
     with _told(lambda: names):
         for _ in range(steps):
@@ -57,7 +60,7 @@ def wander(scenario: Scenario, seed: int, steps: int) -> World:
             names.append(name)
             event(world)
         names.append("drain")
-        world.drain()
+        drain(world)
     return world
 
 

@@ -1,8 +1,8 @@
 """Both state machines of the hand-over, joined by FIFO links over a model of block memory.
 
-Knows what the world may do (messages delayed or lost with their link, READs landing late or never,
-loops that stand still while time passes, aborts on either side) and checks the design's promises
-after each step. Explored by tests/support/handover_explorer.py.
+Knows what the world may do in a scenario (messages delayed or lost with their link, READs landing
+late or never, loops that stand still while time passes, aborts on either side) and checks the
+design's promises after each step. Explored by tests/support/handover_explorer.py.
 """
 
 from collections import deque
@@ -16,6 +16,7 @@ from kvtransfer.export import ExportMachine
 from kvtransfer.handover import HandoverMachine
 from kvtransfer.handover_config import HandoverConfig
 from kvtransfer.messages import Claim, DecodeMessage, Hello, Key, PrefillMessage, Probe, Release
+from tests.support.handover_scenario import Scenario
 
 TTL = 6
 GARBAGE = (Key("nobody", 0), 0)
@@ -51,34 +52,6 @@ class NoCounter:
 
     def __setitem__(self, name: str, count: int) -> None:
         pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """Which misfortunes may happen, each at any moment and at most once per key."""
-
-    num_keys: int = 1
-    last_time: int = 0
-    """How often time may advance, by 1 each."""
-    time_step: float = 1
-    decode_clock_rate: float = 1.0
-    prefill_fails: bool = False
-    decode_aborts: bool = False
-    link_breaks: bool = False
-    reads_fail: bool = False
-    cached_blocks: int = 0
-    late_submit: bool = False
-    """Prefill may learn of the request at any moment, also after decode's Claim; else before."""
-    never_lands: bool = False
-    """No READ lands once it has begun: the peer is frozen."""
-    offered: bool = False
-    """Begin when the link is up and renewed, and the lease offered."""
-    drift_ratio: float = 0.05
-    probes: bool = False
-    """Decode measures the link whenever it may. Begin when the first key was delivered; others are
-    submitted to decode at any moment."""
-    decode_is_full: bool = False
-    """It has no blocks for a probe."""
 
 
 @dataclass
@@ -157,19 +130,6 @@ class World:
     @property
     def decode_now(self) -> float:
         return self.time * self.scenario.decode_clock_rate
-
-    def prepared(self) -> "World":
-        """This state, after the part of the story that the scenario leaves out."""
-        while self.scenario.offered and any((*self.to_prefill.values(), *self.to_decode.values())):
-            for link in self.to_prefill:
-                if self.to_prefill[link]:
-                    self.prefill_hears(link)
-                elif self.to_decode[link]:
-                    self.decode_hears(link)
-        while self.scenario.probes and self.settle():
-            pass
-        self.frozen = self.scenario.never_lands
-        return self
 
     # What may happen next.
 
@@ -456,45 +416,3 @@ class World:
     def require(self, right: bool, what: str) -> None:
         if not right:
             raise Violation(what)
-
-    def drain(self) -> None:
-        """Let everything that must happen happen, and check that nothing is left."""
-        for key in self.keys:
-            if key not in self.prefilled and key not in self.computing:
-                self.submit_prefill(key)
-            if key not in self.asked:
-                self.submit_decode(key)
-        for _ in range(4 * TTL):
-            while self.settle():
-                pass
-            self.advance()
-            self.turn_decode()
-            self.turn_prefill()
-        for key in self.keys:
-            done = key in self.ended or key in self.aborted
-            self.require(done, f"{key} never ended")
-            owed = key in self.claims and self.claims[key] not in self.lost
-            self.require(not owed or key in self.released, f"{key} was never released")
-        self.require(self.export.num_leases == 0, "a lease is left")
-        self.require(not any(self.held.values()), "a hold is left")
-        self.require(self.handover.num_handovers == 0, "a hand-over is left")
-        self.require(not self.reserved and not self.waiting, "a reservation is left")
-        self.require(not self.reads, "a READ is left")
-        self.require(self.probing is None, "a probe is left")
-        for key in self.claims.keys() - set(self.keys):
-            owed = self.claims[key] not in self.lost
-            self.require(not owed or key in self.released, "a probe was never released")
-
-    def settle(self) -> bool:
-        for name, event in list(self.events()):
-            kind = name.split()[0]
-            if kind in ("prefill", "decode") and name.split()[1] != "hears":
-                continue
-            if kind in ("break", "lose", "time") or (kind == "poll" and not self.landed(name)):
-                continue
-            event(self)
-            return True
-        return False
-
-    def landed(self, name: str) -> bool:
-        return self.reads[int(name.split()[1])].landed

@@ -18,7 +18,8 @@ from kvtransfer.messages import Key
 from kvtransfer.peer_link import PeerLink
 from kvtransfer.probing import ProbeSchedule
 from tests.support.handover_explorer import explore, wander
-from tests.support.handover_world import TTL, Scenario, Violation
+from tests.support.handover_scenario import Scenario
+from tests.support.handover_world import TTL, Violation
 
 SCENARIOS = {
     "nothing goes wrong": Scenario(),
