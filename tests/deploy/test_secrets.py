@@ -11,7 +11,8 @@ from core.errors import UnavailableError
 from decode.settings import DecodeSettings
 from router.access.keys import read_keys
 from rpc.auth import Credentials
-from tests.support.fake_worker import FakeWorker, expected
+from tests.support.fake_sequence import expected
+from tests.support.fake_worker import FakeWorker
 from tests.support.helm import Manifest, render, settings_of
 from tests.support.router_fleet import make_request, router_on, run
 from worker.process import credentials_of

@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry
 from core.errors import DiptychError
 from router.dispatch import Dispatcher
 from rpc.v1 import worker_pb2
-from tests.support.fake_worker import FakeWorker, expected, fake_workers, until
+from tests.support.fake_sequence import expected
+from tests.support.fake_worker import FakeWorker, fake_workers, until
 from tests.support.router_fleet import make_request, router_on, run
 
 PROMPT = [4, 5]

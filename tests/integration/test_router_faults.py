@@ -7,7 +7,8 @@ from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
 from router.settings import RouterSettings
-from tests.support.fake_worker import expected, fake_workers
+from tests.support.fake_sequence import expected
+from tests.support.fake_worker import fake_workers
 from tests.support.router_fleet import make_request, router_on, run
 
 

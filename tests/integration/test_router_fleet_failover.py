@@ -9,14 +9,8 @@ from router.dispatch import Dispatcher
 from router.main import dispatcher_on_fleet
 from router.settings import RouterSettings
 from rpc.v1 import worker_pb2
-from tests.support.fake_worker import (
-    DEADLINE_S,
-    EOS,
-    FakeWorker,
-    expected,
-    fake_workers,
-    until,
-)
+from tests.support.fake_sequence import EOS, expected
+from tests.support.fake_worker import DEADLINE_S, FakeWorker, fake_workers, until
 from tests.support.process import free_port
 from tests.support.router_fleet import batches, collect, make_request, ready_workers, router_on, run
 

@@ -15,7 +15,8 @@ from router.fleet.worker import Place, Role, WorkerState
 from router.main import dispatcher_on_fleet
 from router.settings import RouterSettings
 from rpc.v1 import worker_pb2
-from tests.support.fake_worker import FakeWorker, expected, fake_workers, until
+from tests.support.fake_sequence import expected
+from tests.support.fake_worker import FakeWorker, fake_workers, until
 from tests.support.process import free_port
 from tests.support.router_fleet import collect, make_request, run
 

@@ -16,7 +16,8 @@ from core.errors import (
 from core.finish import FinishReason
 from router.main import dispatcher_on_fleet
 from router.settings import RouterSettings
-from tests.support.fake_worker import EOS, expected, fake_workers, until
+from tests.support.fake_sequence import EOS, expected
+from tests.support.fake_worker import fake_workers, until
 from tests.support.router_fleet import batches, collect, make_request, ready_workers, router_on, run
 
 

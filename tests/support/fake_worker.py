@@ -1,4 +1,4 @@
-"""A worker without an engine: a real gRPC server whose tokens are a function of the sequence.
+"""A worker without an engine: a real gRPC server whose tokens are those of `fake_sequence.py`.
 
 Tokens come out one per turn of `step()`, or freely when the worker is `running`; tests decide when
 streams break, when the worker falls silent, what fails, and which cache events are sent. It keeps
@@ -15,28 +15,11 @@ import grpc
 
 from rpc.auth import Credentials
 from rpc.server import RpcServer
-from rpc.token_batch import TokenRow, token_batch
+from rpc.token_batch import token_batch
 from rpc.v1 import worker_pb2, worker_pb2_grpc
+from tests.support.fake_sequence import EOS, VOCAB, Running, next_token
 
-VOCAB = 400
-EOS = 2
 DEADLINE_S = 10.0
-
-
-def next_token(sequence: Sequence[int], seed: int = 0) -> int:
-    """The token after a sequence: never the end-of-sequence id, and sensitive to every token."""
-    value = seed
-    for token in sequence:
-        value = (value * 31 + token + 7) % 1_000_003
-    return 3 + value % 247
-
-
-def expected(prompt_ids: Sequence[int], count: int, seed: int = 0) -> list[int]:
-    """The output that any number of fake workers must produce together."""
-    sequence = list(prompt_ids)
-    for _ in range(count):
-        sequence.append(next_token(sequence, seed))
-    return sequence[len(prompt_ids) :]
 
 
 async def until(condition: Callable[[], object], what: str = "") -> None:
@@ -44,26 +27,6 @@ async def until(condition: Callable[[], object], what: str = "") -> None:
     async with asyncio.timeout(DEADLINE_S):
         while not condition():  # noqa: ASYNC110  # any condition, not an event of ours
             await asyncio.sleep(0.002)
-
-
-@dataclass(slots=True)
-class Running:
-    """One request on the worker."""
-
-    submit: worker_pb2.Submit
-    tokens: list[int]
-    prompt_len: int
-    handed_over: bool = False
-    scored: int = 1
-    """First prompt position whose log probability was not told yet."""
-
-    @property
-    def phase(self) -> str:
-        return self.submit.WhichOneof("phase") or ""
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.submit.request_id, self.submit.attempt
 
 
 @dataclass(slots=True)
@@ -106,6 +69,8 @@ class FakeWorker:
     aborts: list[worker_pb2.Abort] = field(default_factory=list)
     peers: dict[str, "FakeWorker"] = field(default_factory=dict)
     """Workers by id, for imports."""
+    handed: set[tuple[str, int]] = field(default_factory=set)
+    """Exports that are complete."""
     _sequences: dict[tuple[str, int], Running] = field(default_factory=dict)
     _streams: dict[int, asyncio.Queue[worker_pb2.WorkerMessage | None]] = field(
         default_factory=dict
@@ -156,21 +121,11 @@ class FakeWorker:
         for sequence in list(self._sequences.values()):
             if self._score(sequence):
                 continue
-            produced = self._advance(sequence)
-            if produced is None:
+            first_index = self._advance(sequence)
+            if first_index is None:
                 continue
-            first_index, ids = produced
-            rows.append(
-                TokenRow(
-                    sequence.submit.request_id,
-                    sequence.submit.attempt,
-                    first_index,
-                    ids,
-                    _logprobs(sequence, first_index, ids),
-                    1 if first_index == len(sequence.submit.output_ids) else None,
-                )
-            )
-            end = self._end_of(sequence)
+            rows.append(sequence.row(first_index))
+            end = sequence.end
             if end is not None and not self.silent_ends:
                 ends.append((sequence, end))
         if rows:
@@ -180,65 +135,31 @@ class FakeWorker:
 
     def _score(self, sequence: Running) -> bool:
         """Tell a part of the prompt's log probabilities, if wanted; True if that was all it did."""
-        sampling, prompt_len = sequence.submit.sampling, sequence.prompt_len
-        if not sampling.HasField("prompt_logprobs") or sequence.phase == "import":
+        part = sequence.score(self.prompt_steps)
+        if part is None:
             return False
-        if sequence.scored >= prompt_len:
-            return False
-        part = -(-(prompt_len - 1) // max(1, self.prompt_steps))
-        end = min(sequence.scored + part, prompt_len)
-        positions = range(sequence.scored, end)
-        self._tell(
-            worker_pb2.WorkerMessage(
-                prompt=worker_pb2.PromptLogprobs(
-                    request_id=sequence.submit.request_id,
-                    attempt=sequence.submit.attempt,
-                    first=sequence.scored,
-                    logprobs=[-float(position) for position in positions],
-                    ranks=list(positions),
-                    num_top=sampling.prompt_logprobs,
-                    top_ids=[3 + i for _ in positions for i in range(sampling.prompt_logprobs)],
-                    top_logprobs=[
-                        -1.0 - i for _ in positions for i in range(sampling.prompt_logprobs)
-                    ],
-                )
-            )
-        )
-        sequence.scored = end
+        self._tell(worker_pb2.WorkerMessage(prompt=part))
         return self.prompt_steps > 0
 
     def _next(self, sequence: Running) -> int:
-        done = len(sequence.tokens) - sequence.prompt_len
         if self.says is not None:
-            return self.says(sequence.submit)[done]
+            return self.says(sequence.submit)[sequence.num_done]
         return next_token(sequence.tokens, sequence.submit.sampling.seed)
 
-    def _advance(self, sequence: Running) -> tuple[int, list[int]] | None:
-        done = len(sequence.tokens) - sequence.prompt_len
+    def _advance(self, sequence: Running) -> int | None:
+        """Append a token; returns the index of the first that is to be told, None if none is."""
+        done = sequence.num_done
         if sequence.phase == "import" and not sequence.handed_over:
             peer = self.peers[getattr(sequence.submit, "import").prefill_worker_id]
             if sequence.key not in peer.handed:
                 return None
             sequence.handed_over = True
             sequence.tokens.append(self._next(sequence))
-            return (done, sequence.tokens[-1:]) if self.report_first_import else None
+            return done if self.report_first_import else None
         sequence.tokens.append(self._next(sequence))
         if done == self.end_with_eos_at:
             sequence.tokens[-1] = EOS
-        return done, sequence.tokens[-1:]
-
-    def _end_of(self, sequence: Running) -> int | None:
-        done = len(sequence.tokens) - sequence.prompt_len
-        if sequence.tokens[-1] in (EOS, *sequence.submit.sampling.stop_token_ids):
-            return worker_pb2.FINISH_REASON_STOP
-        if done >= sequence.submit.sampling.max_tokens:
-            return worker_pb2.FINISH_REASON_LENGTH
-        if sequence.phase == "export":
-            return worker_pb2.FINISH_REASON_HANDED_OVER
-        return None
-
-    handed: set[tuple[str, int]] = field(default_factory=set)
-    """Exports that are complete."""
+        return done
 
     def finish(self, key: tuple[str, int], reason: int, code: str = "", message: str = "") -> None:
         """Say the last word about a request."""
@@ -390,25 +311,6 @@ class FakeWorker:
             place=self.place,
             kv_address=f"127.0.0.1:{self.port}" if self.role == "prefill" else "",
         )
-
-
-def _logprobs(
-    sequence: Running, first_index: int, ids: Sequence[int]
-) -> list[worker_pb2.TokenLogprobs]:
-    """Of each token, if wanted: a function of the token and its index."""
-    sampling = sequence.submit.sampling
-    if not sampling.HasField("logprobs"):
-        return []
-    return [
-        worker_pb2.TokenLogprobs(
-            logprob=-index - token_id / 1024,
-            top=[
-                worker_pb2.TokenLogprob(token_id=(token_id + i) % VOCAB, logprob=-index - i)
-                for i in range(sampling.logprobs)
-            ],
-        )
-        for index, token_id in enumerate(ids, first_index)
-    ]
 
 
 class _Servicer(worker_pb2_grpc.WorkerServicer):
