@@ -46,6 +46,8 @@ _REASONS = {
 _MAX_UINT32 = 2**32 - 1
 MAX_LINKS = 1024
 """Links taken from one load report."""
+MAX_TIERS = 16
+"""The same of tiers."""
 
 
 class ProtocolViolation(Exception):
@@ -95,6 +97,14 @@ def load_from_proto(message: worker_pb2.LoadReport) -> WorkerLoad:
         leases=message.leases,
         prefill_tokens_per_s=message.prefill_tokens_per_s,
         decode_step_s=message.decode_step_s,
+        host_bytes_per_s=next(
+            (
+                each.bytes_per_s
+                for each in message.tiers[:MAX_TIERS]
+                if each.tier == worker_pb2.CACHE_TIER_HOST and 0 < each.bytes_per_s < math.inf
+            ),
+            0.0,
+        ),
         link_bytes_per_s={
             link.prefill_worker_id: link.bytes_per_s
             for link in message.links[:MAX_LINKS]

@@ -123,6 +123,8 @@ class WorkerLoad:
     leases: int = 0
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0
+    host_bytes_per_s: float = 0.0
+    """How fast it copies blocks between its device and its host's memory."""
     link_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     """Prefill worker id to how fast this decode worker reads its KV, as far as measured."""
     link_latency_s: Mapping[str, float] = field(default_factory=dict)
