@@ -121,6 +121,7 @@ class WorkerLoad:
     cached_blocks: int = 0
     """Held by nothing but the prefix cache, so free to be taken."""
     leases: int = 0
+    """Hand-overs under way: of decode, prompts whose KV is awaited or on its way."""
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0
     host_bytes_per_s: float = 0.0

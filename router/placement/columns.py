@@ -132,11 +132,14 @@ class WorkerColumns:
         before, self._views[row] = self._views[row], view
         info, load = view.info, view.load
         layout = info.layout
+        prefills = info.role is Role.PREFILL
+        # Its hand-overs will take places in a decode worker's batch, which are not in its queue.
+        batch = load.running + load.waiting + (0 if prefills else load.leases)
         free = info.num_blocks - load.held_blocks - view.sent_blocks
         self._table[row] = (
             True,
             load.state is WorkerState.READY,
-            info.role is Role.PREFILL,
+            prefills,
             bool(info.kv_address),
             self._digests.setdefault(info.model_digest, len(self._digests)),
             self._kinds.setdefault((info.model_digest, layout), len(self._kinds)),
@@ -146,7 +149,7 @@ class WorkerColumns:
             load.prefill_tokens_per_s,
             view.idle_at,
             load.decode_step_s,
-            load.running + load.waiting + view.sent_requests,
+            batch + view.sent_requests,
             max(1, info.max_num_seqs),
             free if info.num_blocks else np.inf,
             view.placed,

@@ -122,6 +122,7 @@ def test_decode_that_holds_the_prefix_saves_the_transfer() -> None:
     [
         {"running": 4},
         {"waiting": 4},
+        {"leases": 4},
         {"sent_requests": 4},
         {"running": 8},
         {"held_blocks": 990},
