@@ -93,6 +93,7 @@ def load_from_proto(message: worker_pb2.LoadReport) -> WorkerLoad:
         backlog_tokens=message.backlog_tokens,
         held_blocks=message.held_blocks,
         cached_blocks=message.cached_blocks,
+        awaited_blocks=message.awaited_blocks,
         leases=message.leases,
         prefill_tokens_per_s=_measured(message.prefill_tokens_per_s),
         decode_step_s=_measured(message.decode_step_s),

@@ -120,6 +120,8 @@ class WorkerLoad:
     held_blocks: int = 0
     cached_blocks: int = 0
     """Held by nothing but the prefix cache, so free to be taken."""
+    awaited_blocks: int = 0
+    """Blocks that prompts on their way to a decode worker will take and have not been given yet."""
     leases: int = 0
     """Hand-overs under way: of decode, prompts whose KV is awaited or on its way."""
     prefill_tokens_per_s: float = 0.0

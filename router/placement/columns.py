@@ -135,7 +135,8 @@ class WorkerColumns:
         prefills = info.role is Role.PREFILL
         # Its hand-overs will take places in a decode worker's batch, which are not in its queue.
         batch = load.running + load.waiting + (0 if prefills else load.leases)
-        free = info.num_blocks - load.held_blocks - view.sent_blocks
+        promised = load.awaited_blocks + view.sent_blocks
+        free = info.num_blocks - load.held_blocks - promised
         self._table[row] = (
             True,
             load.state is WorkerState.READY,

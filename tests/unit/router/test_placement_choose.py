@@ -127,6 +127,7 @@ def test_decode_that_holds_the_prefix_saves_the_transfer() -> None:
         {"running": 8},
         {"held_blocks": 990},
         {"sent_blocks": 990},
+        {"awaited_blocks": 990},
         {"decode_step_s": 0.02},
     ],
 )
