@@ -162,7 +162,8 @@ class Importer:
         self._metrics.observe(machine.num_handovers, len(self._unreserved), machine.counters)
 
     def report(self, load: worker_pb2.LoadReport) -> None:
-        """How fast the links are, and what they are made of."""
+        """How fast the links are, and what they are made of; what room is promised."""
+        load.awaited_blocks = self._machine.num_awaited_blocks
         load.links.extend(self._rates.report())
         load.transport = self._metrics.transport
 

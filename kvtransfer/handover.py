@@ -70,6 +70,15 @@ class HandoverMachine:
         return len(self._book.handovers)
 
     @property
+    def num_awaited_blocks(self) -> int:
+        """Blocks of prompts that are to come and have been given none yet."""
+        return sum(
+            handover.num_blocks
+            for handover in self._book.handovers.values()
+            if handover.table is None and not handover.ended and not handover.probe
+        )
+
+    @property
     def num_inflight_blocks(self) -> int:
         """Blocks being read now."""
         return sum(link.inflight_blocks for link in self._book.links.values())

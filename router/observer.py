@@ -128,6 +128,7 @@ def _worker(status: WorkerStatus, hits: Mapping[str, CacheHit]) -> dict[str, obj
         },
         "prefill_tokens_per_s": load.prefill_tokens_per_s or None,
         "decode_step_s": load.decode_step_s or None,
+        "host_bytes_per_s": load.host_bytes_per_s or None,
         "heartbeat_age_s": load.heartbeat_age_s,
     }
 

@@ -144,6 +144,11 @@ def load_to_proto(stats: EngineStats, *, draining: bool, leases: int) -> worker_
         leases=leases,
         prefill_tokens_per_s=stats.prefill_tokens_per_s,
         decode_step_s=stats.decode_step_s,
+        tiers=[
+            worker_pb2.TierRate(tier=tier, bytes_per_s=rate)
+            for tier, rate in [(worker_pb2.CACHE_TIER_HOST, stats.host.bytes_per_s)]
+            if rate
+        ],
     )
 
 

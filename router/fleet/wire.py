@@ -4,7 +4,6 @@ What comes off the wire is checked here: a message that makes no sense raises Pr
 and the link that read it ends.
 """
 
-import math
 from collections.abc import Sequence
 
 from core.block_hash import HASH_BYTES, unpack_hashes
@@ -46,6 +45,8 @@ _REASONS = {
 _MAX_UINT32 = 2**32 - 1
 MAX_LINKS = 1024
 """Links taken from one load report."""
+MAX_TIERS = 16
+"""The same of tiers."""
 
 
 class ProtocolViolation(Exception):
@@ -92,18 +93,27 @@ def load_from_proto(message: worker_pb2.LoadReport) -> WorkerLoad:
         backlog_tokens=message.backlog_tokens,
         held_blocks=message.held_blocks,
         cached_blocks=message.cached_blocks,
+        awaited_blocks=message.awaited_blocks,
         leases=message.leases,
-        prefill_tokens_per_s=message.prefill_tokens_per_s,
-        decode_step_s=message.decode_step_s,
+        prefill_tokens_per_s=_measured(message.prefill_tokens_per_s),
+        decode_step_s=_measured(message.decode_step_s),
+        host_bytes_per_s=max(
+            (
+                _measured(each.bytes_per_s)
+                for each in message.tiers[:MAX_TIERS]
+                if each.tier == worker_pb2.CACHE_TIER_HOST
+            ),
+            default=0.0,
+        ),
         link_bytes_per_s={
             link.prefill_worker_id: link.bytes_per_s
             for link in message.links[:MAX_LINKS]
-            if 0 < link.bytes_per_s < math.inf
+            if _measured(link.bytes_per_s)
         },
         link_latency_s={
             link.prefill_worker_id: link.latency_s
             for link in message.links[:MAX_LINKS]
-            if 0 < link.latency_s < math.inf
+            if _measured(link.latency_s)
         },
         transport=message.transport,
     )
@@ -265,6 +275,11 @@ def with_phase(
             imported.prefill_epoch = peer.epoch
             imported.kv_address = peer.kv_address
     return worker_pb2.RouterMessage(submit=submit)
+
+
+def _measured(value: float) -> float:
+    """0 for what nothing can take or do: every sum that it is part of would mean nothing."""
+    return value if 1e-9 < value < 1e18 else 0.0
 
 
 def _error_code(code: str) -> ErrorCode:

@@ -120,9 +120,14 @@ class WorkerLoad:
     held_blocks: int = 0
     cached_blocks: int = 0
     """Held by nothing but the prefix cache, so free to be taken."""
+    awaited_blocks: int = 0
+    """Blocks that prompts on their way to a decode worker will take and have not been given yet."""
     leases: int = 0
+    """Hand-overs under way: of decode, prompts whose KV is awaited or on its way."""
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0
+    host_bytes_per_s: float = 0.0
+    """How fast it copies blocks between its device and its host's memory."""
     link_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     """Prefill worker id to how fast this decode worker reads its KV, as far as measured."""
     link_latency_s: Mapping[str, float] = field(default_factory=dict)

@@ -15,10 +15,10 @@ from router.placement import cost
 from router.placement.columns import Flags, Rows, WorkerColumns
 from router.placement.decision import (
     MAX_CANDIDATES,
+    CopyRate,
     Mode,
     Placement,
     Refusal,
-    TransferRate,
 )
 from router.placement.pairing import cheapest, cheapest_pair
 from router.placement.prices import Demand, Distrust, Outlook, Prices, fits
@@ -231,7 +231,7 @@ def _placement(
         rankings.append(prices.ranking("decode", decode, terms))
         if plan is best:
             measured = columns.link_is_measured(plan.prefill, plan.worker)
-            rate = TransferRate(float(links[0, decode == plan.worker][0]), measured)
+            rate = CopyRate(float(links[0, decode == plan.worker][0]), measured)
     computes = best.worker if best.prefill is None else best.prefill
     return Placement(
         mode=best.mode,
@@ -244,4 +244,5 @@ def _placement(
         cost_s=best.cost_s,
         alternatives={plan.mode.value: plan.cost_s for plan in plans if plan is not best},
         transfer=rate,
+        host_copy=prices.host_copy(computes),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.fleet.worker import KvLayout, Role, WorkerInfo, WorkerLoad, WorkerState
-from router.placement.cost import Column, CostSettings
+from router.placement.cost import ASSUMED_HOST_BYTES_PER_S, Column, CostSettings
 
 Rows = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -34,6 +34,7 @@ _ROW = np.dtype(
         ("places", np.float64),
         ("free_blocks", np.float64),
         ("placed", np.float64),
+        ("host_rate", np.float64),
         ("fastest_link", np.float64),
     ]
 )
@@ -108,6 +109,12 @@ class WorkerColumns:
         return _known(steps, _typical(steps, self._settings.decode_step_s))
 
     @property
+    def host_rates(self) -> Column:
+        """Bytes per second that every row copies from host memory, measured or typical."""
+        rates = self["host_rate"]
+        return _known(rates, _typical(rates, ASSUMED_HOST_BYTES_PER_S))
+
+    @property
     def typical_prefill_rate(self) -> float:
         """Of a worker that has not computed a prompt yet: most likely that of those that have."""
         return _typical(self["prefill_rate"], self._settings.prefill_tokens_per_s)
@@ -125,11 +132,15 @@ class WorkerColumns:
         before, self._views[row] = self._views[row], view
         info, load = view.info, view.load
         layout = info.layout
-        free = info.num_blocks - load.held_blocks - view.sent_blocks
+        prefills = info.role is Role.PREFILL
+        # Its hand-overs will take places in a decode worker's batch, which are not in its queue.
+        batch = load.running + load.waiting + (0 if prefills else load.leases)
+        promised = load.awaited_blocks + view.sent_blocks
+        free = info.num_blocks - load.held_blocks - promised
         self._table[row] = (
             True,
             load.state is WorkerState.READY,
-            info.role is Role.PREFILL,
+            prefills,
             bool(info.kv_address),
             self._digests.setdefault(info.model_digest, len(self._digests)),
             self._kinds.setdefault((info.model_digest, layout), len(self._kinds)),
@@ -139,10 +150,11 @@ class WorkerColumns:
             load.prefill_tokens_per_s,
             view.idle_at,
             load.decode_step_s,
-            load.running + load.waiting + view.sent_requests,
+            batch + view.sent_requests,
             max(1, info.max_num_seqs),
             free if info.num_blocks else np.inf,
             view.placed,
+            load.host_bytes_per_s,
             self._table["fastest_link"][row],
         )
         if before is None:

@@ -29,6 +29,12 @@ Source: benchmarks/placement_simulator.py, conversation trace. From 0 to 10 hits
 0.95 of what one infinite cache has, and TTFT falls; above, prompts wait too long for their cache.
 """
 
+ASSUMED_HOST_BYTES_PER_S = 10e9
+"""Rate of copies from host memory to the device until any worker has measured its own.
+
+Source: own judgement, half of what PCIe 4 carries over 16 lanes.
+"""
+
 DISTANCE_RATIO = {
     Distance.UNKNOWN: 1.0,
     Distance.HOST: 1.0,
@@ -106,6 +112,11 @@ def crowding_s(
     """
     shared = SHARED_COST / (1 + popularity)
     return own_prefill_s * (shared + arrivals_per_s * (queued_s + own_prefill_s))
+
+
+def host_copy_s(blocks: Column, block_bytes: Column, bytes_per_s: Column) -> Column:
+    """To copy cached blocks from host memory back to the device."""
+    return blocks * block_bytes / bytes_per_s
 
 
 def transfer_bytes(uncached_tokens: Column, block_size: Column, block_bytes: Column) -> Column:

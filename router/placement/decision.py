@@ -33,6 +33,8 @@ class Candidate:
     part: str
     """prefill, decode or local."""
     cached_tokens: int
+    host_tokens: int
+    """Of the cached ones, those that it must copy from its host's memory first, about."""
     terms: Mapping[str, float]
 
     @property
@@ -47,6 +49,7 @@ class Candidate:
             "worker": self.worker,
             "part": self.part,
             "cached_tokens": self.cached_tokens,
+            "host_tokens": self.host_tokens,
             "cost_s": round(self.cost_s, 6),
             **terms,
         }
@@ -63,6 +66,8 @@ class Ranking:
     """[candidates]"""
     cached_tokens: NDArray[np.float64]
     """[candidates]"""
+    host_tokens: NDArray[np.float64]
+    """[candidates]"""
     terms: Mapping[str, NDArray[np.float64]]
     """Seconds, [candidates]."""
     considered: int
@@ -76,6 +81,7 @@ class Ranking:
                 self.names[row],
                 self.part,
                 int(self.cached_tokens[i]),
+                int(self.host_tokens[i]),
                 {name: values[i] for name, values in columns.items()},
             )
             for i, row in enumerate(self.rows.tolist())
@@ -83,8 +89,8 @@ class Ranking:
 
 
 @dataclass(frozen=True, slots=True)
-class TransferRate:
-    """Speed of a pair's link, as the decode worker measured it or as the settings assume."""
+class CopyRate:
+    """How fast KV moves, as the worker that gets it measured, or as is assumed."""
 
     bytes_per_s: float
     measured: bool
@@ -123,8 +129,11 @@ class Placement:
     """Of the plan that won."""
     alternatives: Mapping[str, float] = field(default_factory=dict)
     """Cost of the best plan of each other mode that was possible, seconds."""
-    transfer: TransferRate | None = None
+    transfer: CopyRate | None = None
     """How fast KV was expected to move between the two; None where none moves."""
+    host_copy: CopyRate | None = None
+    """How fast the worker that computes was expected to copy what it has of the prompt in its
+    host's memory; None where it has nothing of it there that is worth copying."""
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -142,6 +151,7 @@ class Placement:
             "cost_s": round(self.cost_s, 6),
             "alternatives_s": {mode: round(cost, 6) for mode, cost in self.alternatives.items()},
             "transfer_rate": self.transfer and self.transfer.as_dict(),
+            "host_copy_rate": self.host_copy and self.host_copy.as_dict(),
             "considered": {ranking.part: ranking.considered for ranking in self.rankings},
             "candidates": [
                 candidate.as_dict()

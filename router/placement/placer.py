@@ -131,6 +131,7 @@ class Placer:
 
     def report(self, worker: str, load: WorkerLoad, now: float) -> None:
         """A load report arrived; what it already includes is not counted twice."""
+        self._index.expire(now)  # so that a choice seldom has to
         member = self._members.get(worker)
         if member is not None:
             member.report(load, now, self._prefill_rate(load))

@@ -12,7 +12,7 @@ import numpy as np
 from router.placement import cost
 from router.placement.columns import Flags, Rows, WorkerColumns
 from router.placement.cost import EXPECTED_OUTPUT_TOKENS, Column, Prompt
-from router.placement.decision import MAX_CANDIDATES, Ranking
+from router.placement.decision import MAX_CANDIDATES, CopyRate, Ranking
 from router.placement.pairing import Side
 from router.placement.prefix_walk import Held
 
@@ -66,19 +66,34 @@ class Prices:
         self.columns = columns
         self.outlook = outlook
         prompt = demand.prompt
-        matched = np.zeros_like(columns["placed"])
+        matched, lower = np.zeros((2, len(columns["placed"])))
         for key, held in demand.held.items():
             row = columns.row(key)
             if row is not None:
-                matched[row] = held.blocks
+                matched[row], lower[row] = held
         self.usable = fits(columns, demand)
         # Rows without a worker have a block size of 0; what comes out for them is never looked at.
         block_size = np.maximum(columns["block_size"], 1)
-        self.cached = cost.cached_tokens(prompt, matched, block_size)
+        self._price_host_copies(lower, block_size)
+        self.cached = cost.cached_tokens(prompt, matched - (lower - self._copied), block_size)
         self.uncached = prompt.num_tokens - self.cached
+        self.host_tokens = np.minimum(self._copied * block_size, self.cached)
         self.kv_bytes = cost.transfer_bytes(self.uncached, block_size, columns["block_bytes"])
         self._price_prefill(demand.popularity)
         self._price_decode(prompt, block_size)
+
+    def _price_host_copies(self, lower: Column, block_size: Column) -> None:
+        """A worker copies what it has in host memory only where that is faster than computing it.
+
+        Source: engine/kv/tier_copies.py.
+        """
+        if not lower.any():
+            self._copied = self._host_copy_s = lower
+            return
+        columns = self.columns
+        copy_s = cost.host_copy_s(lower, columns["block_bytes"], columns.host_rates)
+        pays = copy_s < cost.prefill_s(lower * block_size, columns.prefill_rates)
+        self._copied, self._host_copy_s = np.where(pays, lower, 0.0), np.where(pays, copy_s, 0.0)
 
     def _price_prefill(self, popularity: float) -> None:
         columns, outlook = self.columns, self.outlook
@@ -88,6 +103,7 @@ class Prices:
         self.prefill = {
             "backlog_s": backlog_s,
             "prefill_s": prefill_s,
+            "host_copy_s": self._host_copy_s,
             "crowding_s": cost.crowding_s(prefill_s, backlog_s, outlook.arrivals_per_s, popularity),
         }
 
@@ -97,14 +113,24 @@ class Prices:
         batch, places = columns["batch"], np.maximum(columns["places"], 1)
         decode_s = cost.decode_s(tokens, columns.decode_steps_s, batch, places)
         growth = cost.growth_blocks(batch, self.outlook.output_tokens, block_size)
-        needed = np.ceil((prompt.num_tokens + tokens - self.cached) / block_size)
+        # What comes back from host memory takes blocks like anything that is computed.
+        on_device = self.cached - self.host_tokens
+        needed = np.ceil((prompt.num_tokens + tokens - on_device) / block_size)
         self.decode = {
+            "host_copy_s": self._host_copy_s,
             "decode_s": decode_s,
             "batch_wait_s": cost.batch_wait_s(decode_s, batch, places),
             "kv_wait_s": cost.kv_wait_s(decode_s, needed, columns["free_blocks"] - growth),
         }
         stall_s = cost.stall_s(self.prefill["prefill_s"], batch)
         self.alone = self.prefill | {"stall_s": stall_s} | self.decode
+
+    def host_copy(self, row: int) -> CopyRate | None:
+        """How fast a worker is expected to copy from host memory, if it has to."""
+        if not self._copied[row]:
+            return None
+        measured = bool(self.columns["host_rate"][row])
+        return CopyRate(float(self.columns.host_rates[row]), measured)
 
     def side(self, rows: Rows, terms: Mapping[str, Column]) -> Side:
         """The workers in some rows with the sum of some terms."""
@@ -119,6 +145,7 @@ class Prices:
             names=self.columns.names,
             rows=best,
             cached_tokens=self.cached[best],
+            host_tokens=self.host_tokens[best],
             terms={name: term[best] for name, term in terms.items()},
             considered=len(rows),
         )

@@ -392,7 +392,7 @@ class Finished(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., matched_stop: _Optional[int] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("state", "heartbeat_age_ms", "waiting", "running", "backlog_tokens", "free_blocks", "cached_blocks", "held_blocks", "leases", "prefill_tokens_per_s", "decode_step_s", "links", "transport")
+    __slots__ = ("state", "heartbeat_age_ms", "waiting", "running", "backlog_tokens", "free_blocks", "cached_blocks", "held_blocks", "leases", "prefill_tokens_per_s", "decode_step_s", "links", "transport", "tiers", "awaited_blocks")
     STATE_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -406,6 +406,8 @@ class LoadReport(_message.Message):
     DECODE_STEP_S_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    AWAITED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     heartbeat_age_ms: int
     waiting: int
@@ -419,7 +421,9 @@ class LoadReport(_message.Message):
     decode_step_s: float
     links: _containers.RepeatedCompositeFieldContainer[LinkRate]
     transport: str
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., heartbeat_age_ms: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., backlog_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., links: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ..., transport: _Optional[str] = ...) -> None: ...
+    tiers: _containers.RepeatedCompositeFieldContainer[TierRate]
+    awaited_blocks: int
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., heartbeat_age_ms: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., backlog_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., links: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ..., transport: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierRate, _Mapping]]] = ..., awaited_blocks: _Optional[int] = ...) -> None: ...
 
 class LinkRate(_message.Message):
     __slots__ = ("prefill_worker_id", "bytes_per_s", "latency_s")
@@ -430,6 +434,14 @@ class LinkRate(_message.Message):
     bytes_per_s: float
     latency_s: float
     def __init__(self, prefill_worker_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ...) -> None: ...
+
+class TierRate(_message.Message):
+    __slots__ = ("tier", "bytes_per_s")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    tier: CacheTier
+    bytes_per_s: float
+    def __init__(self, tier: _Optional[_Union[CacheTier, str]] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class CacheEvents(_message.Message):
     __slots__ = ("epoch", "seq", "reset", "stored", "removed", "lower")

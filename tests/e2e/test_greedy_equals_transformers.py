@@ -154,6 +154,8 @@ def test_out_of_host_memory(
         asyncio.run(compare(system, cases, at_once=1))
         system.wait_balanced()
         wait_counted(system, "prefill", "diptych_kv_tier_hit_tokens_total")
+        rates = [worker["host_bytes_per_s"] for worker in system.get("/v1/fleet").json()["workers"]]
+        assert all(rates), "each has told the router how fast it copies"
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ const facts = (pairs) => h("dl", { class: "figures wide" }, pairs.map(([name, va
 
 function drawAttempt(attempt, attempts) {
   const { decision, workers } = attempt;
-  const speed = decision.transfer_rate;
+  const rate = (name, speed) => (speed ? [[`${name}, ${speed.measured ? "measured" : "assumed"}`, bytesPerSecond(speed.bytes_per_s)]] : []);
   return h(
     "section",
     { class: "attempt" },
@@ -141,7 +141,8 @@ function drawAttempt(attempt, attempts) {
       ["cached, predicted", plural(decision.predicted_cached_tokens, "token")],
       ["cached, found", attempt.cached_tokens === null ? "–" : plural(attempt.cached_tokens, "token")],
       ["KV moved", bytes(attempt.kv_bytes)],
-      ...(speed ? [[speed.measured ? "link, measured" : "link, assumed", bytesPerSecond(speed.bytes_per_s)]] : []),
+      ...rate("link", decision.transfer_rate),
+      ...rate("from host memory", decision.host_copy_rate),
     ]),
     decision.candidates.length ? candidates(decision) : null,
     decision.refused.length ? h("details", {}, h("summary", {}, `${plural(decision.refused.length, "refusal")}`), h("ul", {}, decision.refused.map((refusal) => h("li", {}, refusal)))) : null,
@@ -149,7 +150,7 @@ function drawAttempt(attempt, attempts) {
 }
 
 function candidates({ candidates: list, prefill, decode }) {
-  const known = new Set(["worker", "part", "cached_tokens", "cost_s"]);
+  const known = new Set(["worker", "part", "cached_tokens", "host_tokens", "cost_s"]);
   const terms = [...new Set(list.flatMap((candidate) => Object.keys(candidate)))].filter((name) => !known.has(name));
   const chosen = ({ worker, part }) => worker === (part === "prefill" ? prefill : decode) && (part !== "local" || prefill === null);
   return h(
@@ -168,7 +169,7 @@ function candidates({ candidates: list, prefill, decode }) {
             { class: chosen(candidate) ? "chosen" : "" },
             h("th", { scope: "row" }, candidate.worker, chosen(candidate) ? h("small", {}, " chosen") : null),
             h("td", {}, candidate.part),
-            h("td", {}, count(candidate.cached_tokens)),
+            h("td", {}, count(candidate.cached_tokens), candidate.host_tokens ? h("small", {}, ` ${count(candidate.host_tokens)} in host memory`) : null),
             h("td", {}, seconds(candidate.cost_s)),
             terms.map((term) => h("td", {}, seconds(candidate[term]))),
           ),

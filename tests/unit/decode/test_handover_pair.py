@@ -60,6 +60,27 @@ def test_decode_computes_no_prompt_token_itself(make_pair: MakePair) -> None:
     assert lengths == {1}
 
 
+def test_room_that_a_prompt_on_its_way_will_take_is_reported(make_pair: MakePair) -> None:
+    """Until it has it; a router that did not know would send decode more than fits."""
+    pair = make_pair(max_chunk_tokens=4)
+    pair.submit(PROMPT)
+    seen = set()
+    while not pair.decode.tokens():
+        pair.turn()
+        load = worker_pb2.LoadReport()
+        pair.decode.role.report(load)
+        seen.add((load.awaited_blocks, pair.decode.engine.stats().held_blocks))
+    assert {(8, 0), (0, 8)} <= seen and len(seen) <= 3
+    pair.submit(PROMPT, request_id="next")
+    pair.turn()
+    pair.decode.role.report(load)
+    assert load.awaited_blocks == 8
+    pair.cut()
+    pair.settle()
+    pair.decode.role.report(load)
+    assert load.awaited_blocks == 0
+
+
 def test_blocks_move_while_prefill_still_computes(make_pair: MakePair) -> None:
     pair = make_pair(max_chunk_tokens=4)
     pair.submit(PROMPT)

@@ -176,6 +176,19 @@ def test_links_that_make_no_sense_are_left_out() -> None:
     assert load_from_proto(report).link_bytes_per_s == {"p0": 2e9}
 
 
+@pytest.mark.parametrize("rate", [0.0, -1.0, 1e-300, float("inf"), float("nan")])
+def test_measurements_that_make_no_sense_are_left_out(rate: float) -> None:
+    report = worker_pb2.LoadReport(state=worker_pb2.WORKER_STATE_READY)
+    report.tiers.add(tier=worker_pb2.CACHE_TIER_UNSPECIFIED, bytes_per_s=3e9)
+    report.tiers.add(tier=worker_pb2.CACHE_TIER_HOST, bytes_per_s=rate)
+    assert load_from_proto(report).host_bytes_per_s == 0
+    report.prefill_tokens_per_s = report.decode_step_s = rate
+    load = load_from_proto(report)
+    assert (load.prefill_tokens_per_s, load.decode_step_s) == (0, 0)
+    report.tiers.add(tier=worker_pb2.CACHE_TIER_HOST, bytes_per_s=2e9)
+    assert load_from_proto(report).host_bytes_per_s == 2e9
+
+
 def test_place_of_a_worker_is_read() -> None:
     layout = worker_pb2.KvLayout(block_size=16)
     place = worker_pb2.Place(zone="z", rack="r", host="h")

@@ -4,7 +4,7 @@ from core.errors import UnavailableError
 from router.fleet.worker import Place, WorkerState
 from router.placement.choose import choose
 from router.placement.columns import WorkerView
-from router.placement.cost import SHARED_COST, Prompt
+from router.placement.cost import ASSUMED_HOST_BYTES_PER_S, SHARED_COST, Prompt
 from router.placement.decision import Mode, Placement, Refusal
 from router.placement.prefix_walk import Held
 from router.placement.prices import Demand, Distrust, Outlook
@@ -59,6 +59,56 @@ def test_at_least_one_token_is_left_to_compute() -> None:
     assert placement.cached_tokens == 99
 
 
+@pytest.mark.parametrize(
+    ("rate", "backlog", "chosen"), [(1e6, 10, "device"), (1e6, 30, "host"), (1e7, 10, "host")]
+)
+def test_copying_from_host_memory_is_waited_for_like_a_backlog(
+    rate: float, backlog: int, chosen: str
+) -> None:
+    """80 tokens are 20 KB there, for 20 ms or 2 ms; the other has as many on its device."""
+    placement = place(
+        make_view("device", "prefill", backlog_tokens=backlog),
+        make_view("host", "prefill", host_bytes_per_s=rate),
+        make_view("d0", "decode"),
+        held={"device": Held(20), "host": Held(20, 20)},
+    )
+    assert placement.prefill == chosen
+    cached = {c.worker: (c.cached_tokens, c.host_tokens) for c in placement.candidates}
+    assert cached == {"device": (80, 0), "host": (80, 80), "d0": (0, 0)}
+
+
+def test_what_is_slower_to_copy_than_to_compute_is_computed() -> None:
+    """20 KB at 100 KB/s take 0.2 s, 80 tokens 0.08 s; the first 5 blocks are on the device."""
+    views = (make_view("p", "prefill", host_bytes_per_s=1e5), make_view("d", "decode"))
+    (prefill, _) = place(*views, held={"p": Held(25, 20)}).candidates
+    assert (prefill.cached_tokens, prefill.host_tokens) == (20, 0)
+    assert prefill.terms["host_copy_s"] == 0 and prefill.terms["prefill_s"] == pytest.approx(0.08)
+
+
+def test_rate_of_copies_that_was_not_measured_is_that_of_others_or_assumed() -> None:
+    held = {"p": Held(20, 20)}
+    unknown, decode = make_view("p", "prefill"), make_view("d", "decode")
+    assert place(unknown, decode, held=held).as_dict()["host_copy_rate"] == {
+        "bytes_per_s": round(ASSUMED_HOST_BYTES_PER_S),
+        "measured": False,
+    }
+    other = make_view("d", "decode", host_bytes_per_s=4e6)
+    placement = place(unknown, other, held=held)
+    assert placement.host_copy is not None
+    assert (placement.host_copy.bytes_per_s, placement.host_copy.measured) == (4e6, False)
+    assert placement.candidates[0].terms["host_copy_s"] == pytest.approx(0.005)
+    assert place(other, held={"d": Held(20)}).as_dict()["host_copy_rate"] is None
+
+
+def test_decode_that_holds_the_prefix_in_host_memory_saves_the_transfer_for_a_copy() -> None:
+    views = (make_view("p", "prefill"), make_view("d", "decode", host_bytes_per_s=1e6))
+    terms = place(*views, held={"d": Held(20, 20)}).candidates[1].terms
+    assert (terms["transfer_s"], terms["host_copy_s"]) == (
+        pytest.approx(0.005),
+        pytest.approx(0.02),
+    )
+
+
 def test_decode_that_holds_the_prefix_saves_the_transfer() -> None:
     views = (make_view("p", "prefill"), make_view("d0", "decode"), make_view("d1", "decode"))
     placement = place(*views, held={"d1": Held(20)})
@@ -72,10 +122,12 @@ def test_decode_that_holds_the_prefix_saves_the_transfer() -> None:
     [
         {"running": 4},
         {"waiting": 4},
+        {"leases": 4},
         {"sent_requests": 4},
         {"running": 8},
         {"held_blocks": 990},
         {"sent_blocks": 990},
+        {"awaited_blocks": 990},
         {"decode_step_s": 0.02},
     ],
 )
