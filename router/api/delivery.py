@@ -45,12 +45,13 @@ class Delivery:
         """Send what tokens add to the output; see router.generation.Take."""
         if self._allowance is not None:
             self._allowance.take_output(len(tokens))
-        events = self._render(self._output.take(tokens))
-        if events and not self._stream.write_now(events):
+        output, now = self._output, self._clock()
+        events = self._render(output.take(tokens))
+        if events and not self._stream.write_now(events, now):
             self._unsent, self._num_unsent = events, len(tokens)
             return False
-        self._timer.arrived(self._clock(), len(tokens))
-        return not self._output.stopped
+        self._timer.arrived(now, len(tokens))
+        return output.finish_reason is None
 
     async def catch_up(self) -> None:
         """Send what was kept, however long the client takes."""
