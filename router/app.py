@@ -213,6 +213,10 @@ class HttpApp:
             answer = await _answer_error(_translated(error, scope), exchange)
             if answer.status in _REFUSED:
                 self._metrics.refusals.labels(answer.code).inc()
+        finally:
+            # They know the scope in turn, and only the garbage collector would free them.
+            for name in ("exchange", "extensions"):
+                scope.pop(name, None)
 
 
 class _EndpointApp:

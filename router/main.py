@@ -66,6 +66,8 @@ log = logging.getLogger(__name__)
 
 BREAKER_WINDOW_S = 60.0
 """A failure counts together with one before it if no more time lies between, in seconds."""
+YOUNG_OBJECTS = 10_000
+"""After so many more than were freed the youngest are looked at for garbage, which takes 1 ms."""
 FLUSH_S = 2.0
 """Time that answers have to reach their clients once the last request has ended."""
 
@@ -142,6 +144,8 @@ async def serve(settings: RouterSettings, text: TextProcessor, token: str | None
         )
         host, port = listener.getsockname()[:2]
         gc.freeze()  # or each full collection looks at all of this again, for some 20 ms
+        # A step of 256 streams has a thousand small objects at once, and none of them is garbage.
+        gc.set_threshold(YOUNG_OBJECTS)
         log.info("listening on %s://%s:%d", "https" if certificate else "http", host, port)
         async with asyncio.TaskGroup() as group:
             follow = group.create_task(_follow_files(door, key_file, certificate))

@@ -14,7 +14,7 @@ from router.api.choice import Choice
 from router.api.metrics import TokenTimer
 from router.api.output import Piece
 from router.api.sse import EventStream
-from router.generation import Token
+from router.generation import GenerationEnd, Token
 
 Render = Callable[[Piece], bytes]
 """Takes a piece of a choice's output; returns the events to send of it now, if any."""
@@ -27,15 +27,18 @@ class Delivery:
         self,
         choice: Choice,
         render: Render,
+        opening: Callable[[], bytes],
         stream: EventStream,
         timer: TokenTimer,
         clock: Clock,
         allowance: Allowance | None,
     ) -> None:
+        """`opening` makes the events that come before those of the first piece."""
+        self.timer = timer
         self._output = choice.output
         self._render = render
+        self._opening: Callable[[], bytes] | None = opening
         self._stream = stream
-        self._timer = timer
         self._clock = clock
         self._allowance = allowance
         self._unsent = b""
@@ -45,16 +48,33 @@ class Delivery:
         """Send what tokens add to the output; see router.generation.Take."""
         if self._allowance is not None:
             self._allowance.take_output(len(tokens))
-        events = self._render(self._output.take(tokens))
-        if events and not self._stream.write_now(events):
-            self._unsent, self._num_unsent = events, len(tokens)
-            return False
-        self._timer.arrived(self._clock(), len(tokens))
-        return not self._output.stopped
+        output, now = self._output, self._clock()
+        piece = output.take(tokens)
+        if piece.content or piece:
+            events = self._render(piece) if self._opening is None else self._first(piece)
+            if events and not self._stream.write_now(events, now):
+                self._unsent, self._num_unsent = events, len(tokens)
+                return False
+        self.timer.arrived(now, len(tokens))
+        return output.finish_reason is None
 
     async def catch_up(self) -> None:
         """Send what was kept, however long the client takes."""
         if self._unsent:
             await self._stream.write(self._unsent)
-            self._timer.arrived(self._clock(), self._num_unsent)
+            self.timer.arrived(self._clock(), self._num_unsent)
             self._unsent = b""
+
+    async def close(self, end: GenerationEnd) -> None:
+        """Send what the output held back."""
+        piece = self._output.close(end)
+        if piece and (events := self._first(piece)):
+            await self._stream.write(events)
+
+    def opening(self) -> bytes:
+        """The events before the first piece, unless they were sent with one."""
+        opening, self._opening = self._opening, None
+        return b"" if opening is None else opening()
+
+    def _first(self, piece: Piece) -> bytes:
+        return self.opening() + self._render(piece)

@@ -7,8 +7,9 @@ away, a stop string is found or the deadline passes: leaving them is what frees 
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from core.errors import DeadlineError, InvalidRequestError
@@ -107,16 +108,14 @@ class TextEndpoint:
     ) -> None:
         pieces = {choice.index: Piece() for choice in job.choices}
 
-        def kept(choice: Choice) -> Render:
+        async def run(choice: Choice) -> None:
             def keep(piece: Piece) -> bytes:
                 pieces[choice.index].append(piece)
                 return b""
 
-            return keep
+            await self._run(choice, self._delivery(choice, keep, bytes, exchange, stream))
 
-        await _together(
-            [self._run(choice, kept(choice), exchange, stream) for choice in job.choices]
-        )
+        await _together([run(choice) for choice in job.choices])
         choices = [EndedChoice(choice, pieces[choice.index]) for choice in job.choices]
         mode = job.mode()
         headers = [(b"x-diptych-mode", mode.encode("latin-1", "replace"))] if mode else []
@@ -134,34 +133,33 @@ class TextEndpoint:
         stream.open(answer.failure)
 
         async def run(choice: Choice) -> None:
-            opened = False
-
             def opening() -> bytes:
-                nonlocal opened
-                opened = True
+                exchange.phase = "streaming"
                 return answer.opening(choice)
 
-            def render(piece: Piece) -> bytes:
-                if not piece:
-                    return b""
-                if opened:
-                    return answer.chunk(choice, piece)
-                exchange.phase = "streaming"
-                return opening() + answer.chunk(choice, piece)
-
-            await self._run(choice, render, exchange, stream)
-            before = b"" if opened else opening()
-            await stream.write(before + answer.closing(choice))
+            render = partial(answer.chunk, choice)
+            delivery = self._delivery(choice, render, opening, exchange, stream)
+            await self._run(choice, delivery)
+            await stream.write(delivery.opening() + answer.closing(choice))
 
         await _together([run(choice) for choice in job.choices])
         await stream.write(answer.ending(job.usage()), last=True)
 
-    async def _run(
-        self, choice: Choice, render: Render, exchange: Exchange, stream: EventStream
-    ) -> None:
-        output, clock = choice.output, self._parts.clock
+    def _delivery(
+        self,
+        choice: Choice,
+        render: Render,
+        opening: Callable[[], bytes],
+        exchange: Exchange,
+        stream: EventStream,
+    ) -> Delivery:
         timer = TokenTimer(self._metrics, exchange.received_at)
-        delivery = Delivery(choice, render, stream, timer, clock, exchange.allowance)
+        return Delivery(
+            choice, render, opening, stream, timer, self._parts.clock, exchange.allowance
+        )
+
+    async def _run(self, choice: Choice, delivery: Delivery) -> None:
+        output, timer = choice.output, delivery.timer
         scores, reports = choice.scores, choice.request.sampling.prompt_logprobs is not None
         try:
             async with self._parts.generator.generate(choice.request) as generation:
@@ -188,8 +186,7 @@ class TextEndpoint:
             output_tokens=output.num_tokens,
             cached_tokens=end.cached_tokens,
         )
-        if events := render(output.close(end)):
-            await stream.write(events)
+        await delivery.close(end)
 
     def _timeout_s(self, exchange: Exchange) -> float:
         header = exchange.headers.get(TIMEOUT_HEADER)

@@ -20,6 +20,7 @@ class EventStream:
 
     def __init__(self, exchange: Exchange, *, clock: Clock, keep_alive_s: float) -> None:
         self._exchange = exchange
+        self._send_now = exchange.send_now
         self._clock = clock
         self._keep_alive_s = keep_alive_s
         self._starting = asyncio.Lock()
@@ -58,12 +59,17 @@ class EventStream:
             self._num_writing -= 1
         self._last_write_at = self._clock()
 
-    def write_now(self, data: bytes) -> bool:
-        """Send whole events if that takes no waiting; False if nothing was sent."""
-        if not (self._begun and self._exchange.send_now(data)):
-            return False
-        self._last_write_at = self._clock()
-        return True
+    def write_now(self, data: bytes, now: float) -> bool:
+        """Send whole events if that takes no waiting; False if nothing was sent.
+
+        Args:
+            data: the events.
+            now: on the stream's clock, which is not asked per token.
+        """
+        if self._begun and self._send_now(data):
+            self._last_write_at = now
+            return True
+        return False
 
     async def keep_alive(self) -> float:
         """Send a comment if the stream was silent for long.
