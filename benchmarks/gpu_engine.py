@@ -11,7 +11,7 @@ and is ended at its time limit. Parts:
     steady   both models with all sequences under way: GPU idle share, time per kind of kernel
 
 A peer is a command for the shell that prints figures as lines of JSON (see benchmarks.children);
-in it, {models} stands for a folder with a config.json in qwen3-0.6b, llama-3.1-8b and qwen3-8b.
+in it, {models} stands for a folder with a config.json in a folder for each of gpu_shapes.SHAPES.
 `--order` says who runs when: A is ours (offline and steps), B all peers. The file is written anew
 after each part, so a session that is cut short leaves what it has.
 """

@@ -15,8 +15,21 @@ BYTES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """What every layer of Qwen3-MoE has instead of one feed-forward."""
+
+    count: int
+    per_token: int
+    intermediate_size: int
+
+    def expected(self, num_tokens: int) -> float:
+        """How many different ones so many tokens choose on average, if all are alike."""
+        return self.count * (1 - (1 - self.per_token / self.count) ** num_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A dense decoder-only model."""
+    """A decoder-only model."""
 
     title: str
     architecture: str
@@ -31,18 +44,30 @@ class Shape:
     tied: bool = False
     eps: float = 1e-6
     rope_theta: float = 1_000_000.0
+    experts: Experts | None = None
 
     @property
     def linear_params(self) -> int:
-        """Weights of all layers' products, without embedding and LM head."""
+        """Weights of all layers' products with one token, without embedding and LM head."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = self.hidden_size * (2 * queries + 2 * keys)
-        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+        rows = 2 * queries + 2 * keys + 3 * self.intermediate_size
+        if self.experts is not None:
+            active = 3 * self.experts.per_token * self.experts.intermediate_size
+            rows = 2 * queries + 2 * keys + self.experts.count + active
+        return self.num_layers * self.hidden_size * rows
 
     @property
     def weight_bytes(self) -> int:
-        """That a decode step reads: all products and the LM head, not the embedding."""
+        """That a step of one token reads: all products and the LM head, not the embedding."""
         return BYTES * (self.linear_params + self.vocab_size * self.hidden_size)
+
+    def step_weight_bytes(self, num_tokens: int) -> float:
+        """That a step of so many tokens reads."""
+        if self.experts is None:
+            return self.weight_bytes
+        more = self.experts.expected(num_tokens) - self.experts.per_token
+        each = 3 * self.experts.intermediate_size * self.hidden_size
+        return self.weight_bytes + BYTES * self.num_layers * more * each
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -51,7 +76,9 @@ class Shape:
 
     def decode_bytes(self, context_lens: Sequence[float]) -> float:
         """That one decode step reads with sequences of these lengths."""
-        return self.weight_bytes + self.kv_bytes_per_token * sum(context_lens)
+        return self.step_weight_bytes(len(context_lens)) + self.kv_bytes_per_token * sum(
+            context_lens
+        )
 
     def prefill_flops(self, num_tokens: int) -> float:
         """Operations of one prompt: products, the causal half of attention, one row of logits."""
@@ -61,7 +88,7 @@ class Shape:
 
     def config(self, dtype: str) -> dict[str, Any]:
         """The config.json."""
-        return {
+        config = {
             "architectures": [self.architecture],
             "model_type": self.architecture.removesuffix("ForCausalLM").lower(),
             "hidden_act": "silu",
@@ -78,6 +105,15 @@ class Shape:
             "rope_theta": self.rope_theta,
             "tie_word_embeddings": self.tied,
         }
+        if self.experts is not None:
+            config |= {
+                "model_type": "qwen3_moe",
+                "num_experts": self.experts.count,
+                "num_experts_per_tok": self.experts.per_token,
+                "moe_intermediate_size": self.experts.intermediate_size,
+                "norm_topk_prob": True,
+            }
+        return config
 
     def write(self, folder: Path, dtype: str = "bfloat16") -> Path:
         """Make the model's folder."""
@@ -125,6 +161,19 @@ SHAPES = {
         head_dim=128,
         vocab_size=151_936,
         max_position=40_960,
+    ),
+    "qwen3-30b-a3b": Shape(
+        title="Qwen3-30B-A3B",
+        architecture="Qwen3MoeForCausalLM",
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_layers=48,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        vocab_size=151_936,
+        max_position=40_960,
+        experts=Experts(count=128, per_token=8, intermediate_size=768),
     ),
     "tiny": Shape(
         title="tiny",

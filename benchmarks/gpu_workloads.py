@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.gpu_shapes import Shape
 
@@ -69,6 +69,10 @@ WORKLOADS = {
     ),
     "llama-3.1-8b": _LARGE,
     "qwen3-8b": _LARGE,
+    # Its weights leave less of 80 GB to KV.
+    "qwen3-30b-a3b": replace(
+        _LARGE, decode_batches=(1, 32), decode_context=2048, steady=((32, 2048),)
+    ),
     "tiny": Workload(
         max_model_len=256,
         max_num_seqs=8,

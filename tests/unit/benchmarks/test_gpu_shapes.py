@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_shapes import SHAPES
+from benchmarks.gpu_shapes import BYTES, SHAPES
 from benchmarks.gpu_workloads import WORKLOADS, Offline, offline_floor_s
 from engine.models.config import read_model_config
 
@@ -45,6 +45,17 @@ def test_linear_params_are_those_of_the_checkpoint() -> None:
     shape = SHAPES["llama-3.1-8b"]
     all_params = shape.linear_params + 2 * shape.vocab_size * shape.hidden_size
     assert all_params == pytest.approx(8.03e9, rel=1e-3)
+
+
+def test_a_step_reads_the_experts_that_its_tokens_choose() -> None:
+    # 30.5 billion, 3.3 of them active with one token (as published, the embedding included).
+    shape = SHAPES["qwen3-30b-a3b"]
+    embedding = shape.vocab_size * shape.hidden_size
+    assert shape.weight_bytes / BYTES + embedding == pytest.approx(3.35e9, rel=0.01)
+    assert shape.step_weight_bytes(1) == pytest.approx(shape.weight_bytes)
+    everything = shape.step_weight_bytes(10_000) / BYTES + embedding
+    assert everything == pytest.approx(30.53e9, rel=1e-3)
+    assert 0.85 < shape.decode_bytes([0.0] * 32) / shape.step_weight_bytes(10_000) < 0.9
 
 
 def test_offline_draws_what_other_scripts_draw() -> None:
