@@ -34,6 +34,7 @@ from router.api.observation import Observation, Observed
 from router.api.openapi import ApiRoute, OpenApi
 from router.api.operations import Operations
 from router.api.parts import ApiParts, Gate, RecentRequests
+from router.api.reading import BodyReader
 from router.api.requests import (
     ChatRequest,
     CompletionRequest,
@@ -88,6 +89,7 @@ def create_app(
         metrics=ApiMetrics(registry, settings.slo),
         recent=RecentRequests(settings.recent_requests),
         gate=Gate(settings.max_in_flight),
+        bodies=BodyReader(),
         salt=door.salt,
         clock=door.clock,
     )

@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: what chats do their own way."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ from router.text.processor import TextProcessor
 from router.text.reasoning import ReasoningSplit, begins_in_reasoning
 from router.text.tools.call_list import CallListParser
 
+INLINE_MESSAGES = 32
+"""More messages and tools are rendered in a thread: so many take about a millisecond."""
+
 
 class ChatDialect:
     """Conversations in, messages out."""
@@ -29,7 +33,7 @@ class ChatDialect:
         """Check the fields of a body."""
         return read(ChatRequest, data)
 
-    async def prompts(self, request: TextRequest, text: TextProcessor) -> list[Prompt]:
+    async def prompts(self, request: TextRequest, text: TextProcessor, room: int) -> list[Prompt]:
         """Render the conversation and tokenize it."""
         assert isinstance(request, ChatRequest)
         check_choice(request.tools, request.tool_choice)
@@ -39,13 +43,13 @@ class ChatDialect:
                 "tool_parser, or tool_choice to required.",
                 param="tools",
             )
-        rendered = render(request, text)
-        ids = await text.encode(rendered, add_special_tokens=request.add_special_tokens)
+        prompt = await rendered(request, text)
+        ids = await text.encode(prompt, add_special_tokens=request.add_special_tokens, room=room)
         return [
             Prompt(
                 token_ids=ids,
                 continued=request.continue_final_message,
-                opens_reasoning=begins_in_reasoning(rendered),
+                opens_reasoning=begins_in_reasoning(prompt),
             )
         ]
 
@@ -102,12 +106,18 @@ class ChatDialect:
         return None
 
 
-def render(conversation: ConversationFields, text: TextProcessor) -> str:
+async def rendered(conversation: ConversationFields, text: TextProcessor) -> str:
     """The prompt of a conversation, to be encoded without adding special tokens.
 
     Raises:
         InvalidRequestError: the chat template refuses it, or takes no tools.
     """
+    if len(conversation.messages) + len(conversation.callable_tools) <= INLINE_MESSAGES:
+        return _render(conversation, text)
+    return await asyncio.to_thread(_render, conversation, text)
+
+
+def _render(conversation: ConversationFields, text: TextProcessor) -> str:
     tools = [tool.for_template() for tool in conversation.callable_tools]
     if tools and not text.template_reads("tools"):
         raise InvalidRequestError("tools: this model's chat template takes none.", param="tools")

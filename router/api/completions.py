@@ -24,10 +24,10 @@ class CompletionDialect:
         """Check the fields of a body."""
         return read(CompletionRequest, data)
 
-    async def prompts(self, request: TextRequest, text: TextProcessor) -> list[Prompt]:
+    async def prompts(self, request: TextRequest, text: TextProcessor, room: int) -> list[Prompt]:
         """Tokenize the prompts that are text."""
         assert isinstance(request, CompletionRequest)
-        return [await _prompt(prompt, request, text) for prompt in request.prompt]
+        return [await _prompt(prompt, request, text, room) for prompt in request.prompt]
 
     def parser(
         self, request: TextRequest, prompt: Prompt, text: TextProcessor
@@ -54,10 +54,10 @@ class CompletionDialect:
 
 
 async def _prompt(
-    prompt: str | tuple[int, ...], request: CompletionRequest, text: TextProcessor
+    prompt: str | tuple[int, ...], request: CompletionRequest, text: TextProcessor, room: int
 ) -> Prompt:
     if isinstance(prompt, str):
-        ids = await text.encode(prompt, add_special_tokens=request.add_special_tokens)
+        ids = await text.encode(prompt, add_special_tokens=request.add_special_tokens, room=room)
         return Prompt(token_ids=ids, echo=prompt if request.echo else "", continued=True)
     echo = ""
     if request.echo and all(0 <= token_id < 2**32 for token_id in prompt):

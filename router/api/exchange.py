@@ -42,6 +42,8 @@ class Exchange:
     """What the caller may still do, if that is limited and this counts."""
     query: bytes = b""
     """What follows the question mark of the URL."""
+    body_bytes: int = 0
+    """Size of the request's body, once it is read."""
     started: bool = False
     """True once the answer's status line is out."""
     phase: str = field(default="body")
@@ -109,6 +111,7 @@ class Exchange:
                     if size > limit_bytes:
                         raise _too_large(limit_bytes)
                     if not message.get("more_body", False):
+                        self.body_bytes = size
                         return b"".join(chunks)
         except TimeoutError:
             raise HttpError(

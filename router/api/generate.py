@@ -18,11 +18,11 @@ from router.api.choice import Choice, EndedChoice
 from router.api.delivery import Delivery, Render
 from router.api.errors import ClientDisconnectedError, error_answer
 from router.api.exchange import Exchange
-from router.api.job import Dialect, Job, make_job
+from router.api.job import Dialect, Job
 from router.api.metrics import TokenTimer
 from router.api.output import Piece
-from router.api.parsing import parse_json
 from router.api.parts import ApiParts
+from router.api.planning import make_job
 from router.api.sse import EventStream
 
 TIMEOUT_HEADER = b"x-request-timeout"
@@ -65,9 +65,11 @@ class TextEndpoint:
         )
         exchange.phase = "waiting"
         stream = EventStream(exchange, clock=self._parts.clock, keep_alive_s=settings.keep_alive_s)
+        serving = self._serve(exchange, body, stream)
+        del body
         try:
             await exchange.run(
-                self._serve(exchange, body, stream),
+                serving,
                 idle=stream.keep_alive,
                 idle_s=settings.keep_alive_s,
             )
@@ -77,9 +79,11 @@ class TextEndpoint:
             raise
 
     async def _serve(self, exchange: Exchange, body: bytes, stream: EventStream) -> None:
-        request = self._dialect.read(parse_json(body), exchange.caller)
         deadline = exchange.received_at + self._timeout_s(exchange)
         async with self._cut_off(deadline):
+            read = partial(self._dialect.read, caller=exchange.caller)
+            request = await self._parts.bodies.read(body, read)
+            del body  # megabytes, perhaps, and the answer takes minutes
             job = await make_job(self._parts, self._dialect, request, exchange, deadline)
             prompt_tokens = job.usage().prompt_tokens
             if exchange.allowance is not None:

@@ -5,7 +5,6 @@ unless its value asks for nothing; an unknown one is refused with the nearest na
 """
 
 import difflib
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from core.errors import InvalidRequestError
+from router.api.bounds import check_bounds
 from router.api.unserved import HINTS
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -23,11 +23,9 @@ MAX_DEPTH = 100
 Source: own judgement: JSON schemas of real tools have a dozen levels; libraries that pass values on
 give up at 250.
 """
-
-MAX_CONTAINERS = 100_000
-"""Most arrays and objects in a body. Each takes microseconds to check, in which others wait; real
-bodies hold a dozen for each of their messages and tools."""
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_SHOWN_CHARS = 80
+"""Of a value that is wrong."""
+_SHOWN_MEMBERS = 8
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -36,14 +34,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     Raises:
         InvalidRequestError: it is not one, is nested too deeply, or holds too much.
     """
-    opened = body.count(b"[") + body.count(b"{")
-    if opened > MAX_CONTAINERS:
-        outside = _STRING.sub(b"", body)
-        opened = outside.count(b"[") + outside.count(b"{")
-        if opened > MAX_CONTAINERS:
-            raise InvalidRequestError(
-                f"The body holds {opened} arrays and objects; at most {MAX_CONTAINERS} are taken."
-            )
+    opened = check_bounds(body)
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -155,13 +146,26 @@ def _path(loc: Sequence[str | int]) -> str:
 
 
 def _short(value: Any) -> str:
+    """A value as messages show it. It may be all of a body, which nobody wants to read."""
+    if isinstance(value, str):
+        value = value[: _SHOWN_CHARS + 1]
+    elif isinstance(value, list | dict):
+        members = value.values() if isinstance(value, dict) else value
+        if len(value) > _SHOWN_MEMBERS or any(isinstance(each, list | dict) for each in members):
+            return f"{_json_kind(value)} of {len(value)}"
     try:
         text = orjson.dumps(value).decode()
     except TypeError:
         text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
 
 
 def _json_kind(value: Any) -> str:
-    kinds = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    kinds = {
+        list: "an array",
+        dict: "an object",
+        str: "a string",
+        bool: "a boolean",
+        type(None): "null",
+    }
     return kinds.get(type(value), "a number")

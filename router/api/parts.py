@@ -11,6 +11,7 @@ from router.access.door import forbidden
 from router.access.salt import TenantSalt
 from router.api.errors import ModelNotFoundError
 from router.api.metrics import ApiMetrics
+from router.api.reading import BodyReader
 from router.api.settings import ApiSettings
 from router.generation import Generator, ServedModel
 from router.text.processor import TextProcessor
@@ -76,6 +77,7 @@ class ApiParts:
     metrics: ApiMetrics
     recent: RecentRequests
     gate: Gate
+    bodies: BodyReader
     salt: TenantSalt
     clock: Clock
 

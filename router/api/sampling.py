@@ -1,7 +1,7 @@
 """From the fields of a request to the sampling settings of each of its sequences."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import xxhash
 
@@ -64,8 +64,10 @@ def output_limit(
     """
     room = model.max_model_len - prompt_tokens
     if room < 1:
+        # Of one that is far too long not all was encoded.
+        at_least = "at least " if prompt_tokens > 2 * model.max_model_len else ""
         raise InvalidRequestError(
-            f"The prompt is {prompt_tokens} tokens long, but the model's context is "
+            f"The prompt is {at_least}{prompt_tokens} tokens long, but the model's context is "
             f"{model.max_model_len} tokens, of which at least one must be left for the output; "
             "shorten the prompt.",
             param=param,
@@ -177,13 +179,13 @@ def sampling_params(
     )
 
 
-def check_token_ids(token_ids: Iterable[int], model: ServedModel, param: str) -> None:
+def check_token_ids(token_ids: Collection[int], model: ServedModel, param: str) -> None:
     """Refuse ids that the model does not have.
 
     Raises:
-        InvalidRequestError: names the first such id.
+        InvalidRequestError: names such an id.
     """
-    for token_id in token_ids:
+    for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
         if not 0 <= token_id < model.vocab_size:
             raise InvalidRequestError(
                 f"{param} has token id {token_id}, but the model's ids are 0 to "

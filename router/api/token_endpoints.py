@@ -1,14 +1,15 @@
 """POST /tokenize and /detokenize: the tokenizer as requests see it."""
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import orjson
 
 from core.errors import InvalidRequestError
-from router.api.chat import render
+from router.api.chat import rendered
 from router.api.exchange import Exchange
-from router.api.parsing import parse_json
 from router.api.parts import ApiParts
 from router.api.requests import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest, read
 
@@ -21,20 +22,14 @@ class TokenEndpoints:
 
     async def tokenize(self, exchange: Exchange) -> None:
         """Token ids of a prompt or of a conversation."""
-        data = parse_json(await self._body(exchange))
-        request: TokenizeTextRequest | TokenizeChatRequest
-        if "messages" in data:
-            request = read(TokenizeChatRequest, data)
-            model = self._parts.model(request.model, exchange.caller)
-            ids = await self._parts.text.encode(
-                render(request, self._parts.text), add_special_tokens=request.add_special_tokens
-            )
+        request = await self._parts.bodies.read(await self._body(exchange), _read)
+        model = self._parts.model(request.model, exchange.caller)
+        text = self._parts.text
+        if isinstance(request, TokenizeChatRequest):
+            prompt = await rendered(request, text)
         else:
-            request = read(TokenizeTextRequest, data)
-            model = self._parts.model(request.model, exchange.caller)
-            ids = await self._parts.text.encode(
-                request.prompt, add_special_tokens=request.add_special_tokens
-            )
+            prompt = request.prompt
+        ids = await text.encode(prompt, add_special_tokens=request.add_special_tokens)
         answer: dict[str, object] = {
             "count": len(ids),
             "max_model_len": model.max_model_len,
@@ -48,7 +43,8 @@ class TokenEndpoints:
 
     async def detokenize(self, exchange: Exchange) -> None:
         """Text of token ids."""
-        request = read(DetokenizeRequest, parse_json(await self._body(exchange)))
+        body = await self._body(exchange)
+        request = await self._parts.bodies.read(body, partial(read, DetokenizeRequest))
         self._parts.model(request.model, exchange.caller)
         if not all(0 <= token_id < 2**32 for token_id in request.tokens):
             raise InvalidRequestError("tokens must be in [0, 2**32).", param="tokens")
@@ -61,3 +57,9 @@ class TokenEndpoints:
         return await exchange.read_json_body(
             limit_bytes=settings.body_limit_bytes, timeout_s=settings.body_timeout_s
         )
+
+
+def _read(data: Mapping[str, Any]) -> TokenizeTextRequest | TokenizeChatRequest:
+    if "messages" in data:
+        return read(TokenizeChatRequest, data)
+    return read(TokenizeTextRequest, data)

@@ -20,6 +20,9 @@ HUGE_CHARS = 1 << 18
 """Above this, texts are encoded two at a time: each takes a core for a second and more, and no
 other prompt should wait for a free thread because of them."""
 _HUGE_AT_ONCE = 2
+LONG_CHARS = 16
+"""Per token that there is room for: a text with more characters is looked at before it is encoded
+to its end. Prose has four to five for each token."""
 
 
 class TextProcessor:
@@ -68,8 +71,24 @@ class TextProcessor:
         """Whether the chat template looks at a variable at all."""
         return self._template is not None and self._template.reads(variable)
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Special tokens written out in it become their ids."""
+    async def encode(
+        self, text: str, *, add_special_tokens: bool = True, room: int | None = None
+    ) -> list[int]:
+        """Token ids of `text`. Special tokens written out in it become their ids.
+
+        Args:
+            text: of any length.
+            add_special_tokens: those that the model wants around a text.
+            room: how many tokens are of use; of a text that has many more only the beginning is
+                encoded, and that is still more than `room`.
+        """
+        if room is not None and len(text) > LONG_CHARS * room:
+            ids = await self.encode(
+                text[: LONG_CHARS * room], add_special_tokens=add_special_tokens
+            )
+            # Cut elsewhere a text has other tokens, but not so many fewer.
+            if len(ids) > 2 * room:
+                return ids
         if len(text) <= INLINE_CHARS:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         if len(text) <= HUGE_CHARS:

@@ -25,9 +25,9 @@ class NativeDialect(CompletionDialect):
         """Check the fields of a body."""
         return read_native(data)
 
-    async def prompts(self, request: TextRequest, text: TextProcessor) -> list[Prompt]:
+    async def prompts(self, request: TextRequest, text: TextProcessor, room: int) -> list[Prompt]:
         """Tokenize what is text, and note what is asked for each prompt."""
-        prompts = await super().prompts(request, text)
+        prompts = await super().prompts(request, text, room)
         assert isinstance(request, NativeRequest)
         for prompt in prompts:
             check_start(request.scores_from, prompt.token_ids)

@@ -1,7 +1,7 @@
 """Verbs of the native API that do not generate: abort, flush, and what runs here."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import orjson
 from pydantic import PlainValidator, WithJsonSchema
@@ -11,7 +11,7 @@ from router.access.door import forbidden
 from router.api.exchange import Exchange
 from router.api.fields import Strict
 from router.api.native.request import NAMES_SCHEMA, parse_names
-from router.api.parsing import known_fields, parse_json, validate
+from router.api.parsing import known_fields, validate
 from router.api.parts import ApiParts
 from router.generation import FleetControl
 
@@ -21,6 +21,10 @@ class AbortBody(Strict):
 
     rid: Annotated[tuple[str, ...], PlainValidator(parse_names), WithJsonSchema(NAMES_SCHEMA)] = ()
     abort_all: bool = False
+
+
+def _read_abort(data: Mapping[str, Any]) -> AbortBody:
+    return validate(AbortBody, known_fields(data, AbortBody, {"abort_message": ()}))
 
 
 class NativeEndpoints:
@@ -42,8 +46,7 @@ class NativeEndpoints:
 
     async def abort(self, exchange: Exchange) -> None:
         """End requests; each answers with what it has, finish reason `abort`."""
-        data = parse_json(await self._body(exchange))
-        body = validate(AbortBody, known_fields(data, AbortBody, {"abort_message": ()}))
+        body = await self._parts.bodies.read(await self._body(exchange), _read_abort)
         generator = self._parts.generator
         if body.abort_all and not exchange.caller.admin:
             raise forbidden(exchange.caller, "ends requests of others too", param="abort_all")

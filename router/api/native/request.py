@@ -91,6 +91,8 @@ _OWN_NAMES = {
 def _sampling(value: Any) -> tuple[NativeSampling, ...]:
     """Settings of all prompts, or of each."""
     if isinstance(value, list) and value:
+        if len(value) > MAX_NAMES:
+            raise wrong(f"takes at most {MAX_NAMES} entries")
         return tuple(_one_sampling(one, f"sampling_params[{i}].") for i, one in enumerate(value))
     return (_one_sampling(value, "sampling_params."),)
 
@@ -132,7 +134,7 @@ def parse_names(value: Any) -> tuple[str, ...]:
 _SAMPLING_SCHEMA = {
     "anyOf": [
         NativeSampling.model_json_schema(ref_template="#/components/schemas/{model}"),
-        {"type": "array", "items": {"type": "object"}, "minItems": 1},
+        {"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": MAX_NAMES},
     ]
 }
 

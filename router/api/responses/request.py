@@ -32,6 +32,14 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "truncation": ("disabled",),
     }
 )
+MAX_METADATA = 16
+
+
+def _metadata(value: Any) -> Any:
+    # Checked here too, since the library looks at all of them first.
+    if isinstance(value, dict) and len(value) > MAX_METADATA:
+        raise wrong(f"takes at most {MAX_METADATA} entries")
+    return value
 
 
 def _input(value: Any) -> str | list[Any]:
@@ -96,7 +104,9 @@ class ResponsesBody(SamplingFields):
     max_output_tokens: int | None = None
     previous_response_id: str | None = None
     store: bool = True
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
+    metadata: Annotated[
+        dict[str, str], BeforeValidator(_metadata), Field(max_length=MAX_METADATA)
+    ] = Field(default_factory=dict)
     tools: Annotated[tuple[Tool, ...], BeforeValidator(_tools), WithJsonSchema(schemas.TOOLS)] = ()
     tool_choice: Annotated[
         ToolChoice, PlainValidator(_tool_choice), WithJsonSchema(schemas.CHOICE)

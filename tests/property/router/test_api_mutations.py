@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from core.errors import InvalidRequestError
 from router.access.door import Door
-from router.api.parsing import MAX_CONTAINERS, MAX_DEPTH, parse_json
+from router.api.bounds import MAX_CONTAINERS
+from router.api.parsing import MAX_DEPTH, parse_json
 from router.api.settings import ApiSettings
 from router.app import create_app
 from router.text.loading import text_processor
