@@ -5,7 +5,7 @@ them; a decode worker that computes the prompt too, where what it lacks is short
 and, only if neither is possible, any worker alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,19 +48,30 @@ def choose(
     prices = Prices(columns, demand, outlook)
     refused = [*absent, *_refusals(columns, demand)]
     usable = prices.usable
-    avoided = _marked(columns, demand.avoid)
-    shut = _marked(columns, demand.distrust.workers)
-    # One that failed others is better than one that failed this request, and either than none.
-    choices = [usable & ~avoided & ~shut, usable & ~avoided]
-    if demand.allow_avoided:
-        choices += [usable & ~shut, usable]
-    for rows in choices:
+    for rows in _by_trust(columns, usable, demand):
         if rows.any():
             refused += _left_out(columns, usable & ~rows, demand)
             return _choose_among(prices, rows, refused, demand.distrust)
     refused += _left_out(columns, usable, demand)
     reasons = "; ".join(str(refusal) for refusal in refused[:MAX_REASONS])
     raise UnavailableError(f"No worker can take the request: {reasons or 'none is configured'}.")
+
+
+def _by_trust(columns: WorkerColumns, usable: Flags, demand: Demand) -> Iterator[Flags]:
+    """The usable workers that may be chosen from, the best first: with some left out, then fewer.
+
+    One that failed others is better than one that failed this request, and either than none.
+    """
+    if not demand.avoid and not demand.distrust.workers:
+        yield usable
+        return
+    avoided = _marked(columns, demand.avoid)
+    shut = _marked(columns, demand.distrust.workers)
+    yield usable & ~avoided & ~shut
+    yield usable & ~avoided
+    if demand.allow_avoided:
+        yield usable & ~shut
+        yield usable
 
 
 def _marked(columns: WorkerColumns, keys: Iterable[str]) -> Flags:

@@ -16,27 +16,10 @@ Rows = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 FIRST_ROWS = 16
-_ROW = np.dtype(
-    [
-        ("present", np.bool_),
-        ("ready", np.bool_),
-        ("prefills", np.bool_),
-        ("exports", np.bool_),
-        ("digest", np.int64),
-        ("kind", np.int64),
-        ("max_model_len", np.float64),
-        ("block_size", np.float64),
-        ("block_bytes", np.float64),
-        ("prefill_rate", np.float64),
-        ("idle_at", np.float64),
-        ("step_s", np.float64),
-        ("batch", np.float64),
-        ("places", np.float64),
-        ("free_blocks", np.float64),
-        ("placed", np.float64),
-        ("host_rate", np.float64),
-        ("fastest_link", np.float64),
-    ]
+_FLAGS = ("present", "ready", "prefills", "exports")
+_NUMBERS = (
+    *("digest", "kind", "max_model_len", "block_size", "block_bytes", "prefill_rate", "idle_at"),
+    *("step_s", "batch", "places", "free_blocks", "placed", "host_rate", "fastest_link"),
 )
 
 
@@ -62,7 +45,9 @@ class WorkerColumns:
 
     def __init__(self, settings: CostSettings) -> None:
         self._settings = settings
-        self._table = np.zeros(0, _ROW)
+        # Each apart: a choice looks at a few numbers of every row, never at all of one row.
+        self._flags: dict[str, Flags] = {name: np.zeros(0, np.bool_) for name in _FLAGS}
+        self._numbers: dict[str, Column] = {name: np.zeros(0) for name in _NUMBERS}
         self._views: list[WorkerView | None] = []
         self._rows: dict[str, int] = {}
         self.names: tuple[str, ...] = ()
@@ -74,13 +59,11 @@ class WorkerColumns:
 
     def __getitem__(self, name: str) -> Column:
         """One number of every row."""
-        column: Column = self._table[name]
-        return column
+        return self._numbers[name]
 
     def flags(self, name: str) -> Flags:
         """One property of every row."""
-        column: Flags = self._table[name]
-        return column
+        return self._flags[name]
 
     def row(self, key: str) -> int | None:
         """Where a worker's numbers are, if it is there."""
@@ -137,25 +120,25 @@ class WorkerColumns:
         batch = load.running + load.waiting + (0 if prefills else load.leases)
         promised = load.awaited_blocks + view.sent_blocks
         free = info.num_blocks - load.held_blocks - promised
-        self._table[row] = (
-            True,
-            load.state is WorkerState.READY,
-            prefills,
-            bool(info.kv_address),
-            self._digests.setdefault(info.model_digest, len(self._digests)),
-            self._kinds.setdefault((info.model_digest, layout), len(self._kinds)),
-            info.max_model_len,
-            layout.block_size,
-            layout.block_bytes,
-            load.prefill_tokens_per_s,
-            view.idle_at,
-            load.decode_step_s,
-            batch + view.sent_requests,
-            max(1, info.max_num_seqs),
-            free if info.num_blocks else np.inf,
-            view.placed,
-            load.host_bytes_per_s,
-            self._table["fastest_link"][row],
+        self._set(
+            row,
+            present=True,
+            ready=load.state is WorkerState.READY,
+            prefills=prefills,
+            exports=bool(info.kv_address),
+            digest=self._digests.setdefault(info.model_digest, len(self._digests)),
+            kind=self._kinds.setdefault((info.model_digest, layout), len(self._kinds)),
+            max_model_len=info.max_model_len,
+            block_size=layout.block_size,
+            block_bytes=layout.block_bytes,
+            prefill_rate=load.prefill_tokens_per_s,
+            idle_at=view.idle_at,
+            step_s=load.decode_step_s,
+            batch=batch + view.sent_requests,
+            places=max(1, info.max_num_seqs),
+            free_blocks=free if info.num_blocks else np.inf,
+            placed=view.placed,
+            host_rate=load.host_bytes_per_s,
         )
         if before is None:
             self.names = tuple(view.key if view else "" for view in self._views)
@@ -171,7 +154,7 @@ class WorkerColumns:
         if row is None:
             return
         self._views[row] = None
-        self._table[row] = np.zeros((), _ROW)
+        self._set(row, **dict.fromkeys((*_FLAGS, *_NUMBERS), 0))
 
     def link_rates(self, exporters: Rows, importers: Rows) -> Column:
         """Bytes per second from each exporter to each importer, [exporters, importers]."""
@@ -182,13 +165,19 @@ class WorkerColumns:
         """False if its rate is only assumed."""
         return self.view(exporter).info.worker_id in self.view(importer).load.link_bytes_per_s
 
+    def _set(self, row: int, **values: float) -> None:
+        for name, value in values.items():
+            column = self._flags[name] if name in self._flags else self._numbers[name]
+            column[row] = value
+
     def _free_row(self) -> int:
         absent = np.flatnonzero(~self.flags("present"))
         if len(absent):
             return int(absent[0])
-        before, after = len(self._table), max(FIRST_ROWS, 2 * len(self._table))
+        before, after = len(self._views), max(FIRST_ROWS, 2 * len(self._views))
         more = after - before
-        self._table = np.concatenate([self._table, np.zeros(more, _ROW)])
+        self._flags = {name: np.pad(column, (0, more)) for name, column in self._flags.items()}
+        self._numbers = {name: np.pad(column, (0, more)) for name, column in self._numbers.items()}
         self._views += [None] * more
         self._links = np.pad(self._links, (0, more))
         return before
@@ -209,7 +198,7 @@ class WorkerColumns:
 
     def _note_fastest(self, importer: int) -> None:
         """No link of this worker is faster; the one that is may be that of one that has gone."""
-        self._table["fastest_link"][importer] = self._links[:, importer].max()
+        self["fastest_link"][importer] = self._links[:, importer].max()
 
 
 def _typical(column: Column, default: float) -> float:
