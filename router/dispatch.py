@@ -180,13 +180,13 @@ class Dispatcher:
 
     def tokens(self, worker: str, runs: list[TokenRun]) -> None:
         """One engine step's tokens."""
+        find, carry_out = self._runs.find, self._runs.carry_out
         for request_id, attempt, tokens, cached_tokens in runs:
-            run = self._runs.find(request_id)
+            run = find(request_id)
             if run is None:
                 self._metrics.stale_messages.inc()
             else:
-                effects = run.ledger.tokens(worker, attempt, tokens, cached_tokens)
-                self._runs.carry_out(run, effects)
+                carry_out(run, run.ledger.tokens(worker, attempt, tokens, cached_tokens))
 
     def prompt(self, worker: str, run: PromptRun) -> None:
         """What one engine step computed of a prompt."""

@@ -120,12 +120,13 @@ class Run:
 
     def push(self, tokens: Sequence[Token]) -> None:
         """Hand tokens to the client's side."""
-        if self._take is None:
+        take = self._take
+        if take is None:
             self._tokens += tokens
             self.wake()
             return
         try:
-            if not self._take(tokens):
+            if not take(tokens):
                 self.wake(sated=True)
         except Exception as error:  # the reader's own, and no business of who brings tokens
             self._take = None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
 _LAST_SEND_S = 3.0
+_GIVE_UP_S = 1.0
 _MAX_PROCESSES = 1024
 """Workers that are told apart; in a fleet that restarts often the oldest names are forgotten."""
 _PREFILL_STAGES = frozenset({"prefill_queue", "prefill"})
@@ -72,6 +73,7 @@ class OtelSpans:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
+        self._exporter = exporter
         self._processor = BatchSpanProcessor(exporter)
         self._sampler = ParentBased(TraceIdRatioBased(ratio))
         self._router_id = router_id
@@ -118,6 +120,9 @@ class OtelSpans:
         last = Thread(target=self._processor.shutdown, name="last-spans", daemon=True)
         last.start()
         last.join(_LAST_SEND_S)
+        if last.is_alive():
+            self._exporter.shutdown()  # which ends its waiting for the next try
+            last.join(_GIVE_UP_S)
 
     def _whose(self, timeline: RequestTimeline, stage: StageSpan) -> tuple[str, str]:
         """Role and name of the process that spent a stage's time."""

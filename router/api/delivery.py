@@ -4,6 +4,9 @@ Made by router/api/generate.py for each sequence, and given to its Generation, w
 where tokens arrive. Invariant: what can't be sent at once is kept, and no more is taken before
 `catch_up` has sent it; so a client that reads slowly costs one turn of events, and one that keeps
 up costs no task.
+
+`take` runs per token of the whole fleet. Python 3.11 calls a function that is an instance's
+attribute slowly, and one that a name was given first fast; hence the names.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,10 +51,11 @@ class Delivery:
         """Send what tokens add to the output; see router.generation.Take."""
         if self._allowance is not None:
             self._allowance.take_output(len(tokens))
-        output, now = self._output, self._clock()
+        output, clock, render = self._output, self._clock, self._render
+        now = clock()
         piece = output.take(tokens)
         if piece.content or piece:
-            events = self._render(piece) if self._opening is None else self._first(piece)
+            events = render(piece) if self._opening is None else self._first(piece)
             if events and not self._stream.write_now(events, now):
                 self._unsent, self._num_unsent = events, len(tokens)
                 return False

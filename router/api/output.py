@@ -113,10 +113,11 @@ class Output:
         if self._rules.discard:
             self.finish_reason = "length"
             return piece
+        feed, hidden = self._feed, self._hidden
         for token in tokens:
             self.num_tokens += 1
             token_id = token.token_id
-            text = "" if token_id in self._hidden else self._feed(token_id)
+            text = "" if token_id in hidden else feed(token_id)
             if self._recording:
                 self._record(token, piece)
                 self._chars += len(text)

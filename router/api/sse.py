@@ -66,7 +66,8 @@ class EventStream:
             data: the events.
             now: on the stream's clock, which is not asked per token.
         """
-        if self._begun and self._send_now(data):
+        send_now = self._send_now
+        if self._begun and send_now(data):
             self._last_write_at = now
             return True
         return False

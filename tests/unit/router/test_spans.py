@@ -193,17 +193,22 @@ def test_a_collector_gets_the_trace(collector: Collector) -> None:
 
 
 def test_a_collector_that_is_gone_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+    import threading
     import time
 
     clock = Clock()
     line = timeline(clock)
     run(clock, line)
+    before = set(threading.enumerate())
     spans = opened("http://127.0.0.1:9", clock)
     begun = time.monotonic()
     spans.closed(line)
     assert time.monotonic() - begun < 0.5
     spans.close()
     assert time.monotonic() - begun < 8
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive(), "nobody goes on trying"
 
 
 def test_without_an_endpoint_there_are_no_spans() -> None:
