@@ -22,12 +22,14 @@ def test_prefill_on_two_nodes_serves_like_one_and_costs_no_token_when_a_node_die
     tmp_path: Path,
 ) -> None:
     model = make_checkpoint(tmp_path, "Qwen3MoeForCausalLM")  # half of the experts on each node
-    with cluster(model, transport="tcp", worker=STEP, prefill_worker=TWO_NODES) as system:
+    # Steps so small that prefill is seen at work however seldom it is asked.
+    small = {**TWO_NODES, "max_step_tokens": 16}
+    with cluster(model, transport="tcp", worker=STEP, prefill_worker=small) as system:
         (prefill,) = system.prefill
         assert answer(system, PROMPT) == ("disaggregated", expected(model, PROMPT))
         system.wait_balanced()
         answers: list[tuple[str, list[int]]] = []
-        long = PROMPT * 30
+        long = PROMPT * 45
         request = Answering(system, long, answers)
         request.start()
         wait_until(lambda: prefill.describe().load.running, 30, "prefill to be busy")
