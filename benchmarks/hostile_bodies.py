@@ -49,8 +49,8 @@ def honest() -> Iterator[Sent]:
     parts = [{"type": "text", "text": f"part {i}"} for i in range(8192)]
     yield _chat("8,192 parts of a message", {"role": "user", "content": parts})
     yield _completion("4,096 biases", prompt="x", logit_bias={str(i): 1 for i in range(4096)})
-    names = {f"p{i}": {"type": "string"} for i in range(8000)}
-    yield _completion("a schema of 250 KiB", prompt="x", json_schema={"properties": names})
+    names = {f"p{i}": {"type": "string", "description": "what " * 40} for i in range(1000)}
+    yield _completion("a schema of 240 KiB", prompt="x", json_schema={"properties": names})
 
 
 def hostile() -> Iterator[Sent]:

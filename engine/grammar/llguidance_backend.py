@@ -1,10 +1,12 @@
 """Grammars by llguidance: no compile step to speak of, and masks in tens of microseconds.
 
-Its own limits bound what a definition can cost: some 20 ms to build, 15 ms for one mask.
+Most definitions take some 20 ms to build and tens of microseconds for one mask. What hostile ones
+take is not bounded by its own limits: compiler.py and budget.py see to that.
 """
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer, grammar_from, regex_to_lark
 
@@ -24,6 +26,8 @@ _WHITESPACE = rf"[ \n\t]{{0,{MAX_WHITESPACE}}}"
 _ASCII_CLASSES = "dws"
 r"""So that \d is a digit of ASCII, as in a JSON schema; to llguidance alone it is any script's."""
 _QUIET = 0
+MAX_PROPERTIES = 1000
+"""Of one object in a schema. What they take to compile grows with the cube of their number."""
 
 
 class LlguidanceBackend:
@@ -86,7 +90,32 @@ def _grammar(structured: StructuredOutput) -> str:
         raise refusal(structured, str(error)) from error
 
 
+def _check_properties(schema: str) -> None:
+    """Refuse objects of more properties than the library can bear: 8000 take it half a minute.
+
+    Raises:
+        ValueError: there is one.
+    """
+    try:
+        left: list[Any] = [json.loads(schema)]
+    except (ValueError, RecursionError):
+        return  # the library says better what is wrong
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            properties = value.get("properties")
+            if isinstance(properties, dict) and len(properties) > MAX_PROPERTIES:
+                raise ValueError(
+                    f"an object has {len(properties)} properties, and at most {MAX_PROPERTIES} are "
+                    "taken."
+                )
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
 def _from_schema(schema: str) -> str:
+    _check_properties(schema)
     return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
 
 

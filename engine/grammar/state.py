@@ -10,12 +10,14 @@ that the mask is for, so nobody waits for it.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from core.errors import DiptychError
+from core.errors import DiptychError, InvalidRequestError
 from engine.grammar.backend import GrammarFailure, Matcher, Words, num_words
+from engine.grammar.budget import MaskBudget
 from engine.grammar.compiler import Ticket
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class OutputGrammar:
         min_tokens: int,
         vocab_size: int,
         pending_token: PendingToken,
+        budget: MaskBudget | None = None,
     ) -> None:
         """Begin with an output that may have grown already.
 
@@ -47,6 +50,7 @@ class OutputGrammar:
             min_tokens: those ids are not allowed before so many tokens, unless nothing else is.
             vocab_size: of the model.
             pending_token: asked when a mask is needed for the token after it.
+            budget: what its masks may cost; default: of its own.
         """
         self.ticket = ticket
         self.num_accepted = 0
@@ -57,6 +61,7 @@ class OutputGrammar:
         self._min_tokens = min_tokens
         self._num_words = num_words(vocab_size)
         self._pending_token = pending_token
+        self._budget = budget or MaskBudget()
         self._matcher: Matcher | None = None
 
     @property
@@ -81,13 +86,18 @@ class OutputGrammar:
         words = np.full(self._num_words, -1, np.int32)
         if self._error is None:
             try:
-                matcher = self._advance(position)
-                if matcher is not None:
-                    matcher.fill(words)
+                news = self._news(position)
+                if news is not None:
+                    work = partial(self._fill, news, words)
+                    self._budget.spend(work, max(1, len(news)))
                     if position < self._min_tokens:
                         self._forbid_ends(words)
-            except GrammarFailure as error:
-                self._error = DiptychError(f"The structured output can't go on: {error}")
+            except (GrammarFailure, InvalidRequestError) as error:
+                self._error = (
+                    DiptychError(f"The structured output can't go on: {error}")
+                    if isinstance(error, GrammarFailure)
+                    else error
+                )
                 self._error_position = position
                 words.fill(-1)
         return words
@@ -99,9 +109,8 @@ class OutputGrammar:
         """
         return self._error if position >= self._error_position else None
 
-    def _advance(self, position: int) -> Matcher | None:
-        """The matcher, having accepted the output up to `position`; None if it never gets there."""
-        assert self._matcher is not None, "planned before its grammar had begun"
+    def _news(self, position: int) -> list[int] | None:
+        """The output up to `position` that is not accepted yet; None if it never gets there."""
         news = list(self._output_ids[self.num_accepted : position])
         if self.num_accepted + len(news) < position:
             token_id = self._pending_token()
@@ -109,10 +118,15 @@ class OutputGrammar:
                 return None
             news.append(token_id)
         assert self.num_accepted + len(news) == position, "an output shrank, or skipped a token"
+        return news
+
+    def _fill(self, news: list[int], words: Words) -> None:
+        """Accept more of the output, and write which tokens may follow."""
+        assert self._matcher is not None, "planned before its grammar had begun"
         if news:
             self._matcher.accept(news)
-            self.num_accepted = position
-        return self._matcher
+            self.num_accepted += len(news)
+        self._matcher.fill(words)
 
     def _forbid_ends(self, words: Words) -> None:
         rest = words.copy()

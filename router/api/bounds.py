@@ -12,7 +12,7 @@ of their messages and tools."""
 MAX_STRINGS = 250_000
 """Most strings, the names of fields among them: 30 for each of as many messages as are taken."""
 MAX_VALUES = 2_500_000
-"""Most values of any kind: token ids of all prompts, above all. Of five digits as many fill 15 MB."""
+"""Most values of any kind: token ids of all prompts, above all; of five digits they fill 15 MB."""
 
 
 def check_bounds(body: bytes) -> int:

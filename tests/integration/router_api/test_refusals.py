@@ -83,6 +83,25 @@ async def test_other_media_types(http: httpx.AsyncClient) -> None:
         _error(answer, 415, "unsupported_media_type")
 
 
+async def test_every_endpoint_refuses_alike_and_repeats_no_key(http: httpx.AsyncClient) -> None:
+    document = (await http.get("/openapi.json")).json()
+    paths = [
+        path for path, verbs in document["paths"].items() if "requestBody" in verbs.get("post", {})
+    ]
+    assert len(paths) > 7
+    key = {"authorization": "Bearer dk-of-somebody", "x-api-key": "dk-of-somebody"}
+    for path in paths:
+        for content, media, status, code in (
+            (b'{"nonsense":1}', "application/json", 400, "invalid_request"),
+            (b"x=1", "application/x-www-form-urlencoded", 415, "unsupported_media_type"),
+            (b" " * 100_001, "application/json", 413, "request_too_large"),
+        ):
+            answer = await http.post(path, content=content, headers=key | {"content-type": media})
+            assert _error(answer, status, code)["type"] == "invalid_request_error"
+            assert "of-somebody" not in answer.text + str(answer.headers)
+        _error(await http.put(path, headers=key), 405, "method_not_allowed")
+
+
 async def test_too_large_a_body_declared_or_not(http: httpx.AsyncClient) -> None:
     async def undeclared() -> AsyncIterator[bytes]:
         for _ in range(20):

@@ -180,6 +180,20 @@ def test_a_limit_that_is_met_on_the_way_ends_the_matcher(tokenizer: Tokenizer) -
     assert len(str(caught.value)) < 100, "the whole state of the parser is not for the client"
 
 
+def test_an_object_of_too_many_properties_is_refused(tokenizer: Tokenizer) -> None:
+    limits = pytest.importorskip("engine.grammar.llguidance_backend")
+    backend = make_backend("llguidance", tokenizer, SIZES["exact"])
+    for count in (limits.MAX_PROPERTIES, limits.MAX_PROPERTIES + 1):
+        wide = {"properties": {f"p{i}": {"type": "null"} for i in range(count)}}
+        definition = json.dumps({"anyOf": [{"type": "null"}, wide]})
+        structured = StructuredOutput(kind="json_schema", definition=definition)
+        if count == limits.MAX_PROPERTIES:
+            backend.compile(structured)
+            continue
+        with pytest.raises(InvalidRequestError, match="1001 properties"):
+            backend.compile(structured)
+
+
 def test_a_chain_of_rules_as_long_as_can_be_does_not_end_the_process() -> None:
     pytest.importorskip("llguidance")
     program = """

@@ -7,6 +7,7 @@ import pytest
 from core.errors import ErrorCode, InvalidRequestError, OverloadedError
 from core.finish import FinishReason
 from engine.engine import Engine
+from engine.grammar import budget
 from engine.grammar.compiler import COMPILE_TIMEOUT_S, MAX_QUEUED
 from engine.plan import PENDING
 from engine.request import EngineRequest, SequenceOutput
@@ -134,6 +135,22 @@ def test_a_grammar_that_gives_up_ends_its_request_alone(
     error = done.ends["g"].error
     assert error is not None and "too complex" in error.message
     assert done.tokens["g"] == expected(failing)[:fails_at]
+    assert done.tokens["plain"] == expected(make_request("plain", 5))
+
+
+def test_a_grammar_whose_masks_take_too_long_ends_its_request_alone(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "MEAN_S", 0.0)
+    monkeypatch.setattr(budget, "SPARE_S", 0.0)
+    rule = structure(30)
+    engine, _ = make_engine(grammars=ready_compiler(rule))
+    engine.add(make_request("g", 5, max_tokens=30, structured=rule))
+    engine.add(make_request("plain", 5))
+    done = run(engine)
+    error = done.ends["g"].error
+    assert error is not None and error.code is ErrorCode.INVALID_REQUEST
+    assert "takes too long to follow" in error.message and not done.tokens["g"]
     assert done.tokens["plain"] == expected(make_request("plain", 5))
 
 
