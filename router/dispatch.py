@@ -160,6 +160,7 @@ class Dispatcher:
     def attached(self, worker: str, info: WorkerInfo) -> None:
         """A worker is there; see LinkListener."""
         self._placer.add(worker, info)
+        self._breakers.attached(worker, info)
         known = self._model
         self._model = ServedModel(
             name=self._settings.served_model_name or info.model,
@@ -208,6 +209,7 @@ class Dispatcher:
     def load(self, worker: str, load: WorkerLoad) -> None:
         """A load report."""
         self._placer.report(worker, load, self._clock())
+        self._breakers.reported(worker, load)
         if self._admission.queued:
             self._start_queued()
         takers, takes = self._attempts.takers, load.state is WorkerState.READY
