@@ -173,6 +173,7 @@ class Dispatcher:
         """A worker is gone: each of its requests goes on elsewhere."""
         self._placer.drop(worker)
         self._breakers.lost(worker, cause)
+        self._runs.watchdog.lost(worker)
         self._attempts.takers.discard(worker)
         for run in self._runs:
             self._runs.carry_out(run, run.ledger.lost(worker, cause))
@@ -181,6 +182,7 @@ class Dispatcher:
 
     def tokens(self, worker: str, runs: list[TokenRun]) -> None:
         """One engine step's tokens."""
+        self._runs.watchdog.worked(worker, self._clock())
         for request_id, attempt, tokens, cached_tokens in runs:
             run = self._runs.find(request_id)
             if run is None:
@@ -191,6 +193,7 @@ class Dispatcher:
 
     def prompt(self, worker: str, run: PromptRun) -> None:
         """What one engine step computed of a prompt."""
+        self._runs.watchdog.worked(worker, self._clock())
         found = self._runs.find(run.request_id)
         if found is None:
             self._metrics.stale_messages.inc()
@@ -199,6 +202,7 @@ class Dispatcher:
 
     def finished(self, worker: str, end: LegEnd) -> None:
         """A worker is done with its part."""
+        self._runs.watchdog.worked(worker, self._clock())
         run = self._runs.find(end.request_id)
         if run is None:
             self._metrics.stale_messages.inc()
@@ -208,8 +212,10 @@ class Dispatcher:
 
     def load(self, worker: str, load: WorkerLoad) -> None:
         """A load report."""
-        self._placer.report(worker, load, self._clock())
+        now = self._clock()
+        self._placer.report(worker, load, now)
         self._breakers.reported(worker, load)
+        self._runs.watchdog.reported(worker, load, now)
         if self._admission.queued:
             self._start_queued()
         takers, takes = self._attempts.takers, load.state is WorkerState.READY
