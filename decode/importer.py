@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 PROBE_SHARE = 32
 """A probe takes at most this share of the own pool, one block out of so many."""
+WRONG_BYTES = "a test block arrived with other bytes than were sent"
 _READING_S = 0.0002
 """Sleep between two looks at READs under way."""
 _WAITING_S = 0.01
@@ -46,7 +47,8 @@ class _PendingRead:
     key: Key
     number: int
     peer_id: str
-    num_blocks: int
+    own_blocks: tuple[int, ...]
+    stamped: bool
     read: Read
 
 
@@ -182,13 +184,28 @@ class Importer:
                 continue  # An earlier one's failure dropped the peer, and this READ with it.
             self._reads.remove(pending)
             if state is ReadState.DONE:
-                duration_s = pending.read.duration_s
-                self._rates.read(pending.peer_id, pending.num_blocks, duration_s)
-                self._do(self._machine.read_done(pending.key, pending.number, now, duration_s))
+                self._read_done(pending, now)
             else:
                 self._do(
                     self._machine.read_failed(pending.key, pending.number, pending.read.error, now)
                 )
+
+    def _read_done(self, pending: _PendingRead, now: float) -> None:
+        duration_s = pending.read.duration_s
+        self._rates.read(pending.peer_id, len(pending.own_blocks), duration_s)
+        key, number = pending.key, pending.number
+        if pending.stamped and not self._bears_stamp(pending):
+            self._do(self._machine.read_failed(key, number, WRONG_BYTES, now))
+        else:
+            self._do(self._machine.read_done(key, number, now, duration_s))
+
+    def _bears_stamp(self, pending: _PendingRead) -> bool:
+        try:
+            return self._transport.bears(pending.own_blocks[0], pending.key.request_id)
+        except TransferError as error:
+            # The own pool can't be looked into: that says nothing about the link.
+            log.warning("can't tell whether a test block came as it was sent: %s", error)
+            return True
 
     def _reserve_waiting(self, now: float) -> None:
         """Give blocks to waiting prompts in order of arrival; a large one is not overtaken."""
@@ -249,6 +266,8 @@ class Importer:
             case act.ProbeEnded(key, outcome, text):
                 log.debug("%s: %s %s", key.request_id, outcome, text)
                 self._metrics.probe_ended(outcome)
+            case act.LinkTested(worker_id, epoch, failure):
+                self._rates.tested(worker_id, epoch, failure)
             case act.StartRead():
                 return self._start_read(action)
             case act.Deliver():
@@ -289,8 +308,9 @@ class Importer:
         except TransferError as error:
             now = self._clock()
             return self._machine.read_failed(start.key, start.read_no, error.message, now)
+        own_blocks = tuple(own for _, own in start.pairs)
         self._reads.append(
-            _PendingRead(start.key, start.read_no, start.peer_id, len(start.pairs), read)
+            _PendingRead(start.key, start.read_no, start.peer_id, own_blocks, start.stamped, read)
         )
         return ()
 
@@ -315,6 +335,7 @@ def handover_config(settings: DecodeSettings, hello: Hello) -> HandoverConfig:
     return HandoverConfig(
         peer_silence_s=settings.peer_silence_s,
         max_inflight_blocks=max(1, settings.max_inflight_bytes // block_bytes),
+        test_links=hello.num_blocks >= PROBE_SHARE,
         probe_blocks=min(settings.probe_bytes // block_bytes, hello.num_blocks // PROBE_SHARE),
         probe_interval_s=settings.probe_interval_s,
     )

@@ -1,6 +1,7 @@
-"""How fast KV comes from each prefill worker, as its READs have shown. Fed by the importer.
+"""How KV comes from each prefill worker: how fast, as READs show, and if at all, as tests show.
 
-Invariant: a worker has metric series only while a link to it is up. Its rate outlives the link, so
+Fed by the importer. Invariant: a worker has metric series only while a link to it is up or its test
+fails. Its rate outlives the link, so
 that routers go on knowing it; the first READ over a new link replaces it.
 """
 
@@ -25,6 +26,7 @@ NEWEST_SHARE = 0.25
 """Weight of the newest READ in the mean."""
 SLOW_RATIO = 0.25
 """A link slower than this share of the other links' median is warned of."""
+MAX_TEXT_CHARS = 512
 _MIN_OTHERS = 2
 
 
@@ -54,6 +56,8 @@ class LinkRates:
         self._pairs: OrderedDict[str, _Pair] = OrderedDict()
         self._worker_of: dict[str, str] = {}
         """Peer, which is one link, to worker."""
+        self._failing: dict[str, tuple[int, str]] = {}
+        """Worker to epoch and reason, where its latest test failed."""
 
     def opened(self, peer_id: str, worker_id: str) -> None:
         """A link to a prefill worker is up."""
@@ -80,6 +84,27 @@ class LinkRates:
             self._metrics.transport,
         )
 
+    def tested(self, worker_id: str, epoch: int, failure: str | None) -> None:
+        """See `kvtransfer.actions.LinkTested`."""
+        failed_before = self._failing.pop(worker_id, None) is not None
+        if failure:
+            log.error(
+                "KV does not move from prefill worker %s by %s, so none is handed over: %s "
+                "(tested again from time to time)",
+                worker_id,
+                self._metrics.transport,
+                failure,
+            )
+            self._failing[worker_id] = (epoch, failure)
+        elif failure is not None:
+            log.log(
+                logging.WARNING if failed_before else logging.INFO,
+                "KV moves from prefill worker %s by %s",
+                worker_id,
+                self._metrics.transport,
+            )
+        self._show_test(worker_id)
+
     def closed(self, peer_id: str) -> None:
         """It is not any more. Nothing to do for an unknown one."""
         worker_id = self._worker_of.pop(peer_id, None)
@@ -88,6 +113,14 @@ class LinkRates:
         pair = self._pairs[worker_id]
         pair.links -= 1
         if not pair.links:
+            self._metrics.link_closed(worker_id)
+            self._show_test(worker_id)
+
+    def _show_test(self, worker_id: str) -> None:
+        failing = worker_id in self._failing
+        if failing or worker_id in self._worker_of.values():
+            self._metrics.link_tested(worker_id, failing)
+        else:
             self._metrics.link_closed(worker_id)
 
     def read(self, peer_id: str, num_blocks: int, duration_s: float) -> None:
@@ -134,12 +167,16 @@ class LinkRates:
 
     def report(self) -> list[worker_pb2.LinkRate]:
         """What routers are told."""
-        return [
-            worker_pb2.LinkRate(
+        links = {
+            worker_id: worker_pb2.LinkRate(
                 prefill_worker_id=worker_id,
                 bytes_per_s=pair.bytes_per_s,
                 latency_s=pair.latency_s,
             )
             for worker_id, pair in self._pairs.items()
             if pair.bytes_per_s
-        ]
+        }
+        for worker_id, (epoch, failure) in self._failing.items():
+            link = links.setdefault(worker_id, worker_pb2.LinkRate(prefill_worker_id=worker_id))
+            link.failure, link.prefill_epoch = failure[:MAX_TEXT_CHARS], epoch
+        return list(links.values())

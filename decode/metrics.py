@@ -78,9 +78,15 @@ class ImportMetrics:
             ["peer", "transport"],
             registry=registry,
         )
+        self._link_failing = Gauge(
+            "diptych_kv_link_failing",
+            "1 if a test block did not come from this prefill worker as it was sent, else 0.",
+            ["peer", "transport"],
+            registry=registry,
+        )
         self._probes = Counter(
             "diptych_kv_link_probes_total",
-            "Measurements of an unused link, by outcome.",
+            "Tests of new links and measurements of unused ones, by outcome.",
             ["transport", "outcome"],
             registry=registry,
         )
@@ -114,11 +120,15 @@ class ImportMetrics:
         """No link to that worker is up: its series go."""
         series: tuple[Gauge | Counter, ...] = (
             *(self._link_rate, self._link_latency),
-            *(self._link_read_bytes, self._link_read_s),
+            *(self._link_read_bytes, self._link_read_s, self._link_failing),
         )
         for each in series:
             with suppress(KeyError):
                 each.remove(worker_id, self.transport)
+
+    def link_tested(self, worker_id: str, failing: bool) -> None:
+        """A test block came from a prefill worker as it was sent, or did not."""
+        self._link_failing.labels(worker_id, self.transport).set(failing)
 
     def probe_ended(self, outcome: str) -> None:
         """One measurement is over."""

@@ -54,10 +54,10 @@ class CancelPrefill:
 
 @dataclass(frozen=True, slots=True)
 class ReserveScratch:
-    """Find this many blocks for a probe now, or not at all; no content is asked of them.
+    """Find this many blocks for a probe now, or not at all.
 
-    Prefill takes one hold on each and reports `progressed` and `committed`, decode reports
-    `reserved` as for a prompt; either reports `failed` if they are not to be had at once.
+    Prefill stamps the first, takes one hold on each and reports `progressed` and `committed`,
+    decode reports `reserved` as for a prompt; either reports `failed` if they are not to be had.
     """
 
     key: Key
@@ -118,6 +118,8 @@ class StartRead:
     peer_id: str
     pairs: tuple[tuple[int, int], ...]
     """(prefill's block id, own block id) each."""
+    stamped: bool = False
+    """Its one block holds the stamp of the key; if that is not what came, report `read_failed`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +166,16 @@ class ProbeEnded:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class LinkTested:
+    """What is known of the way on which KV comes from one lifetime of a prefill worker."""
+
+    worker_id: str
+    epoch: int
+    failure: str | None
+    """Why a test block did not come as it was sent; empty: it did; None: nothing is known now."""
+
+
 HandoverAction = (
     Send[DecodeMessage]
     | OpenLink
@@ -177,4 +189,5 @@ HandoverAction = (
     | Fail
     | ReserveScratch
     | ProbeEnded
+    | LinkTested
 )

@@ -224,6 +224,34 @@ class CudaDriver:
         )
         self._call("cuMemcpy2DAsync_v2", byref(copy), c_void_p(stream))
 
+    def upload(self, target: int, source: NDArray[np.uint8]) -> None:
+        """Copy host bytes to an address on a GPU, and wait until they are there."""
+        stream = self.new_stream()
+        try:
+            self._call(
+                "cuMemcpyHtoDAsync_v2",
+                c_uint64(target),
+                c_void_p(source.ctypes.data),
+                c_size_t(source.nbytes),
+                c_void_p(stream),
+            )
+        finally:
+            self.free_stream(stream)
+
+    def download(self, target: NDArray[np.uint8], source: int) -> None:
+        """Copy from an address on a GPU into host memory, and wait until it is there."""
+        stream = self.new_stream()
+        try:
+            self._call(
+                "cuMemcpyDtoHAsync_v2",
+                c_void_p(target.ctypes.data),
+                c_uint64(source),
+                c_size_t(target.nbytes),
+                c_void_p(stream),
+            )
+        finally:
+            self.free_stream(stream)
+
     def _call(self, name: str, *arguments: Any) -> None:
         if code := getattr(self._driver, name)(*arguments):
             raise TransferError(f"{name} gave CUDA error {code}.")

@@ -56,6 +56,15 @@ class FaultyTransport:
             self, part, peer_id, spoilt, f"injected fault {rule.point}:{rule.effect}"
         )
 
+    def stamp(self, block_id: int, name: str) -> None:
+        """See WorkerTransport."""
+        self._inner.stamp(block_id, name)
+
+    def bears(self, block_id: int, name: str) -> bool:
+        """See WorkerTransport; of a probe that the fault point spoils it is not true."""
+        rule = self._faults.at(Point.KV_STAMP)
+        return rule is None and self._inner.bears(block_id, name)
+
     def spoil(self, peer_id: str, block_ids: Sequence[int]) -> None:
         """Drop a peer, so that nothing lands any more, and put rubbish into own blocks."""
         self._inner.disconnect(peer_id)

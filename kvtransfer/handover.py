@@ -58,9 +58,9 @@ class HandoverMachine:
         """`own` is what this worker says to each prefill worker."""
         self._own = own
         self._config = config or HandoverConfig()
-        self._book = HandoverBook(own, self._config.drift_ratio)
-        self._next_read = 1
         self._probes = ProbeSchedule(own, self._config)
+        self._book = HandoverBook(own, self._config, self._probes)
+        self._next_read = 1
         self.counters: Counter[str] = Counter()
         """How often something out of the ordinary was ignored or went wrong, by cause."""
 
@@ -106,7 +106,7 @@ class HandoverMachine:
             self.counters["duplicate_submit"] += 1
             return []
         link, actions = self._book.link_to(worker_id, epoch, address, now)
-        if link.probe is not None:
+        if link.probe is not None and link.proven:
             actions += self._book.end(link.probe, None, now)
         num_blocks = -(-num_tokens // self._own.layout.block_size)
         handover = Handover(key, link, num_tokens, num_blocks, deadline)
@@ -203,6 +203,8 @@ class HandoverMachine:
     def tick(self, now: float) -> list[HandoverAction]:
         """Do what time asks for: renew, and give up what is late."""
         actions: list[HandoverAction] = []
+        for pair in self._probes.retests(now):
+            actions += self._book.link_to(*pair, now)[1]
         for link in list(self._book.links.values()):
             actions += self._tick_link(link, now)
         for handover in list(self._book.handovers.values()):
@@ -263,6 +265,7 @@ class HandoverMachine:
         elif now >= link.idle_since + config.idle_link_s:
             return self._book.drop_link(link, ErrorCode.UNAVAILABLE, "idle", now)
         actions = self._probe(link, now)
+        actions += self._pump(link, now) if link.take_proof() else []
         if link.renew_due(now, config.peer_silence_s):
             actions.append(Send(link.number, Renew(link.next_renew(now))))
         return actions
@@ -356,7 +359,7 @@ class HandoverMachine:
     def _deliver(self, handover: Handover, now: float) -> list[HandoverAction]:
         if handover.probe:
             handover.ended = True
-            return [self._probes.measured(handover, now), *self._book.finish(handover, now)]
+            return [*self._probes.succeeded(handover, now), *self._book.finish(handover, now)]
         self._book.forget(handover, now)
         return [handover.delivery(), Send(handover.link.number, Release(handover.key))]
 

@@ -15,19 +15,21 @@ from kvtransfer.actions import (
     OpenLink,
     Send,
 )
+from kvtransfer.handover_config import HandoverConfig
 from kvtransfer.handover_record import Handover
 from kvtransfer.messages import Hello, Key, Release
 from kvtransfer.peer_link import PeerLink
-from kvtransfer.probing import probe_ended
+from kvtransfer.probing import ProbeSchedule, probe_ended
 
 
 class HandoverBook:
     """Records by key and links by number; numbers are never used again."""
 
-    def __init__(self, own: Hello, drift_ratio: float) -> None:
-        """`own` is said on every link that is opened."""
+    def __init__(self, own: Hello, config: HandoverConfig, probes: ProbeSchedule) -> None:
+        """`own` is said on every link that is opened; `probes` hears how links end."""
         self._own = own
-        self._drift_ratio = drift_ratio
+        self._config = config
+        self._probes = probes
         self._next_link = 1
         self.links: dict[int, PeerLink] = {}
         self.handovers: dict[Key, Handover] = {}
@@ -39,7 +41,9 @@ class HandoverBook:
         for link in self.links.values():
             if (link.worker_id, link.epoch, link.address) == (worker_id, epoch, address):
                 return link, []
-        link = PeerLink(self._next_link, worker_id, epoch, address, now, self._drift_ratio)
+        config = self._config
+        link = PeerLink(self._next_link, worker_id, epoch, address, now, config.drift_ratio)
+        link.proven = not config.test_links
         self._next_link += 1
         self.links[link.number] = link
         return link, [OpenLink(link.number, address), Send(link.number, self._own)]
@@ -61,10 +65,15 @@ class HandoverBook:
         return handover if handover is not None and handover.link is link else None
 
     def end(self, key: Key, fail: Fail | None, now: float) -> list[HandoverAction]:
-        """End a record, with a Fail or without a word. It stays while a READ is pending."""
+        """End a record, with a Fail or without a word. It stays while a READ is pending.
+
+        The test of a link that fails ends the link as well.
+        """
         handover = self.handovers.get(key)
         if handover is None or handover.ended:
             return []
+        if handover.probe and (doubt := self._probes.doubt(handover, fail)):
+            return self.drop_link(handover.link, ErrorCode.KV_TRANSFER, doubt, now)
         handover.ended = True
         actions: list[HandoverAction] = [] if fail is None else [fail]
         if handover.probe:
@@ -113,7 +122,7 @@ class HandoverBook:
             dead: it is closed already.
         """
         del self.links[link.number]
-        actions: list[HandoverAction] = []
+        actions = self._probes.dropped(link, code, message, now)
         if link.hello is not None:
             actions.append(DisconnectPeer(link.peer_id))
         for handover in self.on(link):

@@ -21,6 +21,8 @@ class HandoverConfig:
     """A link without a hand-over for this long is closed."""
     max_inflight_blocks: int = 256
     """Most blocks being read from one peer at a time."""
+    test_links: bool = False
+    """Nothing is read over a new link before a test block has come over it as it was sent."""
     probe_blocks: int = 0
     """Most blocks read to measure a link; 0: none is measured."""
     probe_share: int = 32

@@ -1,7 +1,7 @@
 """One hand-over to decode: what is known of it, and what that allows.
 
 Owned by `handover.py` and its book. Invariant: a READ starts only into reserved blocks, from blocks
-that prefill reported, under a lease that holds; `complete_at` is true only when all that must have
+that prefill reported, under a lease that holds and over a link that is proven; `complete_at` is true only when all that must have
 come has come, under a lease that held from before the first READ until then.
 """
 
@@ -47,7 +47,7 @@ class Handover:
     committed_at: float = 0.0
     ended: bool = False
     probe: bool = False
-    """It measures the link: its blocks have no content, and nobody waits for them."""
+    """It tests or measures the link: its blocks belong to no prompt."""
     enough: bool = False
     """The latest READ took long enough for a probe to end with it."""
 
@@ -93,7 +93,8 @@ class Handover:
         count = min(room, len(self.remote) - start, most)
         if table is None or self.ended or self.read is not None or count <= 0:
             return None
-        if not link.holds_since(min(now, self.first_read_at), now + config.read_margin_s):
+        holds = link.holds_since(min(now, self.first_read_at), now + config.read_margin_s)
+        if not holds or not (link.proven or self.probe):
             return None
         self.read = PendingRead(number, count, now)
         self.first_read_at = min(self.first_read_at, now)
@@ -102,7 +103,7 @@ class Handover:
         link.serve_last(self.key)
         stop = start + count
         pairs = tuple(zip(self.remote[start:stop], table[start:stop], strict=True))
-        return StartRead(self.key, number, link.peer_id, pairs)
+        return StartRead(self.key, number, link.peer_id, pairs, self.probe and not start)
 
     def end_read(self, number: int) -> bool:
         """A READ has ended, one way or the other; False if it is not the pending one."""

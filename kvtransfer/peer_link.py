@@ -37,9 +37,12 @@ class PeerLink:
     inflight_blocks: int = 0
     probe: Key | None = None
     """The one under way; it is among `keys` as well."""
+    proven: bool = True
+    """A test block has come over it as it was sent, or none need or could be had."""
     idle_since: float = 0.0
     valid_since: float = float("inf")
     valid_until: float = float("-inf")
+    _just_proven: bool = False
     _sent: OrderedDict[int, float] = field(default_factory=OrderedDict)
     _next_seq: int = 1
     _renewed_at: float = float("-inf")
@@ -70,6 +73,15 @@ class PeerLink:
         if hello.lease_ttl_s * (1 - self.drift_ratio) <= config.read_margin_s:
             return f"A lease ttl of {hello.lease_ttl_s:g} s is too short to read anything."
         return hello_mismatch(own, hello)
+
+    def prove(self) -> None:
+        """From here on KV may be read over it."""
+        self.proven = self._just_proven = True
+
+    def take_proof(self) -> bool:
+        """True once after `prove`: READs may have waited for it."""
+        taken, self._just_proven = self._just_proven, False
+        return taken
 
     def renew_due(self, now: float, peer_silence_s: float) -> bool:
         """True if a Renew must be sent now."""

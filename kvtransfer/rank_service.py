@@ -13,6 +13,7 @@ from core.errors import DiptychError, TransferError
 from kvtransfer.cuda_driver import use_gpu
 from kvtransfer.rank_transport import RankTransport
 from kvtransfer.select import known_transport, open_transport
+from kvtransfer.stamps import PoolStamps
 from kvtransfer.transport import BlockPool, Read, ReadState
 from kvtransfer.wire import layout_from_proto
 from rpc.v1 import kv_ranks_pb2 as pb
@@ -102,6 +103,8 @@ class RankService:
                 self._read(command.read)
             case "disconnect":
                 self._disconnect(command.disconnect)
+            case "stamp":
+                self._stamp(command.stamp)
             case "shut":
                 self._shut()
                 self._report(pb.RankReport(shut=pb.RankShutDone()))
@@ -122,7 +125,9 @@ class RankService:
         except DiptychError as error:
             return pb.RankOpened(error=error.message)
         layout = layout_from_proto(opening.layout)
-        self._transport = RankTransport(transport, layout, rank=self._rank, size=opening.size)
+        ranks = {"rank": self._rank, "size": opening.size}
+        stamps = PoolStamps(self._pool, layout, **ranks)
+        self._transport = RankTransport(transport, layout, stamps, **ranks)
         return pb.RankOpened(metadata=transport.metadata())
 
     def _connect(self, connect: pb.RankConnect) -> None:
@@ -141,6 +146,16 @@ class RankService:
             self._reads[read.number] = self._opened.read(read.peer_id, pairs)
         except TransferError as error:
             self._report_read(read.number, error.message, 0.0)
+
+    def _stamp(self, stamp: pb.RankStamp) -> None:
+        stamped = pb.RankStamped(number=stamp.number)
+        try:
+            if not stamp.look:
+                self._opened.stamp(stamp.block_id, stamp.name)
+            stamped.holds = not stamp.look or self._opened.bears(stamp.block_id, stamp.name)
+        except TransferError as error:
+            stamped.error = error.message
+        self._report(pb.RankReport(stamped=stamped))
 
     def _disconnect(self, disconnect: pb.RankDisconnect) -> None:
         self._opened.disconnect(disconnect.peer_id)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from core.errors import TransferError
 from core.kv_layout import KvLayout
 from kvtransfer.head_slices import plan_slices
+from kvtransfer.stamps import Stamps
 from kvtransfer.transport import Transport
 from kvtransfer.worker_transport import JoinedRead
 
@@ -16,18 +17,26 @@ class RankTransport:
     """Implements WorkerTransport for one rank."""
 
     def __init__(
-        self, transport: Transport, layout: KvLayout, *, rank: int = 0, size: int = 1
+        self,
+        transport: Transport,
+        layout: KvLayout,
+        stamps: Stamps,
+        *,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
         """Take a rank's transport.
 
         Args:
             transport: of this rank's pool.
             layout: of the whole model's blocks.
+            stamps: in the same pool.
             rank: which one this is.
             size: how many ranks the worker has.
         """
         self._transport = transport
         self._layout = layout
+        self._stamps = stamps
         self._rank = rank
         self._size = size
         self._sources: dict[str, list[str]] = {}
@@ -76,6 +85,14 @@ class RankTransport:
             self.disconnect(peer_id)
             raise
         return JoinedRead(parts, lambda: self.disconnect(peer_id))
+
+    def stamp(self, block_id: int, name: str) -> None:
+        """See WorkerTransport; this rank's heads."""
+        self._stamps.write(block_id, name)
+
+    def bears(self, block_id: int, name: str) -> bool:
+        """See WorkerTransport; this rank's heads."""
+        return self._stamps.holds(block_id, name)
 
     def disconnect(self, peer_id: str) -> None:
         """See WorkerTransport."""

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 LET_GO_S = 10.0
 """Longest that a rank may take to drop a peer, which takes it milliseconds."""
+STAMP_S = 2.0
+"""Longest that the engine waits for its other ranks' part of a probe, which takes milliseconds."""
 _OPEN_S = 60.0
 _SHUT_S = 5.0
 
@@ -97,6 +99,8 @@ class RankedTransport:
         """READs by number and rank, until that rank has ended its part."""
         self._awaited: dict[int, set[int]] = {}
         """Number of a disconnect to the ranks that have not answered it."""
+        self._stamped: dict[int, dict[int, pb.RankStamped]] = {}
+        """Number of a stamp to what each rank has said of it; of those that somebody waits for."""
         self._opened: dict[int, pb.RankOpened] = {}
         self._shut: set[int] = set()
         self._closed = False
@@ -146,6 +150,37 @@ class RankedTransport:
             self._begin_disconnect(peer_id)
 
         return JoinedRead([local, *parts.values()], give_up)
+
+    def stamp(self, block_id: int, name: str) -> None:
+        """See WorkerTransport."""
+        self._own.stamp(block_id, name)
+        self._stamp_others(block_id, name, look=False)
+
+    def bears(self, block_id: int, name: str) -> bool:
+        """See WorkerTransport."""
+        others = self._stamp_others(block_id, name, look=True)
+        return self._own.bears(block_id, name) and others
+
+    def _stamp_others(self, block_id: int, name: str, *, look: bool) -> bool:
+        """Have every other rank stamp a block, or look; True if all hold the stamp.
+
+        Raises:
+            TransferError: a rank does not say.
+        """
+        number = self._number()
+        answers = self._stamped[number] = {}
+        stamp = pb.RankStamp(number=number, block_id=block_id, name=name, look=look)
+        self._tell(pb.RankCommand(stamp=stamp))
+        try:
+            if not self._wait(lambda: answers.keys() == self._everyone, STAMP_S):
+                late = sorted(self._everyone - answers.keys())
+                raise TransferError(f"Ranks {late} did not stamp a block in {STAMP_S:.0f} s.")
+        finally:
+            del self._stamped[number]
+        for rank, answer in sorted(answers.items()):
+            if answer.error:
+                raise TransferError(f"Rank {rank} can't stamp a block: {answer.error}")
+        return all(answer.holds for answer in answers.values())
 
     def disconnect(self, peer_id: str) -> None:
         """See WorkerTransport."""
@@ -211,6 +246,9 @@ class RankedTransport:
                     self._end_read(rank, report.read_ended)
                 case "disconnected":
                     self._end_disconnect(rank, report.disconnected.number)
+                case "stamped":
+                    if report.stamped.number in self._stamped:
+                        self._stamped[report.stamped.number][rank] = report.stamped
                 case "shut":
                     self._shut.add(rank)
 

@@ -38,6 +38,14 @@ class WorkerTransport(Protocol):
         """Start copying blocks into every rank's pool: (peer's block id, own block id) each."""
         ...
 
+    def stamp(self, block_id: int, name: str) -> None:
+        """Put the stamp of `name` into an own block, on every rank."""
+        ...
+
+    def bears(self, block_id: int, name: str) -> bool:
+        """True if an own block holds the stamp of `name` on every rank."""
+        ...
+
     def disconnect(self, peer_id: str) -> None:
         """Drop a peer. On return no rank writes anything of its pending reads any more.
 

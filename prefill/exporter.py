@@ -5,10 +5,11 @@ links, and its actions are carried out on them. Invariant: every block reported 
 carries one hold taken here, and FreeBlocks gives that hold back.
 """
 
+import logging
 from dataclasses import dataclass
 
 from core.clock import Clock, monotonic
-from core.errors import DiptychError, ErrorCode, InvalidRequestError
+from core.errors import DiptychError, ErrorCode, InvalidRequestError, TransferError
 from core.finish import FinishReason
 from engine.engine import Engine
 from engine.request import SequenceOutput, StepOutputs
@@ -30,6 +31,8 @@ from rpc.v1 import ipc_pb2, worker_pb2
 from worker.hello import own_hello, own_transport
 from worker.role import BuildRole, Outbox, Role, RoleContext, Submission, engine_id
 from worker.scratch import scratch_request
+
+log = logging.getLogger(__name__)
 
 _TURN_S = 0.1
 """Leases are looked at this often when nothing else wakes the loop."""
@@ -235,6 +238,13 @@ class Exporter:
         blocks = list(reservation.block_table)
         self._engine.hold(blocks)
         self._engine.cancel(reservation)
+        try:
+            self._transport.stamp(blocks[0], key.request_id)
+        except TransferError as error:
+            self._engine.release(blocks)
+            log.warning("can't stamp a block, so a link goes untested: %s", error)
+            self._do(self._machine.failed(key, ErrorCode.OVERLOADED, error.message, now))
+            return
         self._do(self._machine.progressed(key, blocks, now))
         self._do(self._machine.committed(key, 0, None, 0, now))
 

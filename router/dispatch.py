@@ -160,6 +160,7 @@ class Dispatcher:
     def attached(self, worker: str, info: WorkerInfo) -> None:
         """A worker is there; see LinkListener."""
         self._placer.add(worker, info)
+        self._breakers.attached(worker, info)
         known = self._model
         self._model = ServedModel(
             name=self._settings.served_model_name or info.model,
@@ -172,6 +173,7 @@ class Dispatcher:
         """A worker is gone: each of its requests goes on elsewhere."""
         self._placer.drop(worker)
         self._breakers.lost(worker, cause)
+        self._runs.watchdog.lost(worker)
         self._attempts.takers.discard(worker)
         for run in self._runs:
             self._runs.carry_out(run, run.ledger.lost(worker, cause))
@@ -181,6 +183,7 @@ class Dispatcher:
     def tokens(self, worker: str, runs: list[TokenRun]) -> None:
         """One engine step's tokens."""
         find, carry_out = self._runs.find, self._runs.carry_out
+        self._runs.watchdog.worked(worker, self._clock())
         for request_id, attempt, tokens, cached_tokens in runs:
             run = find(request_id)
             if run is None:
@@ -190,6 +193,7 @@ class Dispatcher:
 
     def prompt(self, worker: str, run: PromptRun) -> None:
         """What one engine step computed of a prompt."""
+        self._runs.watchdog.worked(worker, self._clock())
         found = self._runs.find(run.request_id)
         if found is None:
             self._metrics.stale_messages.inc()
@@ -198,6 +202,7 @@ class Dispatcher:
 
     def finished(self, worker: str, end: LegEnd) -> None:
         """A worker is done with its part."""
+        self._runs.watchdog.worked(worker, self._clock())
         run = self._runs.find(end.request_id)
         if run is None:
             self._metrics.stale_messages.inc()
@@ -207,7 +212,10 @@ class Dispatcher:
 
     def load(self, worker: str, load: WorkerLoad) -> None:
         """A load report."""
-        self._placer.report(worker, load, self._clock())
+        now = self._clock()
+        self._placer.report(worker, load, now)
+        self._breakers.reported(worker, load)
+        self._runs.watchdog.reported(worker, load, now)
         if self._admission.queued:
             self._start_queued()
         takers, takes = self._attempts.takers, load.state is WorkerState.READY

@@ -67,6 +67,8 @@ class Failure:
     code: ErrorCode
     message: str
     worker: str
+    stage: str = ""
+    """In which the worker lost it without a word; empty: it did not."""
 
 
 class Effects(NamedTuple):
@@ -252,6 +254,11 @@ class RequestLedger:
         return self._fail_attempt(
             Failure(ErrorCode.WORKER_LOST, f"Worker {worker} was lost: {cause}.", worker)
         )
+
+    def give_up(self, failure: Failure) -> Effects:
+        """End the attempt for a reason that no worker has given. Only while RUNNING."""
+        assert self.state is RequestState.RUNNING
+        return self._fail_attempt(failure)
 
     def stop(self, error: DiptychError | None = None) -> Effects:
         """End it now: with `error`, or silently because the client went away."""

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 
 from core.clock import Clock
-from core.errors import DeadlineError, UnavailableError
+from core.errors import DeadlineError, ErrorCode, UnavailableError
 from router.attempts import Attempts
 from router.fleet.breakers import Breakers
 from router.ledger import Effects, Failure, RequestState
@@ -18,9 +18,12 @@ from router.metrics import FleetMetrics
 from router.placement.placer import Placer
 from router.run import Run
 from router.settings import RouterSettings
+from router.watchdog import Stage, Watch, Watchdog
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 0.25
+"""Least time between two looks at one stage."""
 MAX_DOUBLINGS = 5
 """Of the wait before a worker that failed a request is tried again."""
 
@@ -43,6 +46,7 @@ class Lifecycle:
         self._metrics = metrics
         self._clock = clock
         self._breakers = breakers
+        self.watchdog = Watchdog(settings.stuck_after_s)
         self._runs: dict[str, Run] = {}
         self.find = self._runs.get
         """The run of a request id, None if there is none."""
@@ -82,7 +86,11 @@ class Lifecycle:
                 self._wait(run, now)
                 return
             self._leave_waiting(run)
-            self.carry_out(run, self._attempts.start(run, placement))
+            effects = self._attempts.start(run, placement)
+            if effects.failure is None:
+                first = placement.prefill or placement.worker
+                self._watch(run, Watch(Stage.FIRST_TOKEN, first, now))
+            self.carry_out(run, effects)
 
     def settle_waiting(self) -> None:
         """Try again all that no worker could take."""
@@ -96,15 +104,75 @@ class Lifecycle:
         if effects.tokens:
             run.timeline.tokens(len(effects.tokens))
             run.push(effects.tokens)
+            if run.watch is not None:
+                self._go_on_watching(run, run.watch)
             if run.charges:
                 self._breakers.progressed(run.charges, run.timeline.attempts[-1])
         if effects.failure is not None:
+            if run.watch is None or effects.failure.stage != run.watch.stage:
+                self._end_trial(run, None)
+            run.watch = None
             run.timeline.attempt_failed(effects.failure)
             self._breakers.failed(effects.failure, run.timeline.attempts[-1], run.charges)
         if run.ledger.state is RequestState.ENDED:
             self._ended(run)
         elif effects.failure is not None:
             self._retry(run, effects.failure)
+
+    def _watch(self, run: Run, watch: Watch) -> None:
+        run.watch = watch
+        run.set_timer("stage", self._budget_s(run, watch), self._look)
+
+    def _budget_s(self, run: Run, watch: Watch) -> float:
+        predicted_s = run.timeline.attempts[-1].placement.cost_s
+        deadline = run.request.deadline
+        return self.watchdog.budget_s(watch, predicted_s=predicted_s, deadline=deadline)
+
+    def _go_on_watching(self, run: Run, watch: Watch) -> None:
+        """A stage has brought a token: go on to the next one, if there is one."""
+        self.watchdog.served(watch)
+        self._end_trial(run, True)
+        run.watch = None
+        attempt = run.timeline.attempts[-1]
+        if attempt.placement.prefill is not None and attempt.second_token_at is None:
+            assert attempt.first_token_at is not None
+            decode = attempt.placement.worker
+            self._watch(run, Watch(Stage.TRANSFER, decode, attempt.first_token_at))
+
+    def _look(self, run: Run) -> None:
+        """A stage has used its budget up: take it elsewhere if it is stuck, once per stage."""
+        watch = run.watch
+        if watch is None or run.ledger.state is not RequestState.RUNNING:
+            return
+        self._end_trial(run, False)
+        now = self._clock()
+        budget_s = self._budget_s(run, watch)
+        verdict = self.watchdog.verdict(watch, budget_s, now)
+        others = self._attempts.takers - run.ledger.avoid - {watch.worker}
+        if not verdict or not others or watch.stage in run.stuck_in:
+            run.set_timer("stage", max(LOOK_S, budget_s / 2), self._look)
+            return
+        if not self.watchdog.try_elsewhere():
+            run.set_timer("stage", LOOK_S, self._look)
+            return
+        run.on_trial = True
+        run.stuck_in.add(watch.stage)
+        self._metrics.stuck.labels(watch.stage.value).inc()
+        passed_s = now - watch.began_at
+        message = (
+            f"Worker {watch.worker} brought the request no further in {passed_s:.1f} s "
+            f"({watch.stage}): {verdict}."
+        )
+        failure = Failure(ErrorCode.UNAVAILABLE, message, watch.worker, watch.stage)
+        partner = run.timeline.attempts[-1].placement.prefill
+        if watch.stage is Stage.TRANSFER and partner is not None and others - {partner}:
+            run.ledger.avoid.add(partner)  # nobody knows which of the two has lost the hand-over
+        self.carry_out(run, run.ledger.give_up(failure))
+
+    def _end_trial(self, run: Run, right: bool | None) -> None:
+        if run.on_trial:
+            run.on_trial = False
+            self.watchdog.tried(right)
 
     def _retry(self, run: Run, failure: Failure) -> None:
         log.info(
@@ -154,6 +222,8 @@ class Lifecycle:
             return
         self._leave_waiting(run)
         run.cancel_timer("deadline")
+        run.cancel_timer("stage")
+        self._end_trial(run, None)
         run.timeline.ended(run.ledger.end, run.ledger.error)
         if run.ledger.error is None:
             self._breakers.ended(run.timeline.attempts)

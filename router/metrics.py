@@ -10,6 +10,7 @@ from router.fleet.worker import Role, WorkerState
 from router.placement.decision import Mode
 from router.placement.prefix_index import Applied
 from router.timeline import STAGES
+from router.watchdog import Stage
 from telemetry.ledger import StageLedger
 from telemetry.metrics import STAGE_BUCKETS_S, TTFT_BUCKETS_S, start_at_zero
 
@@ -39,6 +40,12 @@ class FleetMetrics:
             "diptych_router_retries_total",
             "Attempts that failed and were followed by another, by cause.",
             ["reason"],
+            registry=registry,
+        )
+        self.stuck = Counter(
+            "diptych_router_stuck_total",
+            "Attempts taken from a worker that had lost them without a word, by stage.",
+            ["stage"],
             registry=registry,
         )
         self.attempts = Histogram(
@@ -147,6 +154,7 @@ class FleetMetrics:
         )
         start_at_zero(self.routing, Mode)
         start_at_zero(self.retries, sorted(RETRYABLE))
+        start_at_zero(self.stuck, Stage)
         start_at_zero(self.generations, [*_GOOD_ENDS, "cancelled", *ErrorCode])
         start_at_zero(self.shed, ("refused", "pushed_out"))
         start_at_zero(self.cache_events, [applied.name.lower() for applied in Applied])

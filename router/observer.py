@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from router.fleet.worker import Role, WorkerStatus
+from router.fleet.worker import Role, WorkerInfo, WorkerLoad, WorkerStatus
 from router.timeline import RequestTimeline
 
 CACHE_WINDOW = 256
@@ -142,6 +142,7 @@ def _links(statuses: Sequence[WorkerStatus], trust: Trust) -> list[dict[str, obj
             "bytes_per_s": here.load.link_bytes_per_s.get(source.worker_id),
             "latency_s": here.load.link_latency_s.get(source.worker_id),
             "transport": here.load.transport or None,
+            "failure": _failure(source, here.load),
             "breaker": trust.describe((there.address, here.address)),
         }
         for there, source in attached
@@ -149,3 +150,8 @@ def _links(statuses: Sequence[WorkerStatus], trust: Trust) -> list[dict[str, obj
         for here, target in attached
         if target.role is Role.DECODE
     ]
+
+
+def _failure(source: WorkerInfo, load: WorkerLoad) -> str | None:
+    found = load.link_failures.get(source.worker_id)
+    return found.cause if found is not None and found.epoch == source.epoch else None

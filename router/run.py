@@ -20,6 +20,7 @@ from router.ledger import Leg, RequestLedger, RequestState
 from router.placement.cost import Prompt
 from router.placement.decision import Placement
 from router.timeline import RequestTimeline
+from router.watchdog import Stage, Watch
 from rpc.v1 import worker_pb2
 
 
@@ -40,6 +41,12 @@ class Run:
         """From when on a worker that failed it may be tried again, monotonic seconds."""
         self.charges: list[Charge] = []
         """Failures of workers that are not proven to be theirs yet."""
+        self.watch: Watch | None = None
+        """The stage that it is in, until it has all that is watched behind it."""
+        self.on_trial = False
+        """It was taken from a worker for being stuck, and this attempt shows whether it was."""
+        self.stuck_in: set[Stage] = set()
+        """Stages in which a worker has lost it."""
         self.refusal = ""
         """Why no worker could take it when last tried."""
         self._timers: dict[str, asyncio.TimerHandle] = {}

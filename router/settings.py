@@ -158,6 +158,13 @@ class RouterSettings(BaseModel):
     no_worker_grace_s: Seconds = Field(
         10.0, ge=0, description="How long a request waits while no worker can take it."
     )
+    stuck_after_s: Seconds = Field(
+        15.0,
+        gt=0,
+        description="A request that waits longer for its first token, or for decode's first one, "
+        "goes to another worker if its own forgets it: serves later ones, or nobody. Sooner where "
+        "a third of its time is less, later where twice the predicted time is more.",
+    )
     breaker_failures: int = Field(
         3,
         ge=1,

@@ -108,7 +108,11 @@ class Attempt:
             "kv_bytes": self.kv_bytes,
             "failure": None
             if self.failure is None
-            else {"code": self.failure.code.value, "message": self.failure.message},
+            else {
+                "code": self.failure.code.value,
+                "message": self.failure.message,
+                "stuck_in": self.failure.stage or None,
+            },
             "decision": self.placement.as_dict(),
         }
 

@@ -26,6 +26,8 @@ class Point(StrEnum):
     """A READ of KV blocks, by the decode worker."""
     KV_PROBE = "kv.probe"
     """A decode worker's request to measure a link."""
+    KV_STAMP = "kv.stamp"
+    """A decode worker's look at the test block that came over a link."""
     LEASE_RENEW = "lease.renew"
     """A decode worker's sign of life, which keeps its leases."""
     LINK_OPEN = "rpc.link.open"
@@ -48,7 +50,7 @@ class Effect(StrEnum):
     SHORT = "short"
     """Some of it arrives, and that is noticed."""
     CORRUPT = "corrupt"
-    """Something else arrives, and that is noticed."""
+    """Something else arrives: of a READ the transport notices, of a stamp only who looks."""
     LOST = "lost"
     CUT = "cut"
     REFUSE = "refuse"
@@ -58,6 +60,7 @@ class Effect(StrEnum):
 _EFFECTS = {
     Point.KV_READ: (Effect.DELAY, Effect.FAIL, Effect.SHORT, Effect.CORRUPT),
     Point.KV_PROBE: (Effect.LOST,),
+    Point.KV_STAMP: (Effect.CORRUPT,),
     Point.LEASE_RENEW: (Effect.LOST,),
     Point.LINK_OPEN: (Effect.REFUSE,),
     Point.LINK_SEND: (Effect.DELAY, Effect.CUT),

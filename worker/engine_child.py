@@ -113,6 +113,14 @@ class EngineChild:
         with suppress(ConnectionError):
             self.pipe.send(ipc_pb2.EngineCommand(stop=ipc_pb2.Stop()))
 
+    def abandon(self) -> None:
+        """End it wherever it is: right only before it serves, when it has nothing to hand back.
+
+        It does not read its pipe while it starts. Ranks that it has begun to start end with it.
+        """
+        with suppress(ProcessLookupError):
+            self._process.terminate()
+
     async def end(self) -> None:
         """Ask, wait, then kill. Idempotent."""
         if self._process.returncode is not None:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import xxhash
 
 from core.clock import monotonic
+from core.errors import DiptychError
 from core.settings import secret_values
 from core.version import installed_version
 from engine.build import build_executor
@@ -62,7 +63,10 @@ def run_engine(fd: int, settings_class: type[S], build_role: Callable[[S], Build
     except PipeClosedError:
         return 0
     except Exception as error:
-        log.exception("the engine could not start")
+        # The service says what is told here; where in the code it arose is worth a line only if
+        # nobody has foreseen it.
+        level = logging.DEBUG if isinstance(error, DiptychError) else logging.ERROR
+        log.log(level, "the engine could not start", exc_info=True)
         code, message = error_of(error)
         failed = ipc_pb2.StartupFailed(error_code=code, error_message=message)
         with suppress(PipeClosedError):  # the service may have given up first

@@ -6,6 +6,7 @@ from kvtransfer.messages import Hello
 from kvtransfer.rank_transport import RankTransport
 from kvtransfer.ranked_transport import LET_GO_S, RankedTransport
 from kvtransfer.select import could_use_nixl, open_transport
+from kvtransfer.stamps import PoolStamps
 from kvtransfer.wire import layout_from_proto
 from kvtransfer.worker_transport import WorkerTransport
 from rpc.v1 import worker_pb2
@@ -24,7 +25,7 @@ def own_transport(settings: WorkerSettings, context: RoleContext) -> WorkerTrans
     """
     host = settings.own_host
     token = settings.auth_token.get_secret_value() if settings.auth_token else ""
-    layout = context.description.layout
+    layout = layout_from_proto(context.description.layout)
     size = settings.tensor_parallel_size
     transport = open_transport(
         settings.kv_transport,
@@ -33,11 +34,12 @@ def own_transport(settings: WorkerSettings, context: RoleContext) -> WorkerTrans
         token=token,
         descriptor_bytes=settings.descriptor_bytes,
     )
-    own = RankTransport(transport, layout_from_proto(layout), size=size)
+    stamps = PoolStamps(context.pool, layout, size=size)
+    own = RankTransport(transport, layout, stamps, size=size)
     if context.ranks is None:
         return _faulty(own, context)
     opening = RankOpen(
-        layout=layout,
+        layout=context.description.layout,
         size=size,
         transport=transport.name,
         host=host,
@@ -52,7 +54,7 @@ def own_transport(settings: WorkerSettings, context: RoleContext) -> WorkerTrans
 
 
 def _faulty(transport: WorkerTransport, context: RoleContext) -> WorkerTransport:
-    if not context.faults.has(Point.KV_READ):
+    if not context.faults.has(Point.KV_READ, Point.KV_STAMP):
         return transport
     return FaultyTransport(transport, context.pool, context.faults, monotonic)
 

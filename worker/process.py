@@ -157,7 +157,9 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         stack.callback(lambda: [task.cancel() for task in tasks])
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         status, reason = _outcome(done, nodes)
-        if status == 0 and view.description is not None:
+        if view.description is None:
+            child.abandon()
+        elif status == 0:
             await _take_leave(child, reading, switchboard)
         if nodes:
             if status == 0:

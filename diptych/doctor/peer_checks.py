@@ -15,6 +15,13 @@ SLOW_LINK = 0.2
 ROLES = {worker_pb2.ROLE_PREFILL: "prefill", worker_pb2.ROLE_DECODE: "decode"}
 
 
+MEND_LINK = (
+    "Read the logs of both; see that a NetworkPolicy lets the pools reach each other's KV ports, "
+    "that both run the same transport (--kv-transport) and version, and with RDMA that both ports "
+    "are in one fabric."
+)
+
+
 def check_worker(worker: WorkerFacts, *, token: bool, tls: bool) -> Iterator[Finding]:
     """Everything about one worker.
 
@@ -173,6 +180,10 @@ def check_together(workers: Sequence[WorkerFacts]) -> Iterator[Finding]:
 
 def check_links(workers: Sequence[WorkerFacts]) -> Iterator[Finding]:
     """Links were measured, and none is much slower than the others."""
+    for worker in workers:
+        for peer in worker.failing_links:
+            message = "a test block did not come as it was sent: no KV moves"
+            yield fail(f"link {peer} to {worker.address}", message, MEND_LINK)
     links = {
         (peer, worker.address): speed
         for worker in workers
@@ -226,12 +237,35 @@ def check_router(router: RouterFacts) -> Iterator[Finding]:
     elif router.attached:
         counts = ", ".join(f"{count} {role}" for role, count in router.attached.items())
         yield ok("router: workers", f"it uses {counts}")
+    yield from _check_handovers(router)
     for address, cause in router.lost.items():
         yield fail(
             f"router: {address}",
             f"the router can't use {address}: {cause}",
             "Look at that worker from here, too: --prefill or --decode with its address.",
         )
+
+
+def _check_handovers(router: RouterFacts) -> Iterator[Finding]:
+    """KV moves between the pools, and prompts are handed over."""
+    for (prefill, decode), cause in router.dark_links.items():
+        yield fail(f"link {prefill} to {decode}", f"no KV moves: {cause}", MEND_LINK)
+    if not all(router.attached.get(role) for role in ROLES.values()):
+        return
+    # What is short or cached is computed where it is generated, and says nothing.
+    modes = [mode for mode in router.modes if mode != "local"]
+    handed_over = modes.count("disaggregated")
+    if not modes:
+        yield skip("hand-overs", "no long prompt came of late: send one, and look again")
+    elif modes[0] != "disaggregated":
+        yield fail(
+            "hand-overs",
+            f"both pools have workers, and yet no KV moved for the latest prompt ({modes[0]})",
+            "GET /v1/requests/{id}/explain says why each worker was refused, and /v1/requests has "
+            "the ids.",
+        )
+    else:
+        yield ok("hand-overs", f"{handed_over} of the latest {len(modes)} long prompts")
 
 
 def _same(

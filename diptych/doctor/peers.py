@@ -24,6 +24,9 @@ from rpc.auth import Credentials
 from rpc.channel import open_channel
 from rpc.v1 import worker_pb2, worker_pb2_grpc
 
+RECENT_S = 600.0
+"""Older requests say nothing of how things are now."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerFacts:
@@ -48,6 +51,8 @@ class WorkerFacts:
     """How far its clock is ahead of ours; known to a second."""
     link_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     """Prefill worker to the measured speed of the link from it."""
+    failing_links: Sequence[str] = ()
+    """Prefill workers from which no test block came as it was sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +71,10 @@ class RouterFacts:
     """Worker that it can't reach to why."""
     attached: Mapping[str, int] = field(default_factory=dict)
     """Role to workers that it can use."""
+    dark_links: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """Prefill and decode worker between which no KV moves, to why."""
+    modes: Sequence[str] = ()
+    """How the requests of the last RECENT_S were served, newest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,15 +202,23 @@ async def _ask_metrics(worker: WorkerFacts, url: str, timeout_s: float) -> Worke
             asked_at = time.time()
             answer = await client.get(f"{url}/metrics")
             answer.raise_for_status()
-            links = {
-                sample.labels["peer"]: sample.value
-                for family in text_string_to_metric_families(answer.text)
-                for sample in family.samples
-                if sample.name == "diptych_kv_link_bytes_per_second"
-            }
+            links, failing = (
+                {
+                    sample.labels["peer"]: sample.value
+                    for family in text_string_to_metric_families(answer.text)
+                    for sample in family.samples
+                    if sample.name == name
+                }
+                for name in ("diptych_kv_link_bytes_per_second", "diptych_kv_link_failing")
+            )
         except (httpx.HTTPError, ValueError) as error:
             return replace(worker, metrics_error=str(error) or type(error).__name__)
-    return replace(worker, link_bytes_per_s=links, clock_skew_s=skew_s(answer, asked_at))
+    return replace(
+        worker,
+        link_bytes_per_s=links,
+        failing_links=[peer for peer, fails in failing.items() if fails],
+        clock_skew_s=skew_s(answer, asked_at),
+    )
 
 
 async def look_at_router(url: str, api_key: str | None, timeout_s: float) -> RouterFacts:
@@ -223,6 +240,10 @@ async def look_at_router(url: str, api_key: str | None, timeout_s: float) -> Rou
                 facts = replace(facts, not_ready=ready.json()["error"]["message"])
             if fleet.status_code == 200:
                 facts = _with_fleet(facts, fleet.json())
+            requests = await client.get("/v1/requests", params={"limit": 500})
+            if requests.status_code == 200:
+                recent = [each for each in requests.json()["data"] if each["age_s"] < RECENT_S]
+                facts = replace(facts, modes=[each["mode"] for each in recent if each["mode"]])
         except httpx.HTTPError as error:
             return replace(facts, error=str(error) or type(error).__name__)
         except (KeyError, TypeError, ValueError):
@@ -242,6 +263,11 @@ def _with_fleet(facts: RouterFacts, fleet: Mapping[str, Any]) -> RouterFacts:
             each["address"]: each.get("cause") or each["state"]
             for each in workers
             if each["state"] in ("lost", "stalled")
+        },
+        dark_links={
+            (each["prefill"], each["decode"]): each["failure"]
+            for each in fleet["links"]
+            if each.get("failure")
         },
     )
 

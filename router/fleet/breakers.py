@@ -6,7 +6,8 @@ Fed by dispatch, asked by it before each placement, shown by the observer. What 
 - an internal error or a refusal as unavailable, but only once another worker has brought the very
   token that this one could not: a request that fails everywhere speaks against the request. So
   does whatever else a client can bring about (errors of status 4xx, deadlines, going away);
-- a failed hand-over, against the pair. Both workers may be well, and others may reach them.
+- a failed hand-over, against the pair. Both workers may be well, and others may reach them;
+- a decode worker's word that no test block comes from a prefill worker, for as long as it says so.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from core.clock import Clock
 from core.errors import ErrorCode
 from router.fleet.breaker import Breaker, BreakerLimits, BreakerState
+from router.fleet.worker import LinkFailure, WorkerInfo, WorkerLoad
 from router.ledger import Failure
 from router.metrics import FleetMetrics
 from router.placement.decision import Placement
@@ -55,6 +57,22 @@ class Breakers:
         self._metrics = metrics
         self._clock = clock
         self._breakers: dict[str | Pair, Breaker] = {}
+        self._lifetimes: dict[tuple[str, int], str] = {}
+        """Id and epoch to address, of attached workers."""
+        self._links: dict[str, Mapping[str, LinkFailure]] = {}
+        """Decode worker to what it says of its links, where it says something."""
+
+    def attached(self, worker: str, info: WorkerInfo) -> None:
+        """A worker is there."""
+        self._forget(worker)
+        self._lifetimes[info.worker_id, info.epoch] = worker
+
+    def reported(self, worker: str, load: WorkerLoad) -> None:
+        """What a worker says of its links now."""
+        if load.link_failures:
+            self._links[worker] = load.link_failures
+        else:
+            self._links.pop(worker, None)
 
     def placed(self, placement: Placement) -> None:
         """A request goes to these workers."""
@@ -66,6 +84,7 @@ class Breakers:
     def lost(self, worker: str, cause: str) -> None:
         """A worker's link has ended; what is known of its pairs was known of that session."""
         now = self._clock()
+        self._forget(worker)
         for key in [key for key in self._breakers if isinstance(key, tuple) and worker in key]:
             del self._breakers[key]
         self._fail(worker, now, f"it was lost: {cause}")
@@ -106,8 +125,21 @@ class Breakers:
         }
         return Distrust(
             workers={key: why for key, why in shut.items() if isinstance(key, str)},
-            pairs={key: why for key, why in shut.items() if isinstance(key, tuple)},
+            pairs={key: why for key, why in shut.items() if isinstance(key, tuple)}
+            | dict(self._dark_links()),
         )
+
+    def _dark_links(self) -> Iterator[tuple[Pair, str]]:
+        for decode, failures in self._links.items():
+            for worker_id, failure in failures.items():
+                prefill = self._lifetimes.get((worker_id, failure.epoch))
+                if prefill is not None:
+                    yield (prefill, decode), f"KV does not move between them: {failure.cause}"
+
+    def _forget(self, worker: str) -> None:
+        self._links.pop(worker, None)
+        for lifetime in [key for key, address in self._lifetimes.items() if address == worker]:
+            del self._lifetimes[lifetime]
 
     def describe(self, key: str | Pair) -> Mapping[str, object]:
         """For JSON."""

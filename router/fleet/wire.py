@@ -15,6 +15,7 @@ from router.fleet.worker import (
     CacheChange,
     KvLayout,
     LegEnd,
+    LinkFailure,
     Phase,
     Place,
     PromptRun,
@@ -44,6 +45,7 @@ _REASONS = {
 }
 _MAX_UINT32 = 2**32 - 1
 MAX_LINKS = 1024
+MAX_CAUSE_CHARS = 512
 """Links taken from one load report."""
 MAX_TIERS = 16
 """The same of tiers."""
@@ -114,6 +116,11 @@ def load_from_proto(message: worker_pb2.LoadReport) -> WorkerLoad:
             link.prefill_worker_id: link.latency_s
             for link in message.links[:MAX_LINKS]
             if _measured(link.latency_s)
+        },
+        link_failures={
+            link.prefill_worker_id: LinkFailure(link.prefill_epoch, link.failure[:MAX_CAUSE_CHARS])
+            for link in message.links[:MAX_LINKS]
+            if link.failure
         },
         transport=message.transport,
     )

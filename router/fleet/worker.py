@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from core.errors import ErrorCode
 from core.finish import FinishReason
@@ -107,6 +108,14 @@ class WorkerInfo:
     place: Place = Place()
 
 
+class LinkFailure(NamedTuple):
+    """Why no KV comes from a prefill worker, as a test block has shown."""
+
+    epoch: int
+    """Of the prefill worker; of another lifetime nothing is known."""
+    cause: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLoad:
     """A load report. Rates are 0 until the worker has measured them."""
@@ -132,6 +141,8 @@ class WorkerLoad:
     """Prefill worker id to how fast this decode worker reads its KV, as far as measured."""
     link_latency_s: Mapping[str, float] = field(default_factory=dict)
     """Prefill worker id to the least time that a READ of one KV block took, as far as measured."""
+    link_failures: Mapping[str, LinkFailure] = field(default_factory=dict)
+    """Prefill worker id to why this decode worker takes no KV from it, where it does not."""
     transport: str = ""
     """What KV comes by; empty of a worker that reads none."""
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from rpc.v1 import worker_pb2 as rpc_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15rpc/v1/kv_ranks.proto\x12\ndiptych.v1\x1a\x13rpc/v1/worker.proto\"\xe5\x01\n\x0bRankCommand\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.diptych.v1.RankOpenH\x00\x12*\n\x07\x63onnect\x18\x02 \x01(\x0b\x32\x17.diptych.v1.RankConnectH\x00\x12$\n\x04read\x18\x03 \x01(\x0b\x32\x14.diptych.v1.RankReadH\x00\x12\x30\n\ndisconnect\x18\x04 \x01(\x0b\x32\x1a.diptych.v1.RankDisconnectH\x00\x12$\n\x04shut\x18\x05 \x01(\x0b\x32\x14.diptych.v1.RankShutH\x00\x42\x06\n\x04\x62ody\"\xa2\x01\n\x08RankOpen\x12$\n\x06layout\x18\x01 \x01(\x0b\x32\x14.diptych.v1.KvLayout\x12\x0c\n\x04size\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\r\n\x05token\x18\x05 \x01(\t\x12\x1d\n\x10\x64\x65scriptor_bytes\x18\x06 \x01(\x04H\x00\x88\x01\x01\x42\x13\n\x11_descriptor_bytes\"[\n\x0bRankConnect\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.diptych.v1.KvLayout\x12\x15\n\rrank_metadata\x18\x03 \x03(\x0c\"P\n\x08RankRead\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\x12\x12\n\nremote_ids\x18\x03 \x03(\r\x12\x0f\n\x07own_ids\x18\x04 \x03(\r\"1\n\x0eRankDisconnect\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\"\n\n\x08RankShut\"\xcf\x01\n\nRankReport\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.diptych.v1.RankOpenedH\x00\x12/\n\nread_ended\x18\x02 \x01(\x0b\x32\x19.diptych.v1.RankReadEndedH\x00\x12\x34\n\x0c\x64isconnected\x18\x03 \x01(\x0b\x32\x1c.diptych.v1.RankDisconnectedH\x00\x12(\n\x04shut\x18\x04 \x01(\x0b\x32\x18.diptych.v1.RankShutDoneH\x00\x42\x06\n\x04\x62ody\"-\n\nRankOpened\x12\x10\n\x08metadata\x18\x01 \x01(\x0c\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"B\n\rRankReadEnded\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x12\n\nduration_s\x18\x03 \x01(\x01\"\"\n\x10RankDisconnected\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x0e\n\x0cRankShutDoneb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15rpc/v1/kv_ranks.proto\x12\ndiptych.v1\x1a\x13rpc/v1/worker.proto\"\x8d\x02\n\x0bRankCommand\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.diptych.v1.RankOpenH\x00\x12*\n\x07\x63onnect\x18\x02 \x01(\x0b\x32\x17.diptych.v1.RankConnectH\x00\x12$\n\x04read\x18\x03 \x01(\x0b\x32\x14.diptych.v1.RankReadH\x00\x12\x30\n\ndisconnect\x18\x04 \x01(\x0b\x32\x1a.diptych.v1.RankDisconnectH\x00\x12$\n\x04shut\x18\x05 \x01(\x0b\x32\x14.diptych.v1.RankShutH\x00\x12&\n\x05stamp\x18\x06 \x01(\x0b\x32\x15.diptych.v1.RankStampH\x00\x42\x06\n\x04\x62ody\"\xa2\x01\n\x08RankOpen\x12$\n\x06layout\x18\x01 \x01(\x0b\x32\x14.diptych.v1.KvLayout\x12\x0c\n\x04size\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\r\n\x05token\x18\x05 \x01(\t\x12\x1d\n\x10\x64\x65scriptor_bytes\x18\x06 \x01(\x04H\x00\x88\x01\x01\x42\x13\n\x11_descriptor_bytes\"[\n\x0bRankConnect\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.diptych.v1.KvLayout\x12\x15\n\rrank_metadata\x18\x03 \x03(\x0c\"P\n\x08RankRead\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\x12\x12\n\nremote_ids\x18\x03 \x03(\r\x12\x0f\n\x07own_ids\x18\x04 \x03(\r\"1\n\x0eRankDisconnect\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\"\n\n\x08RankShut\"I\n\tRankStamp\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x10\n\x08\x62lock_id\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0c\n\x04look\x18\x04 \x01(\x08\"\xfb\x01\n\nRankReport\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.diptych.v1.RankOpenedH\x00\x12/\n\nread_ended\x18\x02 \x01(\x0b\x32\x19.diptych.v1.RankReadEndedH\x00\x12\x34\n\x0c\x64isconnected\x18\x03 \x01(\x0b\x32\x1c.diptych.v1.RankDisconnectedH\x00\x12(\n\x04shut\x18\x04 \x01(\x0b\x32\x18.diptych.v1.RankShutDoneH\x00\x12*\n\x07stamped\x18\x05 \x01(\x0b\x32\x17.diptych.v1.RankStampedH\x00\x42\x06\n\x04\x62ody\"-\n\nRankOpened\x12\x10\n\x08metadata\x18\x01 \x01(\x0c\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"B\n\rRankReadEnded\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x12\n\nduration_s\x18\x03 \x01(\x01\"\"\n\x10RankDisconnected\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x0e\n\x0cRankShutDone\";\n\x0bRankStamped\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05holds\x18\x02 \x01(\x08\x12\r\n\x05\x65rror\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,25 +33,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rpc.v1.kv_ranks_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RANKCOMMAND']._serialized_start=59
-  _globals['_RANKCOMMAND']._serialized_end=288
-  _globals['_RANKOPEN']._serialized_start=291
-  _globals['_RANKOPEN']._serialized_end=453
-  _globals['_RANKCONNECT']._serialized_start=455
-  _globals['_RANKCONNECT']._serialized_end=546
-  _globals['_RANKREAD']._serialized_start=548
-  _globals['_RANKREAD']._serialized_end=628
-  _globals['_RANKDISCONNECT']._serialized_start=630
-  _globals['_RANKDISCONNECT']._serialized_end=679
-  _globals['_RANKSHUT']._serialized_start=681
-  _globals['_RANKSHUT']._serialized_end=691
-  _globals['_RANKREPORT']._serialized_start=694
-  _globals['_RANKREPORT']._serialized_end=901
-  _globals['_RANKOPENED']._serialized_start=903
-  _globals['_RANKOPENED']._serialized_end=948
-  _globals['_RANKREADENDED']._serialized_start=950
-  _globals['_RANKREADENDED']._serialized_end=1016
-  _globals['_RANKDISCONNECTED']._serialized_start=1018
-  _globals['_RANKDISCONNECTED']._serialized_end=1052
-  _globals['_RANKSHUTDONE']._serialized_start=1054
-  _globals['_RANKSHUTDONE']._serialized_end=1068
+  _globals['_RANKCOMMAND']._serialized_end=328
+  _globals['_RANKOPEN']._serialized_start=331
+  _globals['_RANKOPEN']._serialized_end=493
+  _globals['_RANKCONNECT']._serialized_start=495
+  _globals['_RANKCONNECT']._serialized_end=586
+  _globals['_RANKREAD']._serialized_start=588
+  _globals['_RANKREAD']._serialized_end=668
+  _globals['_RANKDISCONNECT']._serialized_start=670
+  _globals['_RANKDISCONNECT']._serialized_end=719
+  _globals['_RANKSHUT']._serialized_start=721
+  _globals['_RANKSHUT']._serialized_end=731
+  _globals['_RANKSTAMP']._serialized_start=733
+  _globals['_RANKSTAMP']._serialized_end=806
+  _globals['_RANKREPORT']._serialized_start=809
+  _globals['_RANKREPORT']._serialized_end=1060
+  _globals['_RANKOPENED']._serialized_start=1062
+  _globals['_RANKOPENED']._serialized_end=1107
+  _globals['_RANKREADENDED']._serialized_start=1109
+  _globals['_RANKREADENDED']._serialized_end=1175
+  _globals['_RANKDISCONNECTED']._serialized_start=1177
+  _globals['_RANKDISCONNECTED']._serialized_end=1211
+  _globals['_RANKSHUTDONE']._serialized_start=1213
+  _globals['_RANKSHUTDONE']._serialized_end=1227
+  _globals['_RANKSTAMPED']._serialized_start=1229
+  _globals['_RANKSTAMPED']._serialized_end=1288
 # @@protoc_insertion_point(module_scope)

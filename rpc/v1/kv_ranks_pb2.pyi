@@ -8,18 +8,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RankCommand(_message.Message):
-    __slots__ = ("open", "connect", "read", "disconnect", "shut")
+    __slots__ = ("open", "connect", "read", "disconnect", "shut", "stamp")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     CONNECT_FIELD_NUMBER: _ClassVar[int]
     READ_FIELD_NUMBER: _ClassVar[int]
     DISCONNECT_FIELD_NUMBER: _ClassVar[int]
     SHUT_FIELD_NUMBER: _ClassVar[int]
+    STAMP_FIELD_NUMBER: _ClassVar[int]
     open: RankOpen
     connect: RankConnect
     read: RankRead
     disconnect: RankDisconnect
     shut: RankShut
-    def __init__(self, open: _Optional[_Union[RankOpen, _Mapping]] = ..., connect: _Optional[_Union[RankConnect, _Mapping]] = ..., read: _Optional[_Union[RankRead, _Mapping]] = ..., disconnect: _Optional[_Union[RankDisconnect, _Mapping]] = ..., shut: _Optional[_Union[RankShut, _Mapping]] = ...) -> None: ...
+    stamp: RankStamp
+    def __init__(self, open: _Optional[_Union[RankOpen, _Mapping]] = ..., connect: _Optional[_Union[RankConnect, _Mapping]] = ..., read: _Optional[_Union[RankRead, _Mapping]] = ..., disconnect: _Optional[_Union[RankDisconnect, _Mapping]] = ..., shut: _Optional[_Union[RankShut, _Mapping]] = ..., stamp: _Optional[_Union[RankStamp, _Mapping]] = ...) -> None: ...
 
 class RankOpen(_message.Message):
     __slots__ = ("layout", "size", "transport", "host", "token", "descriptor_bytes")
@@ -71,17 +73,31 @@ class RankShut(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class RankStamp(_message.Message):
+    __slots__ = ("number", "block_id", "name", "look")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LOOK_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    block_id: int
+    name: str
+    look: bool
+    def __init__(self, number: _Optional[int] = ..., block_id: _Optional[int] = ..., name: _Optional[str] = ..., look: bool = ...) -> None: ...
+
 class RankReport(_message.Message):
-    __slots__ = ("opened", "read_ended", "disconnected", "shut")
+    __slots__ = ("opened", "read_ended", "disconnected", "shut", "stamped")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     READ_ENDED_FIELD_NUMBER: _ClassVar[int]
     DISCONNECTED_FIELD_NUMBER: _ClassVar[int]
     SHUT_FIELD_NUMBER: _ClassVar[int]
+    STAMPED_FIELD_NUMBER: _ClassVar[int]
     opened: RankOpened
     read_ended: RankReadEnded
     disconnected: RankDisconnected
     shut: RankShutDone
-    def __init__(self, opened: _Optional[_Union[RankOpened, _Mapping]] = ..., read_ended: _Optional[_Union[RankReadEnded, _Mapping]] = ..., disconnected: _Optional[_Union[RankDisconnected, _Mapping]] = ..., shut: _Optional[_Union[RankShutDone, _Mapping]] = ...) -> None: ...
+    stamped: RankStamped
+    def __init__(self, opened: _Optional[_Union[RankOpened, _Mapping]] = ..., read_ended: _Optional[_Union[RankReadEnded, _Mapping]] = ..., disconnected: _Optional[_Union[RankDisconnected, _Mapping]] = ..., shut: _Optional[_Union[RankShutDone, _Mapping]] = ..., stamped: _Optional[_Union[RankStamped, _Mapping]] = ...) -> None: ...
 
 class RankOpened(_message.Message):
     __slots__ = ("metadata", "error")
@@ -110,3 +126,13 @@ class RankDisconnected(_message.Message):
 class RankShutDone(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class RankStamped(_message.Message):
+    __slots__ = ("number", "holds", "error")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HOLDS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    holds: bool
+    error: str
+    def __init__(self, number: _Optional[int] = ..., holds: bool = ..., error: _Optional[str] = ...) -> None: ...

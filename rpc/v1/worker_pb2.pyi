@@ -426,14 +426,18 @@ class LoadReport(_message.Message):
     def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., heartbeat_age_ms: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., backlog_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., links: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ..., transport: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierRate, _Mapping]]] = ..., awaited_blocks: _Optional[int] = ...) -> None: ...
 
 class LinkRate(_message.Message):
-    __slots__ = ("prefill_worker_id", "bytes_per_s", "latency_s")
+    __slots__ = ("prefill_worker_id", "bytes_per_s", "latency_s", "failure", "prefill_epoch")
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_EPOCH_FIELD_NUMBER: _ClassVar[int]
     prefill_worker_id: str
     bytes_per_s: float
     latency_s: float
-    def __init__(self, prefill_worker_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ...) -> None: ...
+    failure: str
+    prefill_epoch: int
+    def __init__(self, prefill_worker_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., failure: _Optional[str] = ..., prefill_epoch: _Optional[int] = ...) -> None: ...
 
 class TierRate(_message.Message):
     __slots__ = ("tier", "bytes_per_s")

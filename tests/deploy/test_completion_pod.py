@@ -19,10 +19,11 @@ async def outcome(scripts: Iterator[Script], *, deadline_s: float = 20) -> tuple
     env = {each["name"]: each["value"] for each in pod["env"]}
     assert env["ENDPOINT"] == "http://demo-diptych-router:8000"
     assert pod["command"] == ["python", "-c"]
+    assert env["HANDS_OVER"] == "true"
     async with serve(ScriptedGenerator(script=lambda _: next(scripts))) as served:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", *pod["args"]),
-            env={"ENDPOINT": served.url, "DEADLINE_S": str(deadline_s)},
+            env={"ENDPOINT": served.url, "DEADLINE_S": str(deadline_s), "HANDS_OVER": "true"},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
@@ -32,8 +33,26 @@ async def outcome(scripts: Iterator[Script], *, deadline_s: float = 20) -> tuple
 
 
 async def test_completion_is_a_success() -> None:
-    code, text = await outcome(iter([says(" Paris")]))
+    code, text = await outcome(iter([says(" Paris"), says("!")]))
     assert (code, "Paris" in text) == (0, True), text
+
+
+async def test_pools_between_which_no_kv_moves_are_a_failure() -> None:
+    # Met elsewhere: requests ran on decode alone for days, and nothing said so.
+    code, text = await outcome(repeat(says(" Paris", mode="decode_only")), deadline_s=0)
+    assert (code, "no KV moved" in text) == (1, True), text
+    code, text = await outcome(repeat(says(" Paris", mode="local")))
+    assert code == 0, text
+
+
+def test_hand_overs_are_asked_for_where_there_are_pools_of_both_roles() -> None:
+    def asked(pools: dict[str, object]) -> object:
+        env = container(render({"pools": pools}).one("Pod", "-test")["spec"])["env"]
+        return next(each["value"] for each in env if each["name"] == "HANDS_OVER")
+
+    assert asked({"prefill": None}) == "false"
+    assert asked({"prefill": {"replicas": 0}}) == "false"
+    assert asked({"more": {"role": "decode"}}) == "true"
 
 
 async def test_workers_that_are_still_loading_are_waited_for() -> None:

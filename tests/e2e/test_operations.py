@@ -83,3 +83,31 @@ def test_the_doctor_finds_a_sound_system_sound_and_names_a_wrong_token(
     assert {each["check"].rpartition(" ")[2] for each in findings if each["level"] == "fail"} == {
         "token"
     }
+
+
+def test_pools_between_which_no_kv_moves_right_are_told_of_and_one_serves_alone(
+    system: Cluster, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Met elsewhere: requests ran on decode alone for days: no KV ever moved, and nothing said so.
+    def ask(asked: Cluster) -> tuple[str, str]:
+        with asked.openai() as client:
+            model = client.models.list().data[0].id
+            answer = client.completions.with_raw_response.create(
+                model=model, prompt="tell me of the sea " * 40, max_tokens=8, temperature=0
+            )
+        return answer.parse().choices[0].text, answer.headers["x-diptych-mode"]
+
+    right, mode = ask(system)
+    assert mode == "disaggregated"
+    with cluster(tiny_llama, decode_worker={"faults": "kv.stamp:corrupt"}) as deaf:
+        assert ask(deaf) == (right, "decode_only")
+        links = lambda: deaf.get("/v1/fleet").json()["links"]  # noqa: E731
+        wait_until(lambda: links()[0]["failure"], 20, "decode's next report")
+        (link,) = links()
+        assert "other bytes than were sent" in link["failure"]
+        options = ["--role", "elsewhere", "--router", deaf.url, "--metrics-port", "0", "--json"]
+        assert doctor(options) == 1
+        findings = json.loads(capsys.readouterr().out)
+        bad = {each["check"] for each in findings if each["level"] == "fail"}
+        assert bad == {f"link {link['prefill']} to {link['decode']}", "hand-overs"}
+        deaf.wait_balanced()

@@ -272,7 +272,7 @@ async def test_failed_attempts_are_stages_of_their_own() -> None:
         ]
         assert sum(s["seconds"] for s in stages) == pytest.approx(timeline["end_to_end_s"])
         failure = attempts_of(router, request.request_id)[0]["failure"]
-        assert failure == {"code": "overloaded", "message": "on purpose"}
+        assert failure == {"code": "overloaded", "message": "on purpose", "stuck_in": None}
 
 
 async def test_a_worker_that_was_never_reached_shows_as_lost() -> None:

@@ -261,8 +261,12 @@ class FakeWorker:
         if self.snapshot_on_hello:
             self.tell_snapshot()
 
+        own: set[tuple[str, int]] = set()
+
         async def receive() -> None:
             async for message in incoming:
+                if message.HasField("submit"):
+                    own.add((message.submit.request_id, message.submit.attempt))
                 self.receive(message)
 
         async def turn() -> None:
@@ -283,9 +287,11 @@ class FakeWorker:
                 yield message
         finally:
             del self._streams[stream]
-            self._sequences.clear()
             for task in tasks:
                 task.cancel()
+            # What a later stream has brought meanwhile is its own.
+            for key in own:
+                self._sequences.pop(key, None)
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def description(self) -> worker_pb2.WorkerDescription:

@@ -29,3 +29,17 @@ class Scenario:
     submitted to decode at any moment."""
     decode_is_full: bool = False
     """It has no blocks for a probe."""
+    proves: bool = False
+    """Decode reads nothing over a link before a test block came over it."""
+    garbles: bool = False
+    """What comes over the first link is not what was sent, and the transport does not notice."""
+    enough: bool = False
+    """The first token may end a request; its router then takes decode's part back."""
+    withdraws: bool = False
+    """The router may give up decode's part, and tells prefill so."""
+
+    @property
+    def calm(self) -> bool:
+        """Nothing happens that may fail a hand-over."""
+        broken = self.link_breaks or self.reads_fail or self.garbles or self.prefill_fails
+        return not (broken or self.last_time or self.withdraws)

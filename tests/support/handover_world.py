@@ -26,6 +26,7 @@ LAYOUT = KvLayout(
     num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, dtype="float32", block_bytes=4
 )
 CLOSED = "closed"
+FIRST_LINK = 1
 
 
 def hello(worker_id: str, ttl_s: float) -> Hello:
@@ -60,6 +61,7 @@ class PendingRead:
     number: int
     peer_id: str
     pairs: tuple[tuple[int, int], ...]
+    stamped: bool
     landed: bool = False
 
 
@@ -93,6 +95,15 @@ class World:
     """Links that decode did not close itself."""
     aborted: set[Key] = field(default_factory=set)
     failed: set[Key] = field(default_factory=set)
+    claimed: set[Key] = field(default_factory=set)
+    """What prefill has heard a Claim of."""
+    enough: set[Key] = field(default_factory=set)
+    """Requests that their first token ended."""
+    untold: set[Key] = field(default_factory=set)
+    """Of these, the ones that decode must not speak of."""
+    withdrawn: set[Key] = field(default_factory=set)
+    proven: set[str] = field(default_factory=set)
+    """Peers whose test block came as it was sent, or that can't be tested."""
     ended: dict[Key, str] = field(default_factory=dict)
     frozen: bool = False
     probing: Key | None = None
@@ -113,6 +124,7 @@ class World:
             idle_link_s=5,
             probe_blocks=NUM_BLOCKS if self.scenario.probes else 0,
             probe_interval_s=2,
+            test_links=self.scenario.proves,
         )
         self.handover = HandoverMachine(hello("D", 0), config)
         self.export.counters = NoCounter()  # type: ignore[assignment]
@@ -167,8 +179,15 @@ class World:
                 yield "progress", World.progress
             else:
                 yield "commit", World.commit
+                if self.scenario.enough:
+                    yield "enough", World.be_enough
         if self.scenario.prefill_fails and key not in self.failed:
             yield "prefill fails", World.fail_prefill
+        if self.scenario.withdraws and key in self.asked and key not in self.withdrawn:
+            yield "withdraw", World.withdraw
+        given_up = key in self.enough or key in self.withdrawn
+        if given_up and key in self.asked and key not in self.aborted:
+            yield "router aborts", World.abort_decode
         if key not in self.asked:
             yield "decode is asked", World.submit_decode
         elif self.scenario.decode_aborts and key not in self.aborted:
@@ -202,6 +221,21 @@ class World:
         self.prefill(self.export.committed(key, 7, None, 0, self.time))
         self.stop_computing(key)
 
+    def be_enough(self, key: Key) -> None:
+        self.enough.add(key)
+        if key in self.claimed:
+            self.untold.add(key)
+        self.prefill(self.export.enough(key, self.time))
+        self.stop_computing(key)
+
+    def withdraw(self, key: Key) -> None:
+        """What the router says to prefill; to decode it says Abort, perhaps later."""
+        self.withdrawn.add(key)
+        self.prefill(self.export.withdrawn(key, 0))
+        if key not in self.claimed and key not in self.computing:
+            held = any(self.held.get(block) for block in self.blocks_of(key))
+            self.require(not held, "a prompt that nobody will claim keeps its blocks")
+
     def fail_prefill(self, key: Key) -> None:
         self.failed.add(key)
         self.stop_computing(key)
@@ -232,6 +266,8 @@ class World:
         if isinstance(message, str):
             self.prefill(self.export.link_closed(link, self.time))
         else:
+            if isinstance(message, Claim):
+                self.claimed.add(message.key)
             self.prefill(self.export.received(link, message, self.time))
 
     def prefill(self, actions: list[act.ExportAction]) -> None:
@@ -250,12 +286,12 @@ class World:
                 case act.CancelPrefill(key, _, _):
                     self.require(key in self.keys, "a probe was taken for a prompt")
                     self.stop_computing(key)
-                case act.ReserveScratch(key, _):
-                    self.lend_scratch(key)
+                case act.ReserveScratch(key, count):
+                    self.lend_scratch(key, count)
 
-    def lend_scratch(self, key: Key) -> None:
-        """Blocks of no content, if the ones for probes are not leased already."""
-        blocks = self.blocks_of(key)
+    def lend_scratch(self, key: Key, count: int) -> None:
+        """Blocks that belong to no prompt, if the ones for probes are not leased already."""
+        blocks = self.blocks_of(key)[:count]
         if any(self.held.get(block) for block in blocks):
             self.prefill(self.export.failed(key, ErrorCode.OVERLOADED, "none", self.time))
             return
@@ -310,12 +346,17 @@ class World:
         read.landed = True
         for remote, own in read.pairs:
             self.require(read.key in self.reserved, "bytes landed in a block that was given back")
-            self.decode_memory[own] = self.prefill_memory.get(remote, GARBAGE)
+            garbled = self.scenario.garbles and read.peer_id == f"P/1/{FIRST_LINK}"
+            sent = self.prefill_memory.get(remote, GARBAGE)
+            self.decode_memory[own] = GARBAGE if garbled else sent
 
     def poll(self, index: int) -> None:
         read = self.reads.pop(index)
         now = self.decode_now
-        if read.landed:
+        right = not read.stamped or self.decode_memory.get(read.pairs[0][1]) == (read.key, 0)
+        if read.landed and right:
+            if read.stamped:
+                self.proven.add(read.peer_id)
             self.decode(self.handover.read_done(read.key, read.number, now))
         else:
             self.decode(self.handover.read_failed(read.key, read.number, "broken", now))
@@ -344,9 +385,13 @@ class World:
                     self.require(not pending, "blocks dropped under a pending READ")
                     self.waiting.discard(key)
                     self.reserved.discard(key)
-                case act.StartRead(key, number, peer_id, pairs):
+                case act.StartRead(key, number, peer_id, pairs, stamped):
                     self.require(key in self.reserved, "a READ without a reservation")
-                    self.reads.append(PendingRead(key, number, peer_id, pairs))
+                    proven = not self.scenario.proves or peer_id in self.proven
+                    untested = act.ProbeOutcome.REFUSED in self.probe_ends
+                    may_read = proven or untested or stamped
+                    self.require(may_read, "a READ over a link that nobody has tested")
+                    self.reads.append(PendingRead(key, number, peer_id, pairs, stamped))
                 case act.Deliver(key=key):
                     self.deliver(key)
                 case act.Fail(key, _, _):
@@ -358,6 +403,8 @@ class World:
                     self.require(key == self.probing, "a probe ended twice, or one that is not")
                     self.probing = None
                     self.probe_ends.append(outcome)
+                case act.LinkTested():
+                    pass
 
     def reserve_scratch(self, key: Key) -> list[act.HandoverAction]:
         now = self.decode_now
@@ -370,7 +417,8 @@ class World:
         if isinstance(message, Probe):
             self.require(self.probing is None, "two probes at a time")
             alone = self.asked <= self.ended.keys() | self.aborted
-            self.require(alone, "a probe beside a prompt")
+            a_test = self.scenario.proves and message.num_blocks == 1
+            self.require(alone or a_test, "a probe beside a prompt")
             self.probing = message.key
             self.claims[message.key] = link
         elif isinstance(message, Claim):
@@ -395,6 +443,8 @@ class World:
     def end(self, key: Key, how: str) -> None:
         self.require(key not in self.ended, f"{key} ended twice")
         self.require(key not in self.aborted, f"{key} ended after its abort")
+        spoken = key in self.untold and self.scenario.calm
+        self.require(not spoken, f"decode {how} a request that had ended well")
         self.ended[key] = how
 
     # Links, promises.

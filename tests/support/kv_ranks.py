@@ -16,6 +16,7 @@ from kvtransfer.rank_service import RankService
 from kvtransfer.rank_transport import RankTransport
 from kvtransfer.ranked_transport import RankedTransport
 from kvtransfer.select import known_transport, open_transport
+from kvtransfer.stamps import PoolStamps
 from kvtransfer.wire import layout_to_proto
 from kvtransfer.worker_transport import WorkerTransport
 from rpc.v1.kv_ranks_pb2 import RankOpen
@@ -153,7 +154,8 @@ def ranked_worker(
         for rank in range(1, size)
     ]
     served = open_transport(known_transport(transport), pools[0], host=HOST, token=TOKEN)
-    first = RankTransport(served, layout, size=size)
+    stamps = PoolStamps(pools[0], layout, size=size)
+    first = RankTransport(served, layout, stamps, size=size)
     own: WorkerTransport = first
     try:
         if size > 1:

@@ -122,6 +122,22 @@ class CopyTransport:
 
 
 @dataclass
+class FakeStamps:
+    """Implements Stamps in blocks of numbers."""
+
+    pool: FakePool
+
+    def write(self, block_id: int, name: str) -> None:
+        self.pool.blocks[block_id][:] = self._stamp(name)
+
+    def holds(self, block_id: int, name: str) -> bool:
+        return self.pool.blocks[block_id] == self._stamp(name)
+
+    def _stamp(self, name: str) -> list[int]:
+        return [*name.encode()][-self.pool.block_size :]
+
+
+@dataclass
 class Side:
     """One worker's engine loop and what a test looks at."""
 
@@ -176,6 +192,7 @@ def make_side(
     num_blocks: int,
     overlaps: bool = False,
     probe_blocks: int = 0,
+    test_links: bool = False,
     grammars: GrammarCompiler | None = None,
     num_host_blocks: int = 0,
     faults: str = "",
@@ -197,7 +214,8 @@ def make_side(
         clock=clock,
         grammars=grammars,
     )
-    transport: WorkerTransport = RankTransport(CopyTransport(executor.pool, pools), LAYOUT)
+    copies, stamps = CopyTransport(executor.pool, pools), FakeStamps(executor.pool)
+    transport: WorkerTransport = RankTransport(copies, LAYOUT, stamps)
     if armed:
         transport = FaultyTransport(transport, executor.pool, armed, clock)
     pipe = ListPipe()
@@ -232,7 +250,7 @@ def make_side(
                     engine=engine,
                     outbox=outbox,
                     hello=hello,
-                    config=HandoverConfig(probe_blocks=probe_blocks),
+                    config=HandoverConfig(probe_blocks=probe_blocks, test_links=test_links),
                     transport=transport,
                     metrics=ImportMetrics(metrics_registry, transport.name),
                     clock=clock,

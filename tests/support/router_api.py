@@ -104,6 +104,7 @@ class Script:
     reason: FinishReason = FinishReason.STOP
     matched_stop: int | None = None
     cached_tokens: int = 0
+    mode: str = "disaggregated"
     refuse: Exception | None = None
     """Raised when the sequence is to be placed."""
 
@@ -259,7 +260,7 @@ class ScriptedGeneration:
             finish_reason=FinishReason.ABORTED if self._aborted.is_set() else self._script.reason,
             matched_stop=self._script.matched_stop,
             cached_tokens=self._script.cached_tokens,
-            mode="disaggregated",
+            mode=self._script.mode,
         )
 
     async def _gate(self, gate: Gate) -> None:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from diptych.doctor.finding import Finding, Level
 from diptych.doctor.main import look_at_peers, main
 from diptych.doctor.peer_checks import check_clock, check_router, check_together
-from diptych.doctor.peers import WorkerFacts, look_at_router
+from diptych.doctor.peers import RouterFacts, WorkerFacts, look_at_router
 from diptych.doctor.settings import DoctorSettings
 from rpc.auth import Credentials
 from rpc.server import build_server
@@ -153,12 +153,15 @@ async def test_links_and_clock_are_read_of_a_worker_s_metrics() -> None:
     rate = Gauge("diptych_kv_link_bytes_per_second", "x", ["peer", "transport"], registry=registry)
     for peer, speed in (("p0", 20e9), ("p1", 19e9), ("p2", 0.4e9), ("p3", 0.0)):
         rate.labels(peer, "nixl").set(speed)
+    failing = Gauge("diptych_kv_link_failing", "x", ["peer", "transport"], registry=registry)
+    failing.labels("p0", "nixl").set(0)
+    failing.labels("p4", "nixl").set(1)
     server = await serve_metrics(registry, "127.0.0.1", 0)
     async with server, worker(Credentials(), role=worker_pb2.ROLE_DECODE) as address:
         port = server.sockets[0].getsockname()[1]
         findings = await look(Credentials(), decode=(address,), metrics_port=port)
-    slow = [each for each in findings.values() if each.check.startswith("link ")]
-    assert [each.check for each in slow] == [f"link p2 to {address}"]
+    bad = {each.check: each.level for each in findings.values() if each.check.startswith("link ")}
+    assert bad == {f"link p2 to {address}": "warn", f"link p4 to {address}": "fail"}
     assert not any("clock" in check for check in findings), "this is our own clock"
 
 
@@ -216,10 +219,13 @@ def test_what_the_router_says_of_its_workers_is_passed_on() -> None:
         {"address": "d:1", "role": "decode", "state": "lost", "cause": "UNAUTHENTICATED"},
     ]
     not_ready = {"error": {"message": "Not ready: none."}}
+    dark = {"prefill": "p", "decode": "d", "failure": "nothing came"}
+    requests = [{"mode": mode, "age_s": age} for mode, age in ((None, 1), ("local", 2), ("x", 1e6))]
     answers: dict[str, tuple[int, object]] = {
         "/health": (200, {}),
         "/ready": (503, not_ready),
-        "/v1/fleet": (200, {"workers": workers, "links": []}),
+        "/v1/fleet": (200, {"workers": workers, "links": [dark]}),
+        "/v1/requests?limit=500": (200, {"data": requests}),
     }
     with router(answers) as url:
         facts = asyncio.run(look_at_router(url, None, 3))
@@ -228,9 +234,29 @@ def test_what_the_router_says_of_its_workers_is_passed_on() -> None:
         assert "UNAUTHENTICATED" in findings["router: d:1"].message
         assert "behind" in findings["router: clock"].message
         assert "1 prefill, 0 decode" in findings["router: workers"].message
+        assert "nothing came" in findings["link p to d"].message
+        assert facts.modes == ["local"]
         answers["/v1/fleet"] = (401, {})
         facts = asyncio.run(look_at_router(url, None, 3))
         assert {each.check: each for each in check_router(facts)}["router: workers"].level == "skip"
+
+
+def test_pools_between_which_no_kv_moves_are_a_failure() -> None:
+    both = {"prefill": 1, "decode": 1}
+    alone, handed_over, short = "decode_only", "disaggregated", "local"
+
+    def handovers(*modes: str, attached: dict[str, int] = both) -> str:
+        facts = RouterFacts(url="u", ready=True, attached=attached, modes=modes)
+        found = {each.check: each.level.value for each in check_router(facts)}
+        return found.get("hand-overs", "")
+
+    assert handovers(alone, handed_over) == handovers(short, alone) == "fail"
+    assert handovers(short, handed_over, alone) == "ok"
+    assert handovers() == handovers(short) == "skip"
+    assert handovers(alone, attached={"prefill": 0, "decode": 1}) == ""
+    facts = RouterFacts(url="u", ready=True, dark_links={("p0", "d0"): "nothing came"})
+    (bad,) = [each for each in check_router(facts) if each.level is Level.FAIL]
+    assert bad.check == "link p0 to d0" and "nothing came" in bad.message
 
 
 def test_exit_status_and_json(capsys: pytest.CaptureFixture[str]) -> None:

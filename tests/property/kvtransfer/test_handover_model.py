@@ -50,6 +50,15 @@ SCENARIOS = {
     "a probe of a frozen peer": Scenario(
         probes=True, num_keys=2, last_time=2, time_step=2, never_lands=True
     ),
+    "a new link is tested": Scenario(proves=True, decode_aborts=True),
+    "a new link is tested and breaks": Scenario(proves=True, link_breaks=True, reads_fail=True),
+    "a new link brings other bytes": Scenario(proves=True, garbles=True, late_submit=True),
+    "a new link of a full worker": Scenario(proves=True, decode_is_full=True, prefill_fails=True),
+    "the first token is enough": Scenario(enough=True, late_submit=True),
+    "the first token is enough, the link breaks": Scenario(
+        enough=True, late_submit=True, link_breaks=True
+    ),
+    "the router withdraws": Scenario(withdraws=True, late_submit=True),
 }
 
 
@@ -74,6 +83,10 @@ def test_random_walks_with_every_misfortune_keep_the_promises() -> None:
             cached_blocks=seed % 3,
             probes=seed % 4 == 0,
             decode_is_full=seed % 16 == 0,
+            proves=seed % 3 == 1,
+            garbles=seed % 9 == 1 and seed % 16 != 0,  # a full worker can't tell
+            enough=seed % 4 == 1,
+            withdraws=seed % 6 == 1,
         )
         world = wander(scenario, seed, 150)
         ends.update(world.ended.values())
@@ -199,6 +212,29 @@ def probe_ends_as_a_prompt(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(handover_book, "probe_ended", lambda key, fail: fail)
 
 
+def read_at_once(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PeerLink, "proven", property(lambda link: True, lambda link, value: None))
+
+
+def tell_decode_that_it_was_enough(patch: pytest.MonkeyPatch) -> None:
+    def enough(self: Any, key: Key, now: float) -> Any:
+        return self.failed(key, ErrorCode.KV_TRANSFER, "The first token ended it.", now)
+
+    patch.setattr(ExportMachine, "enough", enough)
+
+
+def keep_what_was_withdrawn(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ExportMachine, "withdrawn", lambda self, key, router: [])
+
+
+def end_a_claimed_lease_for_its_router(patch: pytest.MonkeyPatch) -> None:
+    def withdrawn(self: Any, key: Key, router: int) -> Any:
+        export = self._exports.get(key)
+        return [] if export is None else end_once(self, export)
+
+    patch.setattr(ExportMachine, "withdrawn", withdrawn)
+
+
 MUTATIONS: dict[str, tuple[Patch, Scenario]] = {
     "skip the validity check": (skip_validity, SCENARIOS["lease runs out"]),
     "ignore drift": (
@@ -226,6 +262,16 @@ MUTATIONS: dict[str, tuple[Patch, Scenario]] = {
         SCENARIOS["a probe whose link breaks"],
     ),
     "forget to release a probe": (forget_to_release, SCENARIOS["a probe, then a prompt"]),
+    "read before the link is tested": (read_at_once, SCENARIOS["a new link is tested"]),
+    "tell decode that it was enough": (
+        tell_decode_that_it_was_enough,
+        SCENARIOS["the first token is enough"],
+    ),
+    "keep what was withdrawn": (keep_what_was_withdrawn, SCENARIOS["the router withdraws"]),
+    "end a claimed lease for its router": (
+        end_a_claimed_lease_for_its_router,
+        SCENARIOS["the router withdraws"],
+    ),
     "deliver blocks never read": (deliver_without_commit, SCENARIOS["nothing goes wrong"]),
 }
 

@@ -3,6 +3,7 @@
 from core.clock import monotonic
 from kvtransfer.faulty import FaultyTransport
 from kvtransfer.rank_transport import RankTransport
+from kvtransfer.stamps import PoolStamps
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import ReadState
 from telemetry.faults import Faults, parse_faults
@@ -16,9 +17,8 @@ def read(faults: str) -> tuple[ReadState, str, HostPool]:
     source.fill(1)
     serving = TcpTransport(source, host="127.0.0.1", token=b"")
     own = TcpTransport(target, host="127.0.0.1", token=b"")
-    transport = FaultyTransport(
-        RankTransport(own, target.layout), target, Faults(parse_faults(faults)), monotonic
-    )
+    ranked = RankTransport(own, target.layout, PoolStamps(target, target.layout))
+    transport = FaultyTransport(ranked, target, Faults(parse_faults(faults)), monotonic)
     try:
         transport.connect("p", source.layout, (serving.metadata(),))
         started = transport.read("p", PAIRS)

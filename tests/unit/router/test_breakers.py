@@ -6,11 +6,13 @@ from prometheus_client import CollectorRegistry
 from core.errors import ErrorCode
 from router.fleet.breaker import BreakerLimits
 from router.fleet.breakers import Breakers, Charge
+from router.fleet.worker import LinkFailure, WorkerLoad
 from router.ledger import Failure
 from router.metrics import FleetMetrics
 from router.placement.decision import Mode, Placement
 from router.timeline import Attempt
 from tests.support.engine import FakeClock
+from tests.support.router_placement import make_info
 
 LIMITS = BreakerLimits(failures=2, window_s=60.0, open_s=2.0, open_max_s=60.0)
 
@@ -147,3 +149,22 @@ def test_a_worker_that_is_lost_again_and_again_is_left_alone_when_it_returns(sid
     side.breakers.lost("a", "killed")
     assert side.shut == {"a"}
     assert "it was lost: killed" in side.breakers.distrust().workers["a"]
+
+
+def test_a_pair_between_which_no_test_block_moves_is_dark_for_as_long_as_decode_says_so(
+    side: Side,
+) -> None:
+    side.breakers.attached("p:1", make_info("prefill", "p", epoch=1))
+    says = {"p": LinkFailure(1, "nothing came"), "gone": LinkFailure(1, "nothing came")}
+    side.breakers.reported("d:1", WorkerLoad(link_failures=says))
+    assert side.breakers.distrust().pairs == {
+        ("p:1", "d:1"): "KV does not move between them: nothing came"
+    }
+    side.breakers.reported("d:1", WorkerLoad())
+    assert not side.shut
+    side.breakers.reported("d:1", WorkerLoad(link_failures=says))
+    side.breakers.attached("p:1", make_info("prefill", "p", epoch=2))
+    assert not side.shut  # that was another lifetime
+    side.breakers.attached("p:1", make_info("prefill", "p", epoch=1))
+    side.breakers.lost("d:1", "closed")
+    assert not side.shut

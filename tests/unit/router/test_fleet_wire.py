@@ -173,7 +173,10 @@ def test_links_that_make_no_sense_are_left_out() -> None:
     report = worker_pb2.LoadReport(state=worker_pb2.WORKER_STATE_READY)
     for name, rate in {"p0": 2e9, "p1": 0.0, "p2": float("inf"), "p3": float("nan")}.items():
         report.links.add(prefill_worker_id=name, bytes_per_s=rate)
-    assert load_from_proto(report).link_bytes_per_s == {"p0": 2e9}
+    report.links.add(prefill_worker_id="p1", failure="x" * 1000, prefill_epoch=7)
+    load = load_from_proto(report)
+    assert load.link_bytes_per_s == {"p0": 2e9}
+    assert load.link_failures == {"p1": (7, "x" * 512)}
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, 1e-300, float("inf"), float("nan")])

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 from core.finish import FinishReason
 from core.sampling import SamplingParams
-from router.fleet.worker import LegEnd, Role, WorkerLoad, WorkerState, WorkerStatus
+from router.fleet.worker import LegEnd, LinkFailure, Role, WorkerLoad, WorkerState, WorkerStatus
 from router.generation import GenerationEnd, GenerationRequest
 from router.observer import Observer
 from router.placement.decision import Mode, Placement
@@ -114,6 +114,7 @@ def test_links_are_all_pairs_measured_or_not() -> None:
             Role.DECODE,
             link_bytes_per_s={"p0": 2e9, "gone": 1e9},
             link_latency_s={"p0": 1e-4},
+            link_failures={"p1": LinkFailure(1, "nothing came"), "p0": LinkFailure(99, "before")},
             transport="tcp",
         ),
         lost("d1:1"),
@@ -125,6 +126,7 @@ def test_links_are_all_pairs_measured_or_not() -> None:
             "bytes_per_s": 2e9,
             "latency_s": 1e-4,
             "transport": "tcp",
+            "failure": None,
             "breaker": {"of": ("p0:1", "d0:1")},
         },
         {
@@ -133,6 +135,7 @@ def test_links_are_all_pairs_measured_or_not() -> None:
             "bytes_per_s": None,
             "latency_s": None,
             "transport": "tcp",
+            "failure": "nothing came",
             "breaker": {"of": ("p1:1", "d0:1")},
         },
     ]

@@ -36,7 +36,7 @@ def test_a_text_is_read() -> None:
     ("text", "says"),
     [
         ("kv.rea:fail", "did you mean kv.read"),
-        ("nonsense:fail", "kv.read, kv.probe, lease.renew, rpc.link.open"),
+        ("nonsense:fail", "kv.read, kv.probe, kv.stamp, lease.renew, rpc.link"),
         ("kv.read:cut", "there are: delay, fail, short, corrupt"),
         ("kv.read", "is not point:effect"),
         ("kv.read:delay", "needs a duration"),
