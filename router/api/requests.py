@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, FailFast, Field, PlainValidator, WithJsonS
 
 from core.errors import InvalidRequestError
 from core.sampling import StructuredOutput
-from router.api.fields import Strict, wrong
+from router.api.fields import Strict, at_most, wrong
 from router.api.messages import Message, parse_messages
 from router.api.parsing import Parsed, known_fields, validate
 from router.api.structured import StructureFields
@@ -187,7 +187,9 @@ class ConversationFields(Effort):
     ] = ToolChoice("auto")
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=MAX_KWARGS)
+    chat_template_kwargs: Annotated[
+        dict[str, Any], at_most(MAX_KWARGS), Field(max_length=MAX_KWARGS)
+    ] = Field(default_factory=dict)
     add_special_tokens: bool = False
 
     @property

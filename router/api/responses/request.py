@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from core.errors import InvalidRequestError
 from core.sampling import StructuredOutput
-from router.api.fields import wrong
+from router.api.fields import at_most, wrong
 from router.api.messages import MAX_MESSAGES, Message
 from router.api.parsing import known_fields, known_names, validate
 from router.api.requests import MAX_KWARGS, ChatRequest, Effort, SamplingFields
@@ -33,13 +33,6 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     }
 )
 MAX_METADATA = 16
-
-
-def _metadata(value: Any) -> Any:
-    # Checked here too, since the library looks at all of them first.
-    if isinstance(value, dict) and len(value) > MAX_METADATA:
-        raise wrong(f"takes at most {MAX_METADATA} entries")
-    return value
 
 
 def _input(value: Any) -> str | list[Any]:
@@ -104,9 +97,9 @@ class ResponsesBody(SamplingFields):
     max_output_tokens: int | None = None
     previous_response_id: str | None = None
     store: bool = True
-    metadata: Annotated[
-        dict[str, str], BeforeValidator(_metadata), Field(max_length=MAX_METADATA)
-    ] = Field(default_factory=dict)
+    metadata: Annotated[dict[str, str], at_most(MAX_METADATA), Field(max_length=MAX_METADATA)] = (
+        Field(default_factory=dict)
+    )
     tools: Annotated[tuple[Tool, ...], BeforeValidator(_tools), WithJsonSchema(schemas.TOOLS)] = ()
     tool_choice: Annotated[
         ToolChoice, PlainValidator(_tool_choice), WithJsonSchema(schemas.CHOICE)
@@ -119,7 +112,9 @@ class ResponsesBody(SamplingFields):
     text: Annotated[
         StructuredOutput | None, PlainValidator(_text), WithJsonSchema(schemas.TEXT)
     ] = None
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=MAX_KWARGS)
+    chat_template_kwargs: Annotated[
+        dict[str, Any], at_most(MAX_KWARGS), Field(max_length=MAX_KWARGS)
+    ] = Field(default_factory=dict)
     stream_options: Annotated[
         Any, PlainValidator(_stream_options), WithJsonSchema(schemas.STREAM_OPTIONS)
     ] = None
