@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from core.block_hash import HASH_BYTES
 from router.fleet.worker import CacheChange
 from router.placement.block_table import BlockTable, Keys
-from router.placement.holders import HolderSets
+from router.placement.holders import HolderSets, Ids
 from router.placement.prefix_walk import ROW_BITS, Held, PrefixWalk
 
 TIERS = 6
@@ -33,9 +33,9 @@ _ALL = (1 << ROW_BITS) - 1
 _KNOWN = (1 << TIERS) - 1
 _PREDICTED = _ALL & ~_KNOWN
 """Two bits that take turns every half of a prediction's life."""
-FIRST_LOOK = 512
+FIRST_LOOK = 256
 """Landmarks looked up at first; four times as many each time, as long as somebody has them all."""
-NEAR_BLOCKS = 512
+NEAR_BLOCKS = 256
 """Blocks at the begin of a prompt that are all landmarks."""
 STRIDE = 16
 """Blocks from one landmark to the next beyond those."""
@@ -200,29 +200,39 @@ class PrefixIndex:
         begin, start, look = 0, 0, FIRST_LOOK
         while start < len(marks.ends) and walk.going:
             part = slice(start, start + look)
-            begin = self._follow(walk, begin, Marks(marks.keys[part], marks.ends[part]))
+            begin = self._follow(walk, begin, self._table.get(marks.keys[part]), marks.ends[part])
             start += look
             look *= 4
         walk.stop(begin)
-        for begin in walk.stops if marks.sparse else ():
-            limit = marks.next_after(begin, len(hashes))
-            if begin < limit:
-                walk.resume(begin)
-                rest = Marks(self._keys(hashes[begin:limit]), np.arange(begin + 1, limit + 1))
-                walk.stop(self._follow(walk, begin, rest))
+        if marks.sparse:
+            self._look_closely(walk, hashes, marks)
         return {name: held for row, held in walk.result() if (name := self._rows[row]) is not None}
 
-    def _follow(self, walk: PrefixWalk, begin: int, marks: Marks) -> int:
-        """Let a walk go on from `begin` to the last of some marks.
+    def _look_closely(self, walk: PrefixWalk, hashes: Sequence[bytes], marks: Marks) -> None:
+        """Let each row go on from the landmark where it stopped, block by block, to the next."""
+        spans = [
+            (begin, limit)
+            for begin in walk.stops
+            if begin < (limit := marks.next_after(begin, len(hashes)))
+        ]
+        ids = self._table.get(self._keys([h for span in spans for h in hashes[slice(*span)]]))
+        start = 0
+        for begin, limit in spans:
+            own = ids[start : start + limit - begin]
+            start += limit - begin
+            walk.resume(begin)
+            walk.stop(self._follow(walk, begin, own, np.arange(begin + 1, limit + 1)))
+
+    def _follow(self, walk: PrefixWalk, begin: int, ids: Ids, ends: NDArray[np.int64]) -> int:
+        """Let a walk go on from `begin`, given the holders of the last block before each end.
 
         Returns:
             Where those stand that still go.
         """
-        ids = self._table.get(marks.keys)
         changes = np.flatnonzero(ids[1:] != ids[:-1])
         runs = zip(
             ids[[0, *(changes + 1)]].tolist(),
-            [*marks.ends[changes].tolist(), marks.last],
+            ends[[*changes, -1]].tolist(),
             strict=True,
         )
         for set_id, end in runs:
