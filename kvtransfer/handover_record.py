@@ -1,8 +1,9 @@
 """One hand-over to decode: what is known of it, and what that allows.
 
 Owned by `handover.py` and its book. Invariant: a READ starts only into reserved blocks, from blocks
-that prefill reported, under a lease that holds and over a link that is proven; `complete_at` is true only when all that must have
-come has come, under a lease that held from before the first READ until then.
+that prefill reported, under a lease that holds and, but for a test, over a link that is proven;
+`complete_at` is true only when all that must have come has come, under a lease that held from
+before the first READ until then.
 """
 
 from dataclasses import dataclass, field
