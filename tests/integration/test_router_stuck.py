@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Sequence
 from prometheus_client import CollectorRegistry
 
 from rpc.v1 import worker_pb2
-from tests.support.fake_worker import FakeWorker, expected, fake_workers, until
+from tests.support.fake_sequence import expected
+from tests.support.fake_worker import FakeWorker, fake_workers, until
 from tests.support.router_fleet import make_request, router_on, run
 
 PROMPT = [4, 5, 6, 7]

@@ -100,6 +100,13 @@ def _attempts(source: Source) -> Row:
                 runbooks=("DiptychTransferFailures", "DiptychWorkersLost"),
             ),
             graph(
+                "Forgotten by workers",
+                "Attempts taken from a worker that brought them no further though it says that it "
+                "is well, per second, by stage. first_token: look at prefill, transfer: at decode.",
+                Query(source.rate("diptych_router_stuck_total").sum("stage"), "{{stage}}"),
+                unit="reqps",
+            ),
+            graph(
                 "Left alone after failures",
                 "Workers, and pairs of them, that are not trusted at the moment. One for long: it "
                 "takes requests and fails them; its log says why.",

@@ -157,10 +157,17 @@ def _trouble(source: Source) -> Row:
             ),
             graph(
                 "Probes",
-                "Measurements of unused links, per second. failed ones: the link is up, but READs "
-                "over it do not work.",
+                "Tests of new links and measurements of unused ones, per second. failed ones: the "
+                "link is up, but READs over it do not work.",
                 Query(source.rate("diptych_kv_link_probes_total").sum("outcome"), "{{outcome}}"),
                 unit="ops",
+            ),
+            graph(
+                "Links that move no KV",
+                "Decode workers to which no test block comes from that prefill worker as it was "
+                "sent. Nothing is handed over between them; decode's log says why.",
+                Query(source.now("diptych_kv_link_failing").sum("peer"), "{{peer}}"),
+                empty_when="no link was opened yet.",
             ),
         ],
     )  # fmt: skip

@@ -52,7 +52,9 @@ SCENARIOS = {
     ),
     "a new link is tested": Scenario(proves=True, decode_aborts=True),
     "a new link is tested and breaks": Scenario(proves=True, link_breaks=True, reads_fail=True),
-    "a new link brings other bytes": Scenario(proves=True, garbles=True, late_submit=True),
+    "a new link brings other bytes": Scenario(
+        proves=True, garbles=True, late_submit=True, decode_aborts=True
+    ),
     "a new link of a full worker": Scenario(proves=True, decode_is_full=True, prefill_fails=True),
     "the first token is enough": Scenario(enough=True, late_submit=True),
     "the first token is enough, the link breaks": Scenario(
@@ -229,7 +231,7 @@ def keep_what_was_withdrawn(patch: pytest.MonkeyPatch) -> None:
 
 def end_a_claimed_lease_for_its_router(patch: pytest.MonkeyPatch) -> None:
     def withdrawn(self: Any, key: Key, router: int) -> Any:
-        export = self._exports.get(key)
+        export = self._book.exports.get(key)
         return [] if export is None else end_once(self, export)
 
     patch.setattr(ExportMachine, "withdrawn", withdrawn)

@@ -6,7 +6,7 @@ import pytest
 
 from core.errors import TransferError
 from rpc.v1 import worker_pb2
-from tests.support.engine import undisturbed
+from tests.support.fake_executor import undisturbed
 from tests.support.loops import FakeStamps, Pair
 
 PROMPT = list(range(1, 31))
