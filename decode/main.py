@@ -1,13 +1,12 @@
 """Entry of a decode worker: its service process."""
 
-import asyncio
 from collections.abc import Sequence
 
 from core.settings import load_or_exit, secret_values
 from decode.links import DecodeExtension
 from decode.settings import DecodeSettings
 from telemetry.logs import setup
-from worker.process import RoleProcesses, serve_worker
+from worker.process import RoleProcesses, run_worker
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,4 +20,4 @@ def main(argv: Sequence[str]) -> int:
         engine_module="decode.engine_process",
         build_extension=DecodeExtension,
     )
-    return asyncio.run(serve_worker(settings, role))
+    return run_worker(settings, role)

@@ -1,13 +1,12 @@
 """Entry of a prefill worker: its service process."""
 
-import asyncio
 from collections.abc import Sequence
 
 from core.settings import load_or_exit, secret_values
 from prefill.service import PrefillExtension
 from prefill.settings import PrefillSettings
 from telemetry.logs import setup
-from worker.process import RoleProcesses, serve_worker
+from worker.process import RoleProcesses, run_worker
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,4 +21,4 @@ def main(argv: Sequence[str]) -> int:
         build_extension=PrefillExtension,
         services=["diptych.v1.KvExport"],
     )
-    return asyncio.run(serve_worker(settings, role))
+    return run_worker(settings, role)

@@ -211,7 +211,7 @@ class Lifecycle:
     def _deadline_passed(self, run: Run) -> None:
         given_s = run.request.deadline - run.request.received_at
         error = DeadlineError(
-            f"The request did not end within its {given_s:.1f} s; it had "
+            f"The request did not end within its {given_s:.3g} s; it had "
             f"{len(run.ledger.emitted)} of at most {run.request.sampling.max_tokens} tokens."
         )
         self.carry_out(run, run.ledger.stop(error))

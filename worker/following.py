@@ -21,12 +21,12 @@ from rpc.auth import Credentials
 from rpc.channel import open_channel
 from rpc.server import RpcServer, build_server
 from rpc.v1 import nodes_pb2, nodes_pb2_grpc
-from telemetry.metrics import serve_metrics
 from worker.agreement import agreed
 from worker.exit_status import EXIT_FAILED, EXIT_NODE_LOST, EXIT_REFUSED
 from worker.leading import BEATS_PER_SILENCE
 from worker.node_metrics import show_silence
 from worker.node_ranks import FollowerRanks
+from worker.process_metrics import open_metrics_port
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -101,10 +101,9 @@ async def serve_follower(
     async with AsyncExitStack() as stack:
         await server.start()
         stack.push_async_callback(server.stop, _SERVER_GRACE_S)
-        metrics = await serve_metrics(
+        metrics = await open_metrics_port(
             view.registry(),
-            settings.host,
-            settings.metrics_port,
+            settings,
             labels={"role": role, "worker": settings.worker_id or f"{role}-{settings.host}:{port}"},
             ready=lambda: view.ready,
         )

@@ -15,20 +15,19 @@ from typing import Protocol
 import grpc
 
 from core.clock import monotonic
-from core.errors import ErrorCode
+from core.errors import ConfigError, ErrorCode
 from rpc.auth import Credentials
 from rpc.server import RpcServer, build_server
 from rpc.v1 import ipc_pb2, nodes_pb2_grpc, worker_pb2, worker_pb2_grpc
 from telemetry.faults import Faults, Point, parse_faults
-from telemetry.metrics import serve_metrics
 from worker.engine_child import EngineChild, EngineFailedError
-from worker.exit_status import EXIT_FAILED, EXIT_NODE_LOST
+from worker.exit_status import EXIT_FAILED, EXIT_NODE_LOST, EXIT_REFUSED
 from worker.faulty_links import FaultySwitchboard
 from worker.following import serve_follower
 from worker.ipc import ServicePipe
 from worker.leading import NODES_SERVICE, NodeLostError, NodesService
 from worker.placement import PlacementError, RayPlacement
-from worker.process_metrics import process_registry
+from worker.process_metrics import open_metrics_port, process_registry
 from worker.service import EngineView, WorkerService
 from worker.settings import WorkerSettings
 from worker.stopping import StopRequests
@@ -85,12 +84,21 @@ class RoleProcesses:
     """Full names of the gRPC services that the extension registers."""
 
 
-async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
+def run_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
     """Run a worker, or one node of it, until SIGTERM or SIGINT; returns the process's exit status.
 
     The first signal drains, a second one ends at once. What still runs at the end is handed back to
-    its routers, which take it to other workers.
+    its routers, which take it to other workers. What can't be served, such as a port that is taken,
+    is told in one line.
     """
+    try:
+        return asyncio.run(_serve(settings, role))
+    except ConfigError as error:
+        log.error("can't start: %s", error)
+        return EXIT_REFUSED
+
+
+async def _serve(settings: WorkerSettings, role: RoleProcesses) -> int:
     credentials = credentials_of(settings)
     signals: asyncio.Queue[int] = asyncio.Queue()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -128,10 +136,9 @@ async def serve_worker(settings: WorkerSettings, role: RoleProcesses) -> int:
         )
         if nodes:
             nodes.register(registry)
-        metrics = await serve_metrics(
+        metrics = await open_metrics_port(
             registry,
-            settings.host,
-            settings.metrics_port,
+            settings,
             extra=lambda: [view.metrics],
             labels={"role": role.name, "worker": settings.worker_id or ""},
             healthy=lambda: view.live,

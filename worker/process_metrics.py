@@ -1,12 +1,43 @@
 """Prometheus metrics of a worker's service process, and of its engine as seen from outside."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
+from core.errors import ConfigError
 from core.version import installed_version
-from telemetry.metrics import ProcessRegistry, show_build
+from telemetry.metrics import ProcessRegistry, serve_metrics, show_build
 from worker.service import EngineView
+from worker.settings import WorkerSettings
+
+
+async def open_metrics_port(
+    registry: CollectorRegistry,
+    settings: WorkerSettings,
+    *,
+    labels: Mapping[str, str],
+    ready: Callable[[], bool],
+    healthy: Callable[[], bool] = lambda: True,
+    extra: Callable[[], Iterable[bytes]] = tuple,
+) -> asyncio.Server:
+    """`serve_metrics` where the settings say.
+
+    Raises:
+        ConfigError: the port is taken, or the host is not an address of this host.
+    """
+    try:
+        return await serve_metrics(
+            registry,
+            settings.host,
+            settings.metrics_port,
+            extra=extra,
+            labels=labels,
+            healthy=healthy,
+            ready=ready,
+        )
+    except OSError as error:
+        raise ConfigError(f"{error.strerror}. Choose another metrics_port.") from None
 
 
 def process_registry(

@@ -94,6 +94,11 @@ class ChatClient:
                 f"Nothing answers at {self.base_url}. Start it with `diptych serve`, or name "
                 "another endpoint with --url."
             )
+        if isinstance(error, httpx.UnsupportedProtocol):
+            return ConfigError(
+                f"{self.base_url} is no address of an endpoint: give --url one such as "
+                "http://127.0.0.1:8000."
+            )
         return UnavailableError(f"The connection to {self.base_url} broke: {error!r}.")
 
 

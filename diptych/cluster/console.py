@@ -61,7 +61,7 @@ class Screen:
         self.end_steps()
         took = self._clock() - self._began
         body = (
-            f'{{"model": "{plan.model_name}", "stream": true, '
+            f'{{"model": "{plan.model_name}", "stream": true, "temperature": 0, '
             '"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
         )
         for child in plan.children:

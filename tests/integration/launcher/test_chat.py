@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from core.errors import ConfigError
+from diptych.chat.client import ChatClient
 from diptych.chat.main import ChatSettings, Conversation
 from router.access.door import Door
 from router.tls import server_certificate
@@ -111,6 +113,13 @@ def test_nothing_listening_says_how_to_start_it() -> None:
     assert url in done.stderr
     assert "diptych serve" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_no_url_is_told_apart_from_silence() -> None:
+    with ChatClient("localhost:8000", timeout_s=1) as client, pytest.raises(ConfigError) as caught:
+        client.model_name()
+    assert "localhost:8000 is no address" in str(caught.value)
+    assert "http://" in str(caught.value)
 
 
 @pytest.mark.parametrize(
