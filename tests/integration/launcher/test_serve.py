@@ -128,7 +128,7 @@ def test_wrong_settings_are_refused_before_anything_starts(model: Path, tmp_path
     cases = {
         ("--blok-size=3",): "--block-size",
         ("--prefill=0", "--decode=0"): "can't both be 0",
-        ("--model=/nowhere/at/all",): "/nowhere/at/all",
+        ("--model=/nowhere/at/all", f"--port={taken}"): "/nowhere/at/all",
         (f"--model={model}", "--host=192.0.2.1", f"--port={taken}"): str(taken),
     }
     for options, message in cases.items():
