@@ -14,9 +14,11 @@ import socket
 import sys
 import threading
 from collections import deque
+from dataclasses import replace
 
 from engine.build import build_rank
 from engine.config import EngineConfig
+from engine.devices import usable_device
 from engine.executor import Executor, PendingStep
 from engine.parallel.host_memory import RankCopies
 from engine.parallel.meeting import Meeting, read_start
@@ -134,6 +136,8 @@ def run_rank(fd: int, start_side: StartSide | None = None) -> int:
 
 
 def _build(config: EngineConfig, rank: int, meeting: Meeting) -> tuple[Executor, TorchGroup]:
+    # Settings of another host come as they were given there: rank 0 has not seen its devices.
+    config = replace(config, device=usable_device(config.device))
     group = TorchGroup(
         rank,
         config.tensor_parallel_size,

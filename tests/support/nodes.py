@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from core.clock import monotonic
 from engine.build import build_executor
 from engine.executor import Executor
@@ -29,7 +31,8 @@ def node_settings(model: Path, **changes: object) -> PrefillSettings:
     """Of the leader of two nodes of a rank each; `changes` make those of another node."""
     values: dict[str, object] = {
         "model": str(model),
-        "device": "cpu",
+        # As users leave it; but ranks of one host can't share its GPU.
+        "device": "cpu" if torch.cuda.is_available() else "auto",
         "num_blocks": 64,
         "num_threads": 1,
         "kv_transport": "tcp",

@@ -156,7 +156,16 @@ async def test_a_leader_that_dies_or_freezes_takes_its_nodes_along(
     command = [
         *(sys.executable, "-m", "prefill", "--model", str(model), "--port", str(port)),
         *("--nodes", "2", "--tensor-parallel-size", "2", "--rendezvous-port", "0"),
-        *("--device", "cpu", "--num-blocks", "64", "--num-threads", "1", "--kv-transport", "tcp"),
+        *(
+            "--device",
+            node_settings(model).device,
+            "--num-blocks",
+            "64",
+            "--num-threads",
+            "1",
+            "--kv-transport",
+            "tcp",
+        ),
         *("--node-timeout-s", "2s"),
     ]
     with running(command, name="leader", env={"DIPTYCH_PREFILL_AUTH_TOKEN": TOKEN}) as leader:
