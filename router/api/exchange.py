@@ -142,14 +142,14 @@ class Exchange:
         leaving = asyncio.ensure_future(self._disconnected())
         try:
             while True:
-                done, _ = await asyncio.wait(
+                await asyncio.wait(
                     {answering, leaving},
                     timeout=idle_s,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                if answering in done:
+                if answering.done():
                     return answering.result()
-                if leaving in done:
+                if leaving.done():
                     raise ClientDisconnectedError
                 if idle is not None:
                     idle_s = await idle()
@@ -157,6 +157,9 @@ class Exchange:
             answering.cancel()
             leaving.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
+            # An error's traceback has this frame, and the task the error: with the task here, only
+            # the garbage collector would free them, and the body that was refused.
+            del answering, leaving
 
     async def _disconnected(self) -> None:
         while (await self.receive())["type"] != "http.disconnect":

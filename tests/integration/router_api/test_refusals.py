@@ -1,6 +1,7 @@
 """Wrong input and failing fleets: every answer is OpenAI-shaped, and the right one to blame."""
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,6 +19,7 @@ from core.errors import (
     UnavailableError,
     WorkerLostError,
 )
+from router.api.exchange import Exchange
 from router.api.requests import ChatRequest, CompletionRequest
 from router.api.settings import ApiSettings
 from router.app import create_app
@@ -331,3 +333,18 @@ def test_no_json_makes_a_500(chat: bool, fields: dict[str, Any]) -> None:
             return await http.post(path, content=content, headers=headers)
 
     assert asyncio.run(post()).status_code in (200, 400, 404)
+
+
+@pytest.mark.parametrize("body", [{}, {"stream": True}, {"messages": 1}, {"model": "other"}])
+async def test_an_answer_leaves_nothing_to_the_garbage_collector(
+    served: Served, body: dict[str, Any]
+) -> None:
+    """What it would hold until then may be megabytes, and the collector counts objects."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with client(served) as http:
+            await http.post("/v1/chat/completions", json=CHAT | body)
+        await until(lambda: not any(type(each) is Exchange for each in gc.get_objects()))
+    finally:
+        gc.enable()

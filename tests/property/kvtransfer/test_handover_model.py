@@ -57,9 +57,6 @@ SCENARIOS = {
     ),
     "a new link of a full worker": Scenario(proves=True, decode_is_full=True, prefill_fails=True),
     "the first token is enough": Scenario(enough=True, late_submit=True),
-    "the first token is enough, the link breaks": Scenario(
-        enough=True, late_submit=True, link_breaks=True
-    ),
     "the router withdraws": Scenario(withdraws=True, late_submit=True),
 }
 

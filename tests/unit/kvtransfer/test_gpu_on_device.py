@@ -11,6 +11,7 @@ from benchmarks.gpu_kv_transfer import METADATA, POOL_BLOCKS, llama_layout, llam
 from engine.kv.pool import KVPool
 from kvtransfer.gpu import GpuTransport
 from kvtransfer.head_slices import plan_slices
+from kvtransfer.stamps import PoolStamps
 from kvtransfer.transport import ReadState
 from tests.support.kv import finish
 from tests.support.process import Process, frozen, running
@@ -82,3 +83,13 @@ def test_a_frozen_or_dead_peer_needs_not_help(peer: tuple[Process, bytes]) -> No
     assert holds(pool, pairs), "what is mapped stays"
     transport.disconnect("p")
     transport.close()
+
+
+def test_a_stamp_in_device_memory_is_known_again() -> None:
+    pool = llama_pool(torch.device("cuda:0"), 2)
+    stamps = PoolStamps(pool, llama_layout(), rank=1, size=2)
+    stamps.write(3, "probe/1")
+    torch.cuda.synchronize()
+    assert stamps.holds(3, "probe/1") and not stamps.holds(3, "probe/2")
+    assert not stamps.holds(2, "probe/1")
+    assert pool.tensor[3].any() and torch.isfinite(pool.tensor[3]).all()
