@@ -222,6 +222,14 @@ def _for_transfer(source: Source) -> list[Alert]:
             description="Its transport has probably fallen back to a slower path.",
         ),
         Alert(
+            name="DiptychLinkFailing",
+            severity="warning",
+            vector=source.now("diptych_kv_link_failing").max(*pair) > 0,
+            hold="5m",
+            summary="No KV comes from {{ $labels.peer }} to {{ $labels.worker }}.",
+            description="Test blocks arrive wrong or not at all; nothing is handed over there.",
+        ),
+        Alert(
             name="DiptychTransportMixed",
             severity="warning",
             vector=source.now("diptych_kv_link_bytes_per_second", transport="tcp")

@@ -73,6 +73,7 @@ EXPIRED = worker("diptych_kv_export_oddities_total", 'kind="expired_lease"', rol
 LATE = worker("diptych_kv_export_oddities_total", 'kind="late_release"', role="prefill")
 FAILED = worker("diptych_kv_transfer_failures_total", 'reason="worker_lost",transport="nixl"')
 MOVED = worker("diptych_kv_transfer_duration_seconds_count", 'transport="nixl"')
+TESTED = worker("diptych_kv_link_failing", 'peer="p0",transport="nixl"')
 HELD, FREE = (worker("diptych_kv_blocks", f'state="{state}"') for state in ("held", "free"))
 SYNCED = router("diptych_discovery_last_sync_age_seconds")
 BEAT = worker("diptych_engine_heartbeat_age_seconds")
@@ -174,6 +175,7 @@ CASES = [
         {link("p0"): "20e9x40", link("p1"): "20e9x40", link("p2"): "1e9x40"},
         {link("p0"): "20e9x40", link("p1"): "20e9x40", link("p2"): "10e9x40"},
     ),
+    Case("DiptychLinkFailing", {TESTED: "1x40"}, {TESTED: "0x8 1x3 0x30"}),
     Case(
         "DiptychTransportMixed",
         {link("p0"): "20e9x40", link("p1", transport="tcp"): "1e9x40"},

@@ -168,6 +168,7 @@ def _trouble(source: Source) -> Row:
                 "sent. Nothing is handed over between them; decode's log says why.",
                 Query(source.now("diptych_kv_link_failing").sum("peer"), "{{peer}}"),
                 empty_when="no link was opened yet.",
+                runbooks=("DiptychLinkFailing",),
             ),
         ],
     )  # fmt: skip
