@@ -27,6 +27,7 @@ import orjson
 import uvloop
 from tokenizers import Tokenizer, decoders, models
 
+from core.version import PROTOCOL
 from router.http_protocol import ConnectionLimits
 from router.http_server import http_server, listen
 from rpc.auth import Credentials
@@ -135,6 +136,7 @@ class StampingWorker(worker_pb2_grpc.WorkerServicer):
     def _description(self) -> worker_pb2.WorkerDescription:
         return worker_pb2.WorkerDescription(
             worker_id=self._name,
+            protocol=PROTOCOL,
             epoch=1,
             role=worker_pb2.ROLE_DECODE,
             model=MODEL,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from core.kv_layout import KvLayout
 from core.tokens import TokenLogprobs
+from core.version import PROTOCOL
 from kvtransfer.head_slices import layout_mismatch
 
 
@@ -38,6 +39,7 @@ class Hello:
     """How long a lease of prefill outlives the latest Renew; 0 from decode."""
     could_use_nixl: bool = False
     """It moves KV by tcp, and NIXL with RDMA would work here."""
+    protocol: int = PROTOCOL
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,11 @@ PrefillMessage = Hello | Offer | Progress | Commit | Revoke | Renewed | Refused
 
 def hello_mismatch(own: Hello, peer: Hello) -> str:
     """Why two workers can't exchange blocks, empty when they can. Both sides ask, on each hello."""
+    if own.protocol != peer.protocol:
+        return (
+            f"{peer.worker_id} speaks protocol {peer.protocol}, {own.worker_id} {own.protocol}; "
+            "give both the same version of Diptych."
+        )
     if own.model_digest != peer.model_digest:
         return (
             f"{peer.worker_id} serves a model with digest {peer.model_digest.hex()}, "

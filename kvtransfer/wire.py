@@ -187,6 +187,7 @@ def _hello_to_proto(hello: Hello) -> pb.LinkHello:
         rank_metadata=hello.rank_metadata,
         lease_ttl_ms=round(hello.lease_ttl_s * 1000),
         could_use_nixl=hello.could_use_nixl,
+        protocol=hello.protocol,
     )
 
 
@@ -209,6 +210,7 @@ def _hello_from_proto(hello: pb.LinkHello) -> Hello:
         rank_metadata=tuple(hello.rank_metadata),
         lease_ttl_s=hello.lease_ttl_ms / 1000,
         could_use_nixl=hello.could_use_nixl,
+        protocol=hello.protocol,
     )
 
 

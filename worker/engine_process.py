@@ -18,7 +18,7 @@ import xxhash
 from core.clock import monotonic
 from core.errors import DiptychError
 from core.settings import secret_values
-from core.version import installed_version
+from core.version import PROTOCOL, installed_version
 from engine.build import build_executor
 from engine.engine import Engine
 from engine.executor import Executor, ExecutorLostError
@@ -181,6 +181,7 @@ def describe(
         version=installed_version(),
         kv_address=address,
         place=worker_pb2.Place(zone=settings.zone, rack=settings.rack, host=settings.node),
+        protocol=PROTOCOL,
     )
 
 

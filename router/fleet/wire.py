@@ -11,6 +11,7 @@ from core.errors import ErrorCode
 from core.finish import FinishReason
 from core.sampling import SamplingParams
 from core.tokens import PromptLogprobs, TokenLogprobs
+from core.version import PROTOCOL, installed_version
 from router.fleet.worker import (
     CacheChange,
     KvLayout,
@@ -56,7 +57,12 @@ class ProtocolViolation(Exception):
 
 
 def info_from_proto(message: worker_pb2.WorkerDescription) -> WorkerInfo:
-    """Raises ProtocolViolation if role or block size are missing."""
+    """Raises ProtocolViolation if it has another protocol, no role or no block size."""
+    if message.protocol != PROTOCOL:
+        raise ProtocolViolation(
+            f"it is of version {message.version or 'unknown'} with protocol {message.protocol}, "
+            f"this router of {installed_version()} with {PROTOCOL}; give both the same version"
+        )
     role = _ROLES.get(message.role)
     if role is None or message.layout.block_size < 1:
         raise ProtocolViolation(f"worker {message.worker_id!r} named no role or no block size")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from rpc.v1 import worker_pb2 as rpc_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16rpc/v1/kv_export.proto\x12\ndiptych.v1\x1a\x13rpc/v1/worker.proto\"\xd5\x01\n\tLinkHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\x0c\x12$\n\x06layout\x18\x04 \x01(\x0b\x32\x14.diptych.v1.KvLayout\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x15\n\rrank_metadata\x18\x07 \x03(\x0c\x12\x14\n\x0clease_ttl_ms\x18\x08 \x01(\r\x12\x16\n\x0e\x63ould_use_nixl\x18\t \x01(\x08\"\xd3\x01\n\rDecodeMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.diptych.v1.LinkHelloH\x00\x12\"\n\x05\x63laim\x18\x02 \x01(\x0b\x32\x11.diptych.v1.ClaimH\x00\x12\"\n\x05renew\x18\x03 \x01(\x0b\x32\x11.diptych.v1.RenewH\x00\x12&\n\x07release\x18\x04 \x01(\x0b\x32\x13.diptych.v1.ReleaseH\x00\x12\"\n\x05probe\x18\x05 \x01(\x0b\x32\x11.diptych.v1.ProbeH\x00\x42\x06\n\x04\x62ody\"\xaa\x02\n\x0ePrefillMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.diptych.v1.LinkHelloH\x00\x12\"\n\x05offer\x18\x02 \x01(\x0b\x32\x11.diptych.v1.OfferH\x00\x12(\n\x08progress\x18\x03 \x01(\x0b\x32\x14.diptych.v1.ProgressH\x00\x12$\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x12.diptych.v1.CommitH\x00\x12$\n\x06revoke\x18\x05 \x01(\x0b\x32\x12.diptych.v1.RevokeH\x00\x12&\n\x07renewed\x18\x06 \x01(\x0b\x32\x13.diptych.v1.RenewedH\x00\x12&\n\x07refused\x18\x07 \x01(\x0b\x32\x13.diptych.v1.RefusedH\x00\x42\x06\n\x04\x62ody\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\",\n\x05\x43laim\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"@\n\x05Probe\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"\x14\n\x05Renew\x12\x0b\n\x03seq\x18\x01 \x01(\x04\"\x16\n\x07Renewed\x12\x0b\n\x03seq\x18\x01 \x01(\x04\".\n\x07Release\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"R\n\x05Offer\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08lease_id\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\"D\n\x08Progress\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\"\xac\x01\n\x06\x43ommit\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\x0c\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r\x12+\n\x08logprobs\x18\x06 \x01(\x0b\x32\x19.diptych.v1.TokenLogprobs\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\"X\n\x06Revoke\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nerror_code\x18\x03 \x01(\t\x12\x15\n\rerror_message\x18\x04 \x01(\t2M\n\x08KvExport\x12\x41\n\x04Link\x12\x19.diptych.v1.DecodeMessage\x1a\x1a.diptych.v1.PrefillMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16rpc/v1/kv_export.proto\x12\ndiptych.v1\x1a\x13rpc/v1/worker.proto\"\xe7\x01\n\tLinkHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\x0c\x12$\n\x06layout\x18\x04 \x01(\x0b\x32\x14.diptych.v1.KvLayout\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x15\n\rrank_metadata\x18\x07 \x03(\x0c\x12\x14\n\x0clease_ttl_ms\x18\x08 \x01(\r\x12\x16\n\x0e\x63ould_use_nixl\x18\t \x01(\x08\x12\x10\n\x08protocol\x18\n \x01(\r\"\xd3\x01\n\rDecodeMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.diptych.v1.LinkHelloH\x00\x12\"\n\x05\x63laim\x18\x02 \x01(\x0b\x32\x11.diptych.v1.ClaimH\x00\x12\"\n\x05renew\x18\x03 \x01(\x0b\x32\x11.diptych.v1.RenewH\x00\x12&\n\x07release\x18\x04 \x01(\x0b\x32\x13.diptych.v1.ReleaseH\x00\x12\"\n\x05probe\x18\x05 \x01(\x0b\x32\x11.diptych.v1.ProbeH\x00\x42\x06\n\x04\x62ody\"\xaa\x02\n\x0ePrefillMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.diptych.v1.LinkHelloH\x00\x12\"\n\x05offer\x18\x02 \x01(\x0b\x32\x11.diptych.v1.OfferH\x00\x12(\n\x08progress\x18\x03 \x01(\x0b\x32\x14.diptych.v1.ProgressH\x00\x12$\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x12.diptych.v1.CommitH\x00\x12$\n\x06revoke\x18\x05 \x01(\x0b\x32\x12.diptych.v1.RevokeH\x00\x12&\n\x07renewed\x18\x06 \x01(\x0b\x32\x13.diptych.v1.RenewedH\x00\x12&\n\x07refused\x18\x07 \x01(\x0b\x32\x13.diptych.v1.RefusedH\x00\x42\x06\n\x04\x62ody\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\",\n\x05\x43laim\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"@\n\x05Probe\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"\x14\n\x05Renew\x12\x0b\n\x03seq\x18\x01 \x01(\x04\"\x16\n\x07Renewed\x12\x0b\n\x03seq\x18\x01 \x01(\x04\".\n\x07Release\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"R\n\x05Offer\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08lease_id\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\"D\n\x08Progress\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\"\xac\x01\n\x06\x43ommit\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\x0c\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r\x12+\n\x08logprobs\x18\x06 \x01(\x0b\x32\x19.diptych.v1.TokenLogprobs\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\"X\n\x06Revoke\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nerror_code\x18\x03 \x01(\t\x12\x15\n\rerror_message\x18\x04 \x01(\t2M\n\x08KvExport\x12\x41\n\x04Link\x12\x19.diptych.v1.DecodeMessage\x1a\x1a.diptych.v1.PrefillMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,31 +33,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rpc.v1.kv_export_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LINKHELLO']._serialized_start=60
-  _globals['_LINKHELLO']._serialized_end=273
-  _globals['_DECODEMESSAGE']._serialized_start=276
-  _globals['_DECODEMESSAGE']._serialized_end=487
-  _globals['_PREFILLMESSAGE']._serialized_start=490
-  _globals['_PREFILLMESSAGE']._serialized_end=788
-  _globals['_REFUSED']._serialized_start=790
-  _globals['_REFUSED']._serialized_end=815
-  _globals['_CLAIM']._serialized_start=817
-  _globals['_CLAIM']._serialized_end=861
-  _globals['_PROBE']._serialized_start=863
-  _globals['_PROBE']._serialized_end=927
-  _globals['_RENEW']._serialized_start=929
-  _globals['_RENEW']._serialized_end=949
-  _globals['_RENEWED']._serialized_start=951
-  _globals['_RENEWED']._serialized_end=973
-  _globals['_RELEASE']._serialized_start=975
-  _globals['_RELEASE']._serialized_end=1021
-  _globals['_OFFER']._serialized_start=1023
-  _globals['_OFFER']._serialized_end=1105
-  _globals['_PROGRESS']._serialized_start=1107
-  _globals['_PROGRESS']._serialized_end=1175
-  _globals['_COMMIT']._serialized_start=1178
-  _globals['_COMMIT']._serialized_end=1350
-  _globals['_REVOKE']._serialized_start=1352
-  _globals['_REVOKE']._serialized_end=1440
-  _globals['_KVEXPORT']._serialized_start=1442
-  _globals['_KVEXPORT']._serialized_end=1519
+  _globals['_LINKHELLO']._serialized_end=291
+  _globals['_DECODEMESSAGE']._serialized_start=294
+  _globals['_DECODEMESSAGE']._serialized_end=505
+  _globals['_PREFILLMESSAGE']._serialized_start=508
+  _globals['_PREFILLMESSAGE']._serialized_end=806
+  _globals['_REFUSED']._serialized_start=808
+  _globals['_REFUSED']._serialized_end=833
+  _globals['_CLAIM']._serialized_start=835
+  _globals['_CLAIM']._serialized_end=879
+  _globals['_PROBE']._serialized_start=881
+  _globals['_PROBE']._serialized_end=945
+  _globals['_RENEW']._serialized_start=947
+  _globals['_RENEW']._serialized_end=967
+  _globals['_RENEWED']._serialized_start=969
+  _globals['_RENEWED']._serialized_end=991
+  _globals['_RELEASE']._serialized_start=993
+  _globals['_RELEASE']._serialized_end=1039
+  _globals['_OFFER']._serialized_start=1041
+  _globals['_OFFER']._serialized_end=1123
+  _globals['_PROGRESS']._serialized_start=1125
+  _globals['_PROGRESS']._serialized_end=1193
+  _globals['_COMMIT']._serialized_start=1196
+  _globals['_COMMIT']._serialized_end=1368
+  _globals['_REVOKE']._serialized_start=1370
+  _globals['_REVOKE']._serialized_end=1458
+  _globals['_KVEXPORT']._serialized_start=1460
+  _globals['_KVEXPORT']._serialized_end=1537
 # @@protoc_insertion_point(module_scope)

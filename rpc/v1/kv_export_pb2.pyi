@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LinkHello(_message.Message):
-    __slots__ = ("worker_id", "epoch", "model_digest", "layout", "num_blocks", "transport", "rank_metadata", "lease_ttl_ms", "could_use_nixl")
+    __slots__ = ("worker_id", "epoch", "model_digest", "layout", "num_blocks", "transport", "rank_metadata", "lease_ttl_ms", "could_use_nixl", "protocol")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class LinkHello(_message.Message):
     RANK_METADATA_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
     COULD_USE_NIXL_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     model_digest: bytes
@@ -27,7 +28,8 @@ class LinkHello(_message.Message):
     rank_metadata: _containers.RepeatedScalarFieldContainer[bytes]
     lease_ttl_ms: int
     could_use_nixl: bool
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., layout: _Optional[_Union[_worker_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., transport: _Optional[str] = ..., rank_metadata: _Optional[_Iterable[bytes]] = ..., lease_ttl_ms: _Optional[int] = ..., could_use_nixl: bool = ...) -> None: ...
+    protocol: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., layout: _Optional[_Union[_worker_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., transport: _Optional[str] = ..., rank_metadata: _Optional[_Iterable[bytes]] = ..., lease_ttl_ms: _Optional[int] = ..., could_use_nixl: bool = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class DecodeMessage(_message.Message):
     __slots__ = ("hello", "claim", "renew", "release", "probe")

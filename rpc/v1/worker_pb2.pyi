@@ -66,7 +66,7 @@ class KvLayout(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "model", "model_digest", "layout", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "eos_token_ids", "version", "transports", "kv_address", "place")
+    __slots__ = ("worker_id", "epoch", "role", "model", "model_digest", "layout", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "eos_token_ids", "version", "transports", "kv_address", "place", "protocol")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +82,7 @@ class WorkerDescription(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PLACE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: Role
@@ -97,7 +98,8 @@ class WorkerDescription(_message.Message):
     transports: _containers.RepeatedScalarFieldContainer[str]
     kv_address: str
     place: Place
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., version: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., kv_address: _Optional[str] = ..., place: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
+    protocol: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., version: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., kv_address: _Optional[str] = ..., place: _Optional[_Union[Place, _Mapping]] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class Place(_message.Message):
     __slots__ = ("zone", "rack", "host")

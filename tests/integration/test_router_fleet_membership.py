@@ -145,3 +145,15 @@ async def test_what_a_worker_says_of_its_place_wins_over_where_it_is_listed() ->
         await until(lambda: router.ready)
         info = fleet.info(a.address)
         assert info is not None and info.place == Place(zone="own", host="n1")
+
+
+async def test_worker_of_another_protocol_is_left_alone_until_it_is_updated() -> None:
+    """Halfway through an update nobody misreads anybody: a router waits for workers of its own."""
+    async with fake_workers(decode=1) as (a,), scripted([]) as (members, fleet, router):
+        a.protocol += 1
+        members.add(a.address, Member(role=Role.DECODE))
+        await until(lambda: "same version" in fleet.absent.get(a.address, ""), "it is refused")
+        assert not router.ready and not a.submits
+        a.protocol -= 1
+        await until(lambda: router.ready)
+        assert await run(router, make_request([3], 4)) == expected([3], 4)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from core.version import PROTOCOL
 from rpc.auth import Credentials
 from rpc.server import RpcServer
 from rpc.token_batch import token_batch
@@ -56,6 +57,7 @@ class FakeWorker:
     silent_ends: bool = False
     """Never say that a request is finished."""
     snapshot_on_hello: bool = True
+    protocol: int = PROTOCOL
     place: worker_pb2.Place = field(default_factory=worker_pb2.Place)
     says: Callable[[worker_pb2.Submit], Sequence[int]] | None = None
     """The whole output of a request; None: a function of the sequence."""
@@ -315,6 +317,7 @@ class FakeWorker:
             vocab_size=VOCAB,
             eos_token_ids=[EOS],
             place=self.place,
+            protocol=self.protocol,
             kv_address=f"127.0.0.1:{self.port}" if self.role == "prefill" else "",
         )
 

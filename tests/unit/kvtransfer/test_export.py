@@ -71,6 +71,7 @@ def test_an_end_by_the_first_token_is_told_by_the_router_alone(machine: ExportMa
         make_hello("D", digest=b"another"),
         make_hello("D", layout=replace(LAYOUT, block_size=8)),
         make_hello("D", transport="nixl"),
+        replace(make_hello("D"), protocol=0),
     ],
 )
 def test_hello_that_does_not_fit_is_refused(machine: ExportMachine, hello: object) -> None:

@@ -252,6 +252,7 @@ def test_offer_of_another_length_fails(machine: HandoverMachine) -> None:
         make_hello(epoch=EPOCH + 1),
         make_hello(digest=b"another"),
         make_hello(layout=replace(LAYOUT, dtype="bfloat16")),
+        replace(make_hello(), protocol=0),
         make_hello(transport="nixl"),
         make_hello(ttl_s=1.0),
     ],

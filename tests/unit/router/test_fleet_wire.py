@@ -4,6 +4,7 @@ from core.errors import ErrorCode
 from core.finish import FinishReason
 from core.sampling import SamplingParams, StructuredOutput
 from core.tokens import PromptLogprobs, TokenLogprobs, join_prompt_logprobs
+from core.version import PROTOCOL
 from router.fleet.wire import (
     ProtocolViolation,
     cache_from_proto,
@@ -147,7 +148,7 @@ def test_unknown_words_fail_closed() -> None:
     )  # fmt: skip
     assert load_from_proto(worker_pb2.LoadReport()).state is WorkerState.STALLED
     with pytest.raises(ProtocolViolation):
-        info_from_proto(worker_pb2.WorkerDescription(worker_id="w"))
+        info_from_proto(worker_pb2.WorkerDescription(worker_id="w", protocol=PROTOCOL))
     with pytest.raises(ProtocolViolation):
         cache_from_proto(worker_pb2.CacheEvents(stored=b"short"))
 
@@ -196,7 +197,7 @@ def test_place_of_a_worker_is_read() -> None:
     layout = worker_pb2.KvLayout(block_size=16)
     place = worker_pb2.Place(zone="z", rack="r", host="h")
     described = worker_pb2.WorkerDescription(
-        role=worker_pb2.ROLE_PREFILL, layout=layout, place=place
+        role=worker_pb2.ROLE_PREFILL, layout=layout, place=place, protocol=PROTOCOL
     )
     assert info_from_proto(described).place == Place(zone="z", rack="r", host="h")
 
