@@ -168,6 +168,8 @@ async def _serve(settings: WorkerSettings, role: RoleProcesses) -> int:
             child.abandon()
         elif status == 0:
             await _take_leave(child, reading, switchboard)
+        else:
+            await _close_links(switchboard)
         if nodes:
             if status == 0:
                 await child.end()  # while other nodes can hear of it through this process
@@ -206,6 +208,15 @@ async def _take_leave(
             await switchboard.close_all("the worker is ending")
     except TimeoutError:
         log.warning("the engine or a peer did not take leave within %.0f s", _LEAVE_S)
+
+
+async def _close_links(switchboard: Switchboard) -> None:
+    """Let routers and peers know at once that the engine is gone, not when the server ends."""
+    try:
+        async with asyncio.timeout(_SERVER_GRACE_S):
+            await switchboard.close_all("the worker is ending")
+    except TimeoutError:
+        log.warning("a peer did not take leave within %.0f s", _SERVER_GRACE_S)
 
 
 async def _serve_until_told(

@@ -209,6 +209,7 @@ class WorkerLink:
         attached = self.info is not None
         self.info = None
         self.state = WorkerState.LOST
+        known = self.cause == cause
         self.cause = cause
         self._queue = None
         if attached:
@@ -216,7 +217,8 @@ class WorkerLink:
             log.log(level, "lost worker %s: %s", self.address, cause)
             self._listener.lost(self.address, cause)
         else:
-            log.debug("worker %s is not reached: %s", self.address, cause)
+            level = logging.DEBUG if known or cause in (CLOSED, UNLISTED) else logging.INFO
+            log.log(level, "worker %s is not reached: %s", self.address, cause)
         return attached
 
     async def _session(self, channel: grpc.aio.Channel) -> None:

@@ -147,3 +147,4 @@ def test_engine_process_killed_ends_its_service(slow_llama: Path) -> None:
         assert system.decode[0].process is not None
         assert system.decode[0].process.wait(20) == 1
         assert not alive(service)
+        assert "Traceback" not in system.decode[0].process.log, "its links end by themselves"

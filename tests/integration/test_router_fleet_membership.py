@@ -137,6 +137,17 @@ async def test_worker_nobody_reached_is_forgotten_at_once() -> None:
         assert await run(router, make_request([3], 4)) == expected([3], 4)
 
 
+async def test_why_a_worker_is_not_reached_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "router.fleet.link")
+    async with scripted([]) as (members, _, _):
+        members.add(f"127.0.0.1:{free_port()}", DECODE)
+        tried = "is not reached: unavailable"
+        await until(lambda: sum(tried in each.message for each in caplog.records) > 2)
+    levels = [each.levelname for each in caplog.records if tried in each.message]
+    assert levels[0] == "INFO"
+    assert levels.count("INFO") < len(levels)
+
+
 async def test_what_a_worker_says_of_its_place_wins_over_where_it_is_listed() -> None:
     async with fake_workers(decode=1) as (a,), scripted([]) as (members, fleet, router):
         a.place = worker_pb2.Place(zone="own")
