@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import ssl
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from core.errors import ConfigError
 from core.settings import load_or_exit
+from diptych.chat.client import trusted
 from diptych.doctor.finding import Finding, Level
 from diptych.doctor.host import look_at_host
 from diptych.doctor.host_checks import check_host
@@ -30,14 +32,14 @@ def main(argv: Sequence[str]) -> int:
     )
     try:
         settings = inherited(settings, os.environ)
-        credentials = credentials_of(settings)
+        credentials, trust = credentials_of(settings), trusted(settings.ca)
     except (ConfigError, ValueError) as error:
         print(f"diptych doctor: {error}", file=sys.stderr)
         return 2
     worker = is_worker(settings.role)
     facts = look_at_host(settings.model, settings.free_ports, packages=worker)
     findings = list(check_host(facts, worker=worker))
-    findings += asyncio.run(look_at_peers(settings, credentials))
+    findings += asyncio.run(look_at_peers(settings, credentials, trust))
     if settings.json_:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -60,8 +62,10 @@ def credentials_of(settings: DoctorSettings) -> Credentials:
     )
 
 
-async def look_at_peers(settings: DoctorSettings, credentials: Credentials) -> list[Finding]:
-    """Findings about the router and every worker that is named."""
+async def look_at_peers(
+    settings: DoctorSettings, credentials: Credentials, trust: ssl.SSLContext | None = None
+) -> list[Finding]:
+    """Findings about the router, which `trust` judges by TLS, and every worker that is named."""
     listed = dict.fromkeys(settings.prefill or (), "prefill")
     listed |= dict.fromkeys(settings.decode or (), "decode")
     ways = Ways(
@@ -71,7 +75,7 @@ async def look_at_peers(settings: DoctorSettings, credentials: Credentials) -> l
     router = None
     if settings.router is not None:
         key = settings.api_key.get_secret_value() if settings.api_key else None
-        router = await look_at_router(settings.router, key, settings.timeout_s)
+        router = await look_at_router(settings.router, key, settings.timeout_s, trust)
     return list(_judge(router, workers, credentials))
 
 

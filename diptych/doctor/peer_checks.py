@@ -215,11 +215,11 @@ def check_links(workers: Sequence[WorkerFacts]) -> Iterator[Finding]:
 def check_router(router: RouterFacts) -> Iterator[Finding]:
     """Everything about the router."""
     if router.error:
-        yield fail(
-            "router",
-            f"{router.url} can't be reached: {router.error}",
-            "See that its Service has endpoints (kubectl get endpointslices), and the URL's port.",
-        )
+        if "CERTIFICATE_VERIFY_FAILED" in router.error:
+            hint = "Say with --ca which CA its certificate comes from."
+        else:
+            hint = "See that its Service has endpoints (kubectl get endpointslices), and the port."
+        yield fail("router", f"{router.url} can't be reached: {router.error}", hint)
         return
     if router.ready:
         yield ok("router", f"{router.url} admits requests")

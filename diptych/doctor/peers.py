@@ -221,12 +221,17 @@ async def _ask_metrics(worker: WorkerFacts, url: str, timeout_s: float) -> Worke
     )
 
 
-async def look_at_router(url: str, api_key: str | None, timeout_s: float) -> RouterFacts:
-    """Look at the router at `url`; its list of workers may need an administrator's key."""
+async def look_at_router(
+    url: str, api_key: str | None, timeout_s: float, trust: ssl.SSLContext | None = None
+) -> RouterFacts:
+    """Look at the router at `url`; its list of workers may need an administrator's key.
+
+    `trust` judges its certificate; None: as this machine would.
+    """
     facts = RouterFacts(url=url)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     async with httpx.AsyncClient(
-        base_url=url, timeout=timeout_s, headers=headers, trust_env=False
+        base_url=url, timeout=timeout_s, headers=headers, trust_env=False, verify=trust or True
     ) as client:
         try:
             asked_at = time.time()

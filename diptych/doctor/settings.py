@@ -35,6 +35,11 @@ class DoctorSettings(BaseModel):
     api_key: SecretStr | None = Field(
         None, description="Key for the router, if it asks for one; an administrator's shows more."
     )
+    ca: str | None = Field(
+        None,
+        description="PEM file of the CA that the router's certificate must come from; default: "
+        "those that this machine trusts.",
+    )
     tls_ca: str | None = Field(
         None, description="PEM file of the CA that workers' certificates must come from."
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -14,6 +15,7 @@ import pytest
 import trustme
 from prometheus_client import CollectorRegistry, Gauge
 
+from diptych.chat.client import trusted
 from diptych.doctor.finding import Finding, Level
 from diptych.doctor.main import look_at_peers, main
 from diptych.doctor.peer_checks import check_clock, check_router, check_together
@@ -191,7 +193,9 @@ def test_what_keeps_workers_apart_is_named() -> None:
 
 
 @contextmanager
-def router(answers: dict[str, tuple[int, object]]) -> Iterator[str]:
+def router(
+    answers: dict[str, tuple[int, object]], tls: ssl.SSLContext | None = None
+) -> Iterator[str]:
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             status, body = answers[self.path]
@@ -206,11 +210,15 @@ def router(answers: dict[str, tuple[int, object]]) -> Iterator[str]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_what_the_router_says_of_its_workers_is_passed_on() -> None:
@@ -239,6 +247,23 @@ def test_what_the_router_says_of_its_workers_is_passed_on() -> None:
         answers["/v1/fleet"] = (401, {})
         facts = asyncio.run(look_at_router(url, None, 3))
         assert {each.check: each for each in check_router(facts)}["router: workers"].level == "skip"
+
+
+def test_router_with_a_certificate_of_ones_own_ca(tmp_path: Path) -> None:
+    authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.crt"))
+    answers: dict[str, tuple[int, object]] = {
+        "/health": (200, {}),
+        "/ready": (200, {}),
+        "/v1/fleet": (401, {}),
+        "/v1/requests?limit=500": (401, {}),
+    }
+    with router(answers, tls) as url:
+        (found,) = check_router(asyncio.run(look_at_router(url, None, 3)))
+        assert found.level is Level.FAIL and "--ca" in found.remedy
+        trust = trusted(str(tmp_path / "ca.crt"))
+        assert asyncio.run(look_at_router(url, None, 3, trust)).ready
 
 
 def test_pools_between_which_no_kv_moves_are_a_failure() -> None:
