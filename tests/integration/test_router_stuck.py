@@ -27,9 +27,11 @@ def stuck(registry: CollectorRegistry) -> dict[str, float]:
     return {stage: count for stage, count in counts.items() if count}
 
 
-def forgetful(workers: Sequence[FakeWorker], role: str) -> FakeWorker:
-    """The worker of a role that got the request; it does no work from here on."""
-    (worker,) = [each for each in workers if each.role == role and each.submits]
+async def forgetful(workers: Sequence[FakeWorker], role: str) -> FakeWorker:
+    """The worker of a role that gets the request; it does no work from then on."""
+    asked = [each for each in workers if each.role == role]
+    await until(lambda: any(each.submits for each in asked), "it is placed")
+    (worker,) = [each for each in asked if each.submits]
     return worker
 
 
@@ -48,8 +50,7 @@ async def test_a_prompt_that_prefill_never_starts_goes_to_another_worker() -> No
             worker.running = worker.role == "decode"
         request = make_request(PROMPT)
         outputs = asyncio.create_task(run(router, request))
-        await until(lambda: any(worker.submits for worker in workers), "it is placed")
-        bad = forgetful(workers, "prefill")
+        bad = await forgetful(workers, "prefill")
         for worker in workers:
             worker.running = worker is not bad
         await finished(outputs)
@@ -73,8 +74,7 @@ async def test_a_hand_over_that_decode_never_ends_goes_to_another_pair() -> None
             worker.report_first_import = False
         request = make_request(PROMPT)
         outputs = asyncio.create_task(run(router, request))
-        await until(lambda: any(worker.submits for worker in workers), "it is placed")
-        bad = forgetful(workers, "decode")
+        bad = await forgetful(workers, "decode")
         for worker in workers:
             worker.running = worker is not bad
         await finished(outputs)
