@@ -157,14 +157,16 @@ class ExportMachine:
     def enough(self, key: Key, now: float) -> list[ExportAction]:
         """There will be no hand-over, since the first token ended the request.
 
-        Decode is not told where it holds a claim: the router, which hears the good end from
-        prefill, takes decode's part back. Word of it from decode could overtake the good end, and
-        would look like a failed hand-over.
+        Decode is not told, whether it has claimed it or still will: the router, which hears the
+        good end from prefill, takes decode's part back. Word of it from decode could overtake the
+        good end, and would look like a failed hand-over.
         """
         export = self._book.exports.get(key)
-        if export is None or export.link is None or export.state is ExportState.REVOKED:
+        if export is None or export.state is ExportState.REVOKED:
+            return []
+        if export.link is None:
             message = "The first token ended the request."
-            return self.failed(key, ErrorCode.KV_TRANSFER, message, now)
+            return self._book.end(export, ErrorCode.KV_TRANSFER, message, told=False)
         export.revoke(now)
         return []
 
@@ -277,6 +279,8 @@ class ExportMachine:
             return self._offer(export, link, now)
         ending = self._book.endings.get(key)
         if ending is not None:
+            if not ending.told:
+                return []
             return [Send(link.number, Revoke(key, ending.code, ending.message))]
         if key in link.early_claims:
             self.counters["duplicate_claim"] += 1

@@ -19,6 +19,8 @@ class Ending:
 
     code: ErrorCode
     message: str
+    told: bool = True
+    """False: who asks gets no answer, since the router tells it."""
 
 
 class ExportBook:
@@ -38,15 +40,17 @@ class ExportBook:
                 return link
         return None
 
-    def end(self, export: Export, code: ErrorCode, message: str) -> list[ExportAction]:
+    def end(
+        self, export: Export, code: ErrorCode, message: str, *, told: bool = True
+    ) -> list[ExportAction]:
         """End an export: nobody may read its blocks any more."""
         del self.exports[export.key]
-        self.remember(export.key, code, message)
+        self.remember(export.key, code, message, told=told)
         return [FreeBlocks(export.key, tuple(export.blocks))] if export.blocks else []
 
-    def remember(self, key: Key, code: ErrorCode, message: str) -> None:
-        """Keep in mind why there will be no hand-over of a key."""
-        self.endings[key] = Ending(code, message)
+    def remember(self, key: Key, code: ErrorCode, message: str, *, told: bool = True) -> None:
+        """Keep in mind why there will be no hand-over of a key; see `Ending` for `told`."""
+        self.endings[key] = Ending(code, message, told)
         while len(self.endings) > self._max_endings:
             self.endings.popitem(last=False)
 

@@ -98,9 +98,7 @@ class World:
     claimed: set[Key] = field(default_factory=set)
     """What prefill has heard a Claim of."""
     enough: set[Key] = field(default_factory=set)
-    """Requests that their first token ended."""
-    untold: set[Key] = field(default_factory=set)
-    """Of these, the ones that decode must not speak of."""
+    """Requests that their first token ended: decode must not speak of them."""
     withdrawn: set[Key] = field(default_factory=set)
     proven: set[str] = field(default_factory=set)
     """Peers whose test block came as it was sent, or that can't be tested."""
@@ -223,8 +221,6 @@ class World:
 
     def be_enough(self, key: Key) -> None:
         self.enough.add(key)
-        if key in self.claimed:
-            self.untold.add(key)
         self.prefill(self.export.enough(key, self.time))
         self.stop_computing(key)
 
@@ -443,7 +439,7 @@ class World:
     def end(self, key: Key, how: str) -> None:
         self.require(key not in self.ended, f"{key} ended twice")
         self.require(key not in self.aborted, f"{key} ended after its abort")
-        spoken = key in self.untold and self.scenario.calm
+        spoken = key in self.enough and self.scenario.calm
         self.require(not spoken, f"decode {how} a request that had ended well")
         self.ended[key] = how
 

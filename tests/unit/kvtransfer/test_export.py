@@ -65,6 +65,17 @@ def test_an_end_by_the_first_token_is_told_by_the_router_alone(machine: ExportMa
     assert isinstance(revoke, Revoke), "a claim that comes too late is answered all the same"
 
 
+def test_a_claim_after_an_end_by_the_first_token_is_left_to_the_router(
+    machine: ExportMachine,
+) -> None:
+    machine.submitted(KEY, "D", 6, 0)
+    machine.progressed(KEY, [5], 0)
+    (freed,) = machine.enough(KEY, 0)
+    assert freed == FreeBlocks(KEY, (5,))
+    assert machine.received(1, Claim(KEY), 1) == []
+    assert machine.received(1, Release(KEY), 2) == []
+
+
 @pytest.mark.parametrize(
     "hello",
     [
