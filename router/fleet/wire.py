@@ -46,10 +46,11 @@ _REASONS = {
 }
 _MAX_UINT32 = 2**32 - 1
 MAX_LINKS = 1024
-MAX_CAUSE_CHARS = 512
 """Links taken from one load report."""
+MAX_CAUSE_CHARS = 512
+"""Of what such a link says that it fails of."""
 MAX_TIERS = 16
-"""The same of tiers."""
+"""Tiers taken from one load report."""
 
 
 class ProtocolViolation(Exception):

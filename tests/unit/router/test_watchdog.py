@@ -1,5 +1,7 @@
 """A stage is stuck if its worker serves later ones or nobody, and never for being late alone."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,19 +45,23 @@ def test_a_worker_that_serves_those_that_came_later_has_lost_it(dog: Watchdog) -
     assert not dog.verdict(WATCH, BUDGET_S, 111.0), "its turn came between theirs"
 
 
+BEFORE = WorkerLoad(backlog_tokens=5000, held_blocks=10, link_bytes_per_s={"p": 1e8})
+MORE_TO_DO = replace(BEFORE, backlog_tokens=6000)
+
+
 @pytest.mark.parametrize(
-    "change",
-    [{"backlog_tokens": 4000}, {"held_blocks": 11}, {"link_bytes_per_s": {"p": 2e8}}],
+    "after",
+    [
+        replace(MORE_TO_DO, backlog_tokens=4000),
+        replace(MORE_TO_DO, held_blocks=11),
+        replace(MORE_TO_DO, link_bytes_per_s={"p": 2e8}),
+    ],
 )
-def test_work_on_what_takes_long_shows_in_load_reports(
-    dog: Watchdog, change: dict[str, object]
-) -> None:
-    load = {"backlog_tokens": 5000, "held_blocks": 10, "link_bytes_per_s": {"p": 1e8}}
-    dog.reported("w", WorkerLoad(**load), 100.0)  # type: ignore[arg-type]
-    dog.reported("w", WorkerLoad(**{**load, "backlog_tokens": 6000}), 109.0)  # type: ignore[arg-type]
+def test_work_on_what_takes_long_shows_in_load_reports(dog: Watchdog, after: WorkerLoad) -> None:
+    dog.reported("w", BEFORE, 100.0)
+    dog.reported("w", MORE_TO_DO, 109.0)
     assert dog.verdict(WATCH, BUDGET_S, 110.0), "more to do is not more done"
-    load["backlog_tokens"] = 6000
-    dog.reported("w", WorkerLoad(**{**load, **change}), 109.5)  # type: ignore[arg-type]
+    dog.reported("w", after, 109.5)
     assert not dog.verdict(WATCH, BUDGET_S, 110.0)
     dog.lost("w")
     assert dog.verdict(WATCH, BUDGET_S, 110.0)
