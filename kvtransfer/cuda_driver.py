@@ -1,12 +1,12 @@
 """The few calls of the CUDA driver that moving KV needs, without torch.
 
-For transports, whose threads are their own: UCX finds a GPU by the context that is current in the
-thread, and `gpu_copies` has the GPU copy straight out of another process's memory. One object
-belongs to one thread, but for `export`.
+For transports: UCX finds a GPU by the context that is current in the thread, and `gpu_copies` has
+the GPU copy straight out of another process's memory. Streams and events belong to whoever made
+them; what is not theirs has no state.
 """
 
 import ctypes
-from ctypes import POINTER, byref, c_char, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from core.errors import TransferError
 
 HANDLE_BYTES = 64
 _NON_BLOCKING = 1
-_BLOCKING = 1
-_UNTIMED = 2
+_SLEEPING = 1
+_NOT_READY = 600
 _LAZY_PEER_ACCESS = 1
 _UNIFIED = 4
 _SOURCE_ANY_TIME = 3
@@ -85,17 +85,27 @@ def use_gpu(device_id: int) -> None:
         TransferError: there is no such GPU, or no driver.
     """
     driver = load_driver()
+    _make_current(driver, device_id, _retained_context(driver, device_id))
+
+
+def _retained_context(driver: Any, device_id: int) -> c_void_p:
+    """Never released: the pool that lies there needs it until the process ends."""
     device, context = c_int(), c_void_p()
-    # Retained and never released: the pool that lies there needs it until the process ends.
     steps = (
         ("cuInit", (c_uint(0),)),
         ("cuDeviceGet", (byref(device), c_int(device_id))),
         ("cuDevicePrimaryCtxRetain", (byref(context), device)),
-        ("cuCtxSetCurrent", (context,)),
     )
     for name, arguments in steps:
         if code := getattr(driver, name)(*arguments):
             raise TransferError(f"GPU {device_id} can't be used: {name} gave CUDA error {code}.")
+    return context
+
+
+def _make_current(driver: Any, device_id: int, context: c_void_p) -> None:
+    if code := driver.cuCtxSetCurrent(context):
+        name = "cuCtxSetCurrent"
+        raise TransferError(f"GPU {device_id} can't be used: {name} gave CUDA error {code}.")
 
 
 class CudaDriver:
@@ -108,10 +118,14 @@ class CudaDriver:
         """Load the library; nothing is asked of a GPU yet."""
         self._driver = load_driver()
         self._driver.cuIpcOpenMemHandle_v2.argtypes = [POINTER(c_uint64), _Handle, c_uint]
+        self._contexts: dict[int, c_void_p] = {}
 
     def use(self, device_id: int) -> None:
         """Make a GPU current in this thread."""
-        use_gpu(device_id)
+        context = self._contexts.get(device_id)
+        if context is None:
+            context = self._contexts[device_id] = _retained_context(self._driver, device_id)
+        _make_current(self._driver, device_id, context)
 
     def export(self, device_id: int, address: int) -> tuple[bytes, int]:
         """What another process needs to reach the allocation around an address.
@@ -148,15 +162,41 @@ class CudaDriver:
         self._call("cuStreamSynchronize", c_void_p(stream))
         self._call("cuStreamDestroy_v2", c_void_p(stream))
 
-    def wait(self, stream: int) -> None:
-        """Sleep until every copy that was queued has ended."""
+    def new_event(self) -> int:
+        """A mark that can be set behind what a stream has been given."""
         event = c_void_p()
-        self._call("cuEventCreate", byref(event), c_uint(_BLOCKING | _UNTIMED))
-        try:
-            self._call("cuEventRecord", event, c_void_p(stream))
-            self._call("cuEventSynchronize", event)
-        finally:
-            self._call("cuEventDestroy_v2", event)
+        self._call("cuEventCreate", byref(event), c_uint(_SLEEPING))
+        assert event.value is not None
+        return event.value
+
+    def free_event(self, event: int) -> None:
+        """Forget a mark, reached or not."""
+        self._call("cuEventDestroy_v2", c_void_p(event))
+
+    def mark(self, event: int, stream: int) -> None:
+        """Set a mark behind everything that was queued in a stream so far."""
+        self._call("cuEventRecord", c_void_p(event), c_void_p(stream))
+
+    def follow(self, stream: int, event: int) -> None:
+        """Let what is queued in a stream from now on wait for a mark that was set."""
+        self._call("cuStreamWaitEvent", c_void_p(stream), c_void_p(event), c_uint(0))
+
+    def reached(self, event: int) -> bool:
+        """Whether all before a mark has ended; doesn't wait."""
+        code = self._driver.cuEventQuery(c_void_p(event))
+        if code not in (0, _NOT_READY):
+            raise TransferError(f"cuEventQuery gave CUDA error {code}.")
+        return bool(code == 0)
+
+    def wait(self, event: int) -> None:
+        """Sleep until a mark is reached."""
+        self._call("cuEventSynchronize", c_void_p(event))
+
+    def seconds_between(self, begin: int, end: int) -> float:
+        """From one reached mark to another, by the GPU's clock."""
+        milliseconds = c_float()
+        self._call("cuEventElapsedTime", byref(milliseconds), c_void_p(begin), c_void_p(end))
+        return milliseconds.value / 1e3
 
     def copy(
         self,

@@ -8,10 +8,11 @@ import logging
 from collections.abc import Sequence
 
 from core.errors import TransferError
+from kvtransfer.channel import Channel, Start
 from kvtransfer.cuda_driver import CudaDriver
 from kvtransfer.gpu_copies import GpuCopyChannel, GpuPool, this_host
 from kvtransfer.nixl import MAX_BLOCKS_PER_READ, NixlTransport
-from kvtransfer.peer_reads import Channel, PeerPool, Peers, QueuedRead
+from kvtransfer.peer_reads import PeerPool, Peers, QueuedRead
 from kvtransfer.sealing import open_sealed, seal
 from kvtransfer.transport import BlockPieces, BlockPool, Piece
 
@@ -129,11 +130,11 @@ class _FirstWay:
         self._ways = ways
         self._open = ways[0]
 
-    def open(self) -> None:
+    def open(self) -> Start | None:
         for way in self._ways:
             self._open = way
             try:
-                way.open()
+                start = way.open()
             except TransferError as error:
                 if way is self._ways[-1]:
                     raise
@@ -145,7 +146,8 @@ class _FirstWay:
                 )
             else:
                 log.info("KV of peer %s is read by %s", self._peer_id, type(way).__name__)
-                return
+                return start
+        raise AssertionError("the last way opens or raises")
 
     def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
         self._open.read(remote_ids, own_ids)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import TransferError
+from kvtransfer.channel import Start
 from kvtransfer.cuda_driver import HANDLE_BYTES, CudaDriver
 from kvtransfer.transport import BlockPool, Piece
 
@@ -127,8 +128,30 @@ def _joined(rows: Rows, piece: Piece) -> Rows | None:
     return Rows(first, count + 1, remote_pitch, own_pitch) if fits else None
 
 
+class GpuCopies:
+    """A READ in the hands of the GPU; see `channel.Copies`."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        """Nothing is queued yet."""
+        self._driver = driver
+        self.begun = driver.new_event()
+        self.ended = driver.new_event()
+
+    def duration_s(self) -> float | None:
+        """Ask the GPU, don't wait."""
+        if not self._driver.reached(self.ended):
+            return None
+        return self._driver.seconds_between(self.begun, self.ended)
+
+    def free(self) -> None:
+        """Forget the events; what was queued goes on."""
+        for event in (self.begun, self.ended):
+            with contextlib.suppress(TransferError):
+                self._driver.free_event(event)
+
+
 class GpuCopyChannel:
-    """Reads the pool of one process of this host; see `peer_reads.Channel`."""
+    """Reads the pool of one process of this host; see `channel.Channel`."""
 
     def __init__(
         self,
@@ -147,23 +170,50 @@ class GpuCopyChannel:
         self._rows = as_rows(pieces)
         self._mapped: int | None = None
         self._streams: list[int] = []
+        self._joins: list[int] = []
+        """One event per stream but the first, which waits for the others."""
 
-    def open(self) -> None:
-        """Map the peer's memory."""
+    def open(self) -> Start | None:
+        """Map the peer's memory.
+
+        Whole blocks are queued in a few calls, which the engine's thread can do; rectangles, with a
+        call for each, are left to the peer's.
+        """
         self._driver.use(self._own.device_id)
         self._mapped = self._driver.open_handle(self._peer.handle)
         self._streams = [self._driver.new_stream() for _ in range(_STREAMS)]
+        self._joins = [self._driver.new_event() for _ in self._streams[1:]]
+        return self.start if all(rows.count == 1 for rows in self._rows) else None
+
+    def start(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> GpuCopies:
+        """Queue the copies, behind those queued before."""
+        assert self._mapped is not None, "start before open"
+        self._driver.use(self._own.device_id)
+        first, *others = self._streams
+        sources = _addresses(self._mapped + self._peer.offset, remote_ids, self._peer.block_bytes)
+        targets = _addresses(self._own_address, own_ids, self._own.block_bytes)
+        copies = GpuCopies(self._driver)
+        try:
+            self._driver.mark(copies.begun, first)
+            for part, stream in zip(_shares(len(sources), _STREAMS), self._streams, strict=True):
+                for rows in self._rows:
+                    self._queue(rows, targets[part], sources[part], stream)
+            for stream, join in zip(others, self._joins, strict=True):
+                self._driver.mark(join, stream)
+                self._driver.follow(first, join)
+            self._driver.mark(copies.ended, first)
+        except TransferError:
+            copies.free()
+            raise
+        return copies
 
     def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
         """Queue the copies and wait for them, which takes milliseconds."""
-        assert self._mapped is not None, "read before open"
-        sources = _addresses(self._mapped + self._peer.offset, remote_ids, self._peer.block_bytes)
-        targets = _addresses(self._own_address, own_ids, self._own.block_bytes)
-        for part, stream in zip(_shares(len(sources), _STREAMS), self._streams, strict=True):
-            for rows in self._rows:
-                self._queue(rows, targets[part], sources[part], stream)
-        for stream in self._streams:
-            self._driver.wait(stream)
+        copies = self.start(remote_ids, own_ids)
+        try:
+            self._driver.wait(copies.ended)
+        finally:
+            copies.free()
 
     def interrupt(self) -> None:
         """Nothing to do: copies need nobody's help to end."""
@@ -174,6 +224,10 @@ class GpuCopyChannel:
         for stream in streams:
             with contextlib.suppress(TransferError):
                 self._driver.free_stream(stream)
+        joins, self._joins = self._joins, []
+        for join in joins:
+            with contextlib.suppress(TransferError):
+                self._driver.free_event(join)
         mapped, self._mapped = self._mapped, None
         if mapped is not None:
             with contextlib.suppress(TransferError):

@@ -119,7 +119,7 @@ class _Connecting:
 
 
 class MooncakeChannel:
-    """An engine that reads one peer's pool; see `peer_reads.Channel`."""
+    """An engine that reads one peer's pool; see `channel.Channel`."""
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ _POLL_S = 0.0003
 
 
 class NixlChannel:
-    """An agent that reads one peer's pool; see `peer_reads.Channel`."""
+    """An agent that reads one peer's pool; see `channel.Channel`."""
 
     def __init__(
         self,

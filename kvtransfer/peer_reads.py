@@ -1,8 +1,10 @@
 """One peer, one thread, its READs in order: what the transports of this package are built on.
 
-The engine loop queues READs and looks at them; the thread connects, reads and waits. Invariant:
-only the peer's thread causes writes into the pool, and a READ becomes FAILED only after the channel
-was closed, so nothing is written afterwards.
+The engine loop queues READs and looks at them; the thread connects, reads and waits. Where reading
+needs no waiting, as between GPUs, the loop itself starts the copies once the thread has connected:
+a thread of its own would have to wait for the interpreter's lock, longest when most is decoded.
+Invariant: a READ becomes FAILED only after the peer's thread has closed the channel, so nothing is
+written afterwards.
 """
 
 import contextlib
@@ -11,10 +13,10 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from core.clock import monotonic
 from core.errors import TransferError
+from kvtransfer.channel import Channel, Copies, Start
 from kvtransfer.pool_memory import check_distinct, check_ids, checked_pieces
 from kvtransfer.transport import BlockPieces, BlockPool, Piece, ReadState
 
@@ -24,64 +26,58 @@ MAX_QUEUED_READS = 1024
 _JOIN_STEP_S = 0.01
 
 
-class Channel(Protocol):
-    """A way to one peer's pool. Used by one thread, but for `interrupt`."""
-
-    def open(self) -> None:
-        """Connect, waiting at most a few seconds."""
-        ...
-
-    def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
-        """Copy blocks; returns when every byte is here.
-
-        Raises:
-            TransferError or OSError: it can't go on; the channel is of no more use.
-        """
-        ...
-
-    def interrupt(self) -> None:
-        """Make `open` and `read` raise soon. From another thread; repeated until they did."""
-        ...
-
-    def close(self) -> None:
-        """Cut the connection. On return nothing that was asked for can land any more."""
-        ...
-
-
 class QueuedRead:
-    """One READ. Ended by the peer's thread, polled by the engine loop."""
+    """One READ. Queued and polled by the engine loop, ended there or by the peer's thread."""
 
-    __slots__ = ("duration_s", "error", "own_ids", "remote_ids", "state")
+    __slots__ = ("_peer", "copies", "duration_s", "error", "own_ids", "remote_ids", "state")
 
-    def __init__(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
+    def __init__(
+        self, peer: "PeerReads", remote_ids: Sequence[int], own_ids: Sequence[int]
+    ) -> None:
         """PENDING from here on."""
+        self._peer = peer
         self.remote_ids = remote_ids
         self.own_ids = own_ids
+        self.copies: Copies | None = None
+        """While it goes on by itself."""
         self.state = ReadState.PENDING
         self.error = ""
         self.duration_s = 0.0
 
     def poll(self) -> ReadState:
         """Look, don't wait."""
+        if self.copies is not None:
+            self._peer.look_at(self)
         return self.state
 
     def finish(self, error: str) -> None:
         """End it, once; `error` empty means that all bytes are here."""
+        copies, self.copies = self.copies, None
+        if copies is not None:
+            copies.free()
         if self.state is ReadState.PENDING:
             self.error = error
             self.state = ReadState.FAILED if error else ReadState.DONE
 
 
 class PeerReads:
-    """The READs from one peer and the thread that does them."""
+    """The READs from one peer and the thread that does them, or keeps the way open for them."""
 
     def __init__(self, peer_id: str, channel: Channel) -> None:
         """Start connecting."""
         self._peer_id = peer_id
         self._channel = channel
-        self._queue: queue.Queue[QueuedRead | None] = queue.Queue(MAX_QUEUED_READS)
+        self._queue: queue.Queue[QueuedRead | None] = queue.Queue(MAX_QUEUED_READS + 1)
+        """Those that wait for the thread; None wakes it."""
         self._lock = threading.Lock()
+        """Held while copies are started or looked at, so that the channel stays open meanwhile."""
         self._closed = False
+        self._start: Start | None = None
+        """Set once the engine loop starts READs itself."""
+        self._started: list[QueuedRead] = []
+        """Those that it started and that were not seen to end."""
+        self._broken = ""
+        """What went wrong with copies that go on by themselves."""
         self._failure = ""
         """Set once nothing can land any more."""
         self._closing = False
@@ -96,14 +92,32 @@ class PeerReads:
         """
         if self._failure:
             raise TransferError(self._failure)
-        try:
-            self._queue.put_nowait(read)
-        except queue.Full:
-            raise TransferError(
-                f"{MAX_QUEUED_READS} READs wait for peer {self._peer_id} already."
-            ) from None
+        with self._lock:
+            if len(self._started) + self._queue.qsize() >= MAX_QUEUED_READS:
+                raise TransferError(
+                    f"{MAX_QUEUED_READS} READs wait for peer {self._peer_id} already."
+                )
+            if self._start is None or self._closed or self._broken:
+                self._queue.put_nowait(read)
+            else:
+                self._begin(read)
         if self._failure:
             self._fail_queued()
+
+    def look_at(self, read: QueuedRead) -> None:
+        """End a READ that goes on by itself if it has ended. Called by its `poll`."""
+        with self._lock:
+            if self._closed or self._broken or read.copies is None:
+                return
+            try:
+                duration_s = read.copies.duration_s()
+            except TransferError as error:
+                self._break(error)
+                return
+            if duration_s is not None:
+                read.duration_s = duration_s
+                self._started.remove(read)
+                read.finish("")
 
     def close(self) -> None:
         """Fail what is pending; returns when the thread has ended, which takes milliseconds."""
@@ -121,12 +135,15 @@ class PeerReads:
         read: QueuedRead | None = None
         failure = "the peer was disconnected"
         try:
-            self._channel.open()
-            while not self._closing and (read := self._queue.get()) is not None:
+            start = self._channel.open()
+            if start is not None:
+                self._leave_to_the_loop(start)
+            while not (self._closing or self._broken) and (read := self._queue.get()) is not None:
                 started_at = monotonic()
                 self._channel.read(read.remote_ids, read.own_ids)
                 read.duration_s = monotonic() - started_at
                 read.finish("")
+            failure = self._broken or failure
         except (OSError, TransferError) as error:
             failure = str(error) or repr(error)
         except Exception as error:
@@ -138,7 +155,34 @@ class PeerReads:
         self._failure = f"Peer {self._peer_id} is lost: {failure}"
         if read is not None:
             read.finish(self._failure)
+        for each in self._started:
+            each.finish(self._failure)
         self._fail_queued()
+
+    def _leave_to_the_loop(self, start: Start) -> None:
+        """Start what was queued meanwhile; whatever comes from now on is started where it comes."""
+        with self._lock:
+            self._start = start
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    read = self._queue.get_nowait()
+                    if read is None or self._broken:
+                        self._queue.put_nowait(read)
+                        return
+                    self._begin(read)
+
+    def _begin(self, read: QueuedRead) -> None:
+        assert self._start is not None
+        self._started.append(read)
+        try:
+            read.copies = self._start(read.remote_ids, read.own_ids)
+        except TransferError as error:
+            self._break(error)
+
+    def _break(self, error: TransferError) -> None:
+        """Have the thread close the channel and fail all READs, which may take a moment."""
+        self._broken = error.message
+        self._queue.put_nowait(None)
 
     def _fail_queued(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -199,7 +243,7 @@ class Peers:
         check_ids(remote_ids, pool.num_blocks, "the peer's")
         check_ids(own_ids, self._num_blocks, "our")
         check_distinct(own_ids)
-        read = QueuedRead(remote_ids, own_ids)
+        read = QueuedRead(reads, remote_ids, own_ids)
         reads.submit(read)
         return read
 

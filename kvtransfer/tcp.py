@@ -21,7 +21,7 @@ RECEIVE_TIMEOUT_S = 30.0
 
 
 class TcpChannel:
-    """A connection to the pool of one peer; see `peer_reads.Channel`."""
+    """A connection to the pool of one peer; see `channel.Channel`."""
 
     def __init__(
         self,

@@ -36,6 +36,8 @@ class SharedMemoryDriver(CudaDriver):
         self._own = own
         self._mapped: dict[int, NDArray[np.uint8]] = {}
         self._streams = 0
+        self.events = 0
+        """Made and not freed yet."""
         self.rectangles = 0
 
     def use(self, device_id: int) -> None:
@@ -63,8 +65,27 @@ class SharedMemoryDriver(CudaDriver):
     def free_stream(self, stream: int) -> None:
         pass
 
-    def wait(self, stream: int) -> None:
+    def new_event(self) -> int:
+        self.events += 1
+        return self.events
+
+    def free_event(self, event: int) -> None:
+        self.events -= 1
+
+    def mark(self, event: int, stream: int) -> None:
         pass
+
+    def follow(self, stream: int, event: int) -> None:
+        pass
+
+    def reached(self, event: int) -> bool:
+        return True
+
+    def wait(self, event: int) -> None:
+        pass
+
+    def seconds_between(self, begin: int, end: int) -> float:
+        return 1e-6
 
     def copy(
         self,
