@@ -44,7 +44,7 @@ def vllm_replicas(
             command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
             command += ["--model", str(folder), "--load-format", "dummy", "--dtype", "bfloat16"]
             command += ["--host", "127.0.0.1", "--port", str(port)]
-            command += ["--max-model-len", str(longest + 1), "--disable-log-requests"]
+            command += ["--max-model-len", str(longest + 1)]
             environment = {
                 **os.environ,
                 "PYTHONPATH": python_path,

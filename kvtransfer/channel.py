@@ -1,6 +1,6 @@
 """What `peer_reads` asks of a way to one peer's pool; each transport has one of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -20,24 +20,23 @@ class Copies(Protocol):
         ...
 
 
-Start = Callable[[Sequence[int], Sequence[int]], Copies]
-"""Starts to copy peer's blocks to own ones; raises TransferError like `Channel.read`."""
-
-
 class Channel(Protocol):
-    """A way to one peer's pool. Used by one thread, but for `interrupt` and what `open` returns."""
+    """A way to one peer's pool. Used by one thread, but for `interrupt` and what `open` tells."""
 
-    def open(self) -> Start | None:
+    def open(self) -> bool:
         """Connect, waiting at most a few seconds.
 
         Returns:
-            What starts a READ without waiting, for the engine's thread to call until `close`; then
-            `read` is never called. None if there is no such thing.
+            Whether READs go on by themselves. Then `read` doesn't wait, and until `close` the
+            engine's thread calls it.
         """
         ...
 
-    def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
-        """Copy blocks; returns when every byte is here.
+    def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> Copies | None:
+        """Copy blocks.
+
+        Returns:
+            None when every byte is here; or, where READs go on by themselves, the one that began.
 
         Raises:
             TransferError or OSError: it can't go on; the channel is of no more use.

@@ -6,7 +6,19 @@ them; what is not theirs has no state.
 """
 
 import ctypes
-from ctypes import POINTER, byref, c_char, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    byref,
+    c_char,
+    c_char_p,
+    c_float,
+    c_int,
+    c_size_t,
+    c_uint,
+    c_uint64,
+    c_void_p,
+    cast,
+)
 from typing import Any
 
 import numpy as np
@@ -19,7 +31,6 @@ _NON_BLOCKING = 1
 _SLEEPING = 1
 _NOT_READY = 600
 _LAZY_PEER_ACCESS = 1
-_UNIFIED = 4
 _SOURCE_ANY_TIME = 3
 _BESIDE_COMPUTE = 1
 
@@ -40,29 +51,6 @@ class _CopyAttributes(ctypes.Structure):
         ("source_hint", _Location),
         ("target_hint", _Location),
         ("flags", c_uint),
-    ]
-
-
-class _Copy2D(ctypes.Structure):
-    """CUDA_MEMCPY2D."""
-
-    _fields_ = [
-        ("source_x", c_size_t),
-        ("source_y", c_size_t),
-        ("source_type", c_int),
-        ("source_host", c_void_p),
-        ("source", c_uint64),
-        ("source_array", c_void_p),
-        ("source_pitch", c_size_t),
-        ("target_x", c_size_t),
-        ("target_y", c_size_t),
-        ("target_type", c_int),
-        ("target_host", c_void_p),
-        ("target", c_uint64),
-        ("target_array", c_void_p),
-        ("target_pitch", c_size_t),
-        ("width", c_size_t),
-        ("height", c_size_t),
     ]
 
 
@@ -240,29 +228,34 @@ class CudaDriver:
             c_void_p(stream),
         )
 
-    def copy_rows(
+    def load_kernel(self, code: bytes, name: str) -> int:
+        """Translate PTX for the current GPU, where it stays; returns one kernel of it."""
+        module, function = c_void_p(), c_void_p()
+        self._call("cuModuleLoadData", byref(module), c_char_p(code))
+        self._call("cuModuleGetFunction", byref(function), module, c_char_p(name.encode()))
+        assert function.value is not None
+        return function.value
+
+    def launch(
         self,
-        target: int,
-        source: int,
+        kernel: int,
         *,
-        width: int,
-        height: int,
-        target_pitch: int,
-        source_pitch: int,
+        programs: int,
+        threads: tuple[int, int],
+        argument: bytes,
         stream: int,
     ) -> None:
-        """Queue a copy of `height` rows of `width` bytes that lie `pitch` bytes apart."""
-        copy = _Copy2D(
-            source_type=_UNIFIED,
-            source=source,
-            source_pitch=source_pitch,
-            target_type=_UNIFIED,
-            target=target,
-            target_pitch=target_pitch,
-            width=width,
-            height=height,
+        """Queue a kernel of one parameter in `programs` blocks of (x, y) threads."""
+        x, y = threads
+        parameters = (c_void_p * 1)(cast(c_char_p(argument), c_void_p))
+        self._call(
+            "cuLaunchKernel",
+            c_void_p(kernel),
+            *(c_uint(number) for number in (programs, 1, 1, x, y, 1, 0)),
+            c_void_p(stream),
+            parameters,
+            None,
         )
-        self._call("cuMemcpy2DAsync_v2", byref(copy), c_void_p(stream))
 
     def upload(self, target: int, source: NDArray[np.uint8]) -> None:
         """Copy host bytes to an address on a GPU, and wait until they are there."""

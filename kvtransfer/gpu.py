@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from core.errors import TransferError
-from kvtransfer.channel import Channel, Start
+from kvtransfer.channel import Channel, Copies
 from kvtransfer.cuda_driver import CudaDriver
 from kvtransfer.gpu_copies import GpuCopyChannel, GpuPool, this_host
 from kvtransfer.nixl import MAX_BLOCKS_PER_READ, NixlTransport
@@ -130,11 +130,11 @@ class _FirstWay:
         self._ways = ways
         self._open = ways[0]
 
-    def open(self) -> Start | None:
+    def open(self) -> bool:
         for way in self._ways:
             self._open = way
             try:
-                start = way.open()
+                at_once = way.open()
             except TransferError as error:
                 if way is self._ways[-1]:
                     raise
@@ -146,11 +146,11 @@ class _FirstWay:
                 )
             else:
                 log.info("KV of peer %s is read by %s", self._peer_id, type(way).__name__)
-                return start
+                return at_once
         raise AssertionError("the last way opens or raises")
 
-    def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
-        self._open.read(remote_ids, own_ids)
+    def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> Copies | None:
+        return self._open.read(remote_ids, own_ids)
 
     def interrupt(self) -> None:
         for way in self._ways:

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import TransferError
-from kvtransfer.channel import Start
 from kvtransfer.cuda_driver import HANDLE_BYTES, CudaDriver
+from kvtransfer.gpu_rows import UNIT_BYTES, RowKernel, Rows, as_rows
 from kvtransfer.transport import BlockPool, Piece
 
 _METADATA = struct.Struct(f"<8s16s{HANDLE_BYTES}sQQQI")
@@ -90,44 +90,6 @@ def this_host() -> bytes:
     return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Pieces of equal size at equal distances: one rectangular copy per block."""
-
-    first: Piece
-    count: int = 1
-    remote_pitch: int = 0
-    own_pitch: int = 0
-
-
-def as_rows(pieces: Sequence[Piece]) -> tuple[Rows, ...]:
-    """The same bytes in as few rectangles as neighbours allow.
-
-    A rank's heads lie at the same place for every layer, for K and for V: one rectangle.
-    """
-    found: list[Rows] = []
-    for piece in pieces:
-        if found and (joined := _joined(found[-1], piece)) is not None:
-            found[-1] = joined
-        else:
-            found.append(Rows(piece))
-    return tuple(found)
-
-
-def _joined(rows: Rows, piece: Piece) -> Rows | None:
-    first, count = rows.first, rows.count
-    if piece.num_bytes != first.num_bytes:
-        return None
-    remote_pitch = rows.remote_pitch or piece.remote_offset - first.remote_offset
-    own_pitch = rows.own_pitch or piece.own_offset - first.own_offset
-    fits = (
-        min(remote_pitch, own_pitch) >= piece.num_bytes
-        and piece.remote_offset == first.remote_offset + count * remote_pitch
-        and piece.own_offset == first.own_offset + count * own_pitch
-    )
-    return Rows(first, count + 1, remote_pitch, own_pitch) if fits else None
-
-
 class GpuCopies:
     """A READ in the hands of the GPU; see `channel.Copies`."""
 
@@ -167,27 +129,27 @@ class GpuCopyChannel:
         self._own_address = own_address
         self._own = own
         self._peer = peer
-        self._rows = as_rows(pieces)
+        aligned = not (own.block_bytes % UNIT_BYTES or peer.block_bytes % UNIT_BYTES)
+        self._rows = as_rows(pieces) if aligned else tuple(map(Rows, pieces))
         self._mapped: int | None = None
         self._streams: list[int] = []
+        self._row_kernel: RowKernel | None = None
         self._joins: list[int] = []
         """One event per stream but the first, which waits for the others."""
 
-    def open(self) -> Start | None:
-        """Map the peer's memory.
-
-        Whole blocks are queued in a few calls, which the engine's thread can do; rectangles, with a
-        call for each, are left to the peer's.
-        """
+    def open(self) -> bool:
+        """Map the peer's memory; copies then go on by themselves."""
         self._driver.use(self._own.device_id)
         self._mapped = self._driver.open_handle(self._peer.handle)
         self._streams = [self._driver.new_stream() for _ in range(_STREAMS)]
         self._joins = [self._driver.new_event() for _ in self._streams[1:]]
-        return self.start if all(rows.count == 1 for rows in self._rows) else None
+        if any(rows.count > 1 for rows in self._rows):
+            self._row_kernel = RowKernel(self._driver)
+        return True
 
-    def start(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> GpuCopies:
+    def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> GpuCopies:
         """Queue the copies, behind those queued before."""
-        assert self._mapped is not None, "start before open"
+        assert self._mapped is not None, "read before open"
         self._driver.use(self._own.device_id)
         first, *others = self._streams
         sources = _addresses(self._mapped + self._peer.offset, remote_ids, self._peer.block_bytes)
@@ -206,14 +168,6 @@ class GpuCopyChannel:
             copies.free()
             raise
         return copies
-
-    def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
-        """Queue the copies and wait for them, which takes milliseconds."""
-        copies = self.start(remote_ids, own_ids)
-        try:
-            self._driver.wait(copies.ended)
-        finally:
-            copies.free()
 
     def interrupt(self) -> None:
         """Nothing to do: copies need nobody's help to end."""
@@ -240,17 +194,9 @@ class GpuCopyChannel:
         targets, sources = targets + np.uint64(own), sources + np.uint64(remote)
         if rows.count == 1:
             self._driver.copy(targets, sources, width, stream)
-            return
-        for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
-            self._driver.copy_rows(
-                target,
-                source,
-                width=width,
-                height=rows.count,
-                target_pitch=rows.own_pitch,
-                source_pitch=rows.remote_pitch,
-                stream=stream,
-            )
+        else:
+            assert self._row_kernel is not None
+            self._row_kernel.copy(rows, targets, sources, stream)
 
 
 def _addresses(base: int, ids: Sequence[int], block_bytes: int) -> NDArray[np.uint64]:

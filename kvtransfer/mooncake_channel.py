@@ -139,7 +139,7 @@ class MooncakeChannel:
         self._interrupted = threading.Event()
         self._engine: Any = None
 
-    def open(self) -> None:
+    def open(self) -> bool:
         """Make an engine, let it meet the peer's, and give it the pool to fill."""
         connecting = _Connecting(self._api, self._peer, str(self._own.host), self._slots)
         deadline = time.monotonic() + CONNECT_TIMEOUT_S
@@ -149,6 +149,7 @@ class MooncakeChannel:
                 raise TransferError(f"{self._peer.target} does not answer Mooncake")
         self._engine = connecting.take()
         register(self._engine, self._own.base_address, self._own.num_blocks * self._own.block_bytes)
+        return False
 
     def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
         """Post pieces, a bounded number at a time, and look at them until all are done."""

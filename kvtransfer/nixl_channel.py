@@ -53,7 +53,7 @@ class NixlChannel:
         self._own_side: Any = None
         self._peer_side: Any = None
 
-    def open(self) -> None:
+    def open(self) -> bool:
         """Make the agent and prepare the descriptors of both pools, once for all READs."""
         if self._own.device_id is not None:
             use_gpu(self._own.device_id)
@@ -74,6 +74,7 @@ class NixlChannel:
             )
         except Exception as error:
             raise TransferError(f"NIXL can't connect: {error!r}") from error
+        return False
 
     def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
         """Post a READ and look at it until it is done."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from core.clock import monotonic
 from core.errors import TransferError
-from kvtransfer.channel import Channel, Copies, Start
+from kvtransfer.channel import Channel, Copies
 from kvtransfer.pool_memory import check_distinct, check_ids, checked_pieces
 from kvtransfer.transport import BlockPieces, BlockPool, Piece, ReadState
 
@@ -72,7 +72,7 @@ class PeerReads:
         self._lock = threading.Lock()
         """Held while copies are started or looked at, so that the channel stays open meanwhile."""
         self._closed = False
-        self._start: Start | None = None
+        self._at_once = False
         """Set once the engine loop starts READs itself."""
         self._started: list[QueuedRead] = []
         """Those that it started and that were not seen to end."""
@@ -97,10 +97,10 @@ class PeerReads:
                 raise TransferError(
                     f"{MAX_QUEUED_READS} READs wait for peer {self._peer_id} already."
                 )
-            if self._start is None or self._closed or self._broken:
-                self._queue.put_nowait(read)
-            else:
+            if self._at_once and not self._closed and not self._broken:
                 self._begin(read)
+            else:
+                self._queue.put_nowait(read)
         if self._failure:
             self._fail_queued()
 
@@ -135,9 +135,8 @@ class PeerReads:
         read: QueuedRead | None = None
         failure = "the peer was disconnected"
         try:
-            start = self._channel.open()
-            if start is not None:
-                self._leave_to_the_loop(start)
+            if self._channel.open():
+                self._leave_to_the_loop()
             while not (self._closing or self._broken) and (read := self._queue.get()) is not None:
                 started_at = monotonic()
                 self._channel.read(read.remote_ids, read.own_ids)
@@ -159,10 +158,10 @@ class PeerReads:
             each.finish(self._failure)
         self._fail_queued()
 
-    def _leave_to_the_loop(self, start: Start) -> None:
+    def _leave_to_the_loop(self) -> None:
         """Start what was queued meanwhile; whatever comes from now on is started where it comes."""
         with self._lock:
-            self._start = start
+            self._at_once = True
             with contextlib.suppress(queue.Empty):
                 while True:
                     read = self._queue.get_nowait()
@@ -172,10 +171,9 @@ class PeerReads:
                     self._begin(read)
 
     def _begin(self, read: QueuedRead) -> None:
-        assert self._start is not None
         self._started.append(read)
         try:
-            read.copies = self._start(read.remote_ids, read.own_ids)
+            read.copies = self._channel.read(read.remote_ids, read.own_ids)
         except TransferError as error:
             self._break(error)
 

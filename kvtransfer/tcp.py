@@ -41,12 +41,13 @@ class TcpChannel:
         self._own_runs = [(piece.own_offset, piece.num_bytes) for piece in pieces]
         self._sock = frames.deadline_socket(peer.host, CONNECT_TIMEOUT_S)
 
-    def open(self) -> None:
+    def open(self) -> bool:
         """Connect, shake hands and say what of each block is wanted."""
         self._sock.connect((self._peer.host, self._peer.port))
         frames.greet_as_client(self._sock, self._token, self._peer.pool_nonce)
         frames.send_runs(self._sock, self._remote_runs)
         self._sock.settimeout(RECEIVE_TIMEOUT_S)
+        return False
 
     def read(self, remote_ids: Sequence[int], own_ids: Sequence[int]) -> None:
         """Ask for blocks and receive them into their places."""

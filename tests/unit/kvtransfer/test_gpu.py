@@ -1,8 +1,12 @@
 """Transport between GPUs where no GPU is needed: ways to a peer, and how pieces become copies."""
 
 import logging
+import subprocess
 from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,10 +15,10 @@ from core.errors import TransferError
 from core.kv_layout import KvLayout
 from kvtransfer import gpu
 from kvtransfer.gpu import GpuTransport
-from kvtransfer.gpu_copies import Rows, as_rows
+from kvtransfer.gpu_rows import UNIT_BYTES, Rows, as_rows
 from kvtransfer.head_slices import plan_slices
 from kvtransfer.nixl import NixlTransport
-from kvtransfer.transport import Piece, ReadState
+from kvtransfer.transport import BlockPieces, Piece, ReadState
 from tests.support.gpu_driver import SharedMemoryDriver
 from tests.support.kv import TOKEN, HostPool, finish
 
@@ -33,15 +37,24 @@ def pieces_of(rows: Sequence[Rows]) -> list[Piece]:
     ]
 
 
-@given(
-    st.lists(st.builds(Piece, st.integers(0, 9), st.integers(0, 9), st.integers(1, 3)), max_size=12)
-)
+@st.composite
+def cut(draw: st.DrawFn) -> list[Piece]:
+    """Pieces in any places, of which some are neighbours at whole units, some at parts of one."""
+    unit = draw(st.sampled_from([UNIT_BYTES, UNIT_BYTES, UNIT_BYTES // 2]))
+    offsets, sizes = st.integers(0, 9), st.integers(1, 3)
+    pieces = draw(st.lists(st.builds(Piece, offsets, offsets, sizes), max_size=12))
+    return [Piece(*(number * unit for number in piece)) for piece in pieces]
+
+
+@given(cut())
 def test_rows_are_the_same_pieces_in_the_same_order(pieces: list[Piece]) -> None:
     rows = as_rows(pieces)
     assert pieces_of(rows) == pieces
     for each in rows:
-        wide = min(each.remote_pitch, each.own_pitch) >= each.first.num_bytes
-        assert each.count == 1 or wide, "rows of one copy must not overlap"
+        if each.count > 1:
+            pitches = (each.remote_pitch, each.own_pitch)
+            assert min(pitches) >= each.first.num_bytes, "rows of one copy must not overlap"
+            assert not any(number % UNIT_BYTES for number in (*each.first, *pitches))
 
 
 @pytest.mark.parametrize(("source_size", "own_size"), [(1, 2), (2, 1), (4, 2), (1, 8)])
@@ -55,6 +68,37 @@ def test_the_heads_of_a_rank_are_one_rectangle(source_size: int, own_size: int) 
         assert part.pieces is not None
         (rows,) = as_rows(part.pieces.pieces)
         assert rows.count == 8, "K and V of each layer"
+
+
+def test_the_rows_of_more_blocks_than_one_launch_takes_all_arrive() -> None:
+    num_blocks, rows, width = 1100, 6, 48
+    source = HostPool(num_blocks, BLOCK)
+    source.fill(4)
+    target = HostPool(num_blocks, BLOCK)
+    server, reader = opened(source, nixl=False), opened(target, nixl=False)
+    pieces = tuple(Piece(256 * row + 16, 512 * row + 32, width) for row in range(rows))
+    reader.connect("p", server.metadata(), BlockPieces(BLOCK, pieces))
+    assert finish(reader.read("p", [(i, num_blocks - 1 - i) for i in range(num_blocks)])) is (
+        ReadState.DONE
+    )
+    expected = np.zeros_like(target.words)
+    for remote, own, size in pieces:
+        words = source.words[::-1, remote // 8 : (remote + size) // 8]
+        expected[:, own // 8 : (own + size) // 8] = words
+    assert (target.words == expected).all()
+    reader.close()
+    server.close()
+
+
+def test_the_kernel_of_rows_becomes_machine_code(tmp_path: Path) -> None:
+    """What the driver will do on a GPU; the code is not run here."""
+    nvidia = pytest.importorskip("triton.backends.nvidia", reason="has NVIDIA's assembler")
+    assembler = Path(nvidia.__path__[0]) / "bin" / "ptxas"
+    source = files("kvtransfer").joinpath("gpu_rows.ptx")
+    for target in ("sm_80", "sm_90"):
+        command = [assembler, "-v", f"-arch={target}", str(source), "-o", tmp_path / target]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        assert "0 bytes spill stores" in said
 
 
 class BrokenDriver(SharedMemoryDriver):
