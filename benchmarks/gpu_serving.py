@@ -1,7 +1,7 @@
 """Split prefill and decode against two workers that do both, under the same load.
 
     python -m benchmarks.gpu_serving [--save] [--systems split aggregated combined]
-        [--sizes 4096/512 2048/512] [--rates 2 4 6 8] [--seconds 40] [--trace FILE --faster 2]
+        [--loads 4096/512@3,6,9 2048/512@8,16] [--seconds 20] [--trace FILE --faster 2]
         [--systems vllm --vllm PYTHONPATH]
 
 Each system is `diptych serve` on the same two GPUs with random weights, one after the other:
@@ -61,9 +61,10 @@ Load = tuple[str, list[Arrival], Prompts]
 def workloads(arguments: argparse.Namespace, vocab: int) -> Iterator[Load]:
     """Every load, with its name and how its prompts are made."""
     ids = range(vocab)
-    for size in arguments.sizes:
+    for load in arguments.loads:
+        size, _, rates = load.partition("@")
         prompt, output = map(int, size.split("/"))
-        for rate in arguments.rates:
+        for rate in map(float, rates.split(",")):
             seed = int(prompt * 1000 + rate * 10)
             sizes = Sizes(prompt=Lengths(prompt, prompt), output=Lengths(output, output), seed=seed)
             arrivals = open_loop(sizes, rate=rate, seconds=arguments.seconds)
@@ -159,9 +160,14 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--systems", nargs="+", choices=[*SYSTEMS, VLLM], default=list(SYSTEMS))
-    parser.add_argument("--sizes", nargs="*", default=["4096/512", "2048/512"])
-    parser.add_argument("--rates", type=float, nargs="+", default=[2, 4, 6, 8])
-    parser.add_argument("--seconds", type=float, default=40, help="of arrivals, per load")
+    parser.add_argument(
+        "--loads",
+        nargs="*",
+        default=["4096/512@3,6,9", "2048/512@8,16"],
+        metavar="PROMPT/OUTPUT@RATE,...",
+        help="tokens of each request, and requests per second of one load after the other",
+    )
+    parser.add_argument("--seconds", type=float, default=20, help="of arrivals, per load")
     parser.add_argument("--trace", type=Path, help="also replay this")
     parser.add_argument("--trace-requests", type=int, default=300)
     parser.add_argument("--faster", type=float, default=1.0, help="than the trace was")
@@ -175,7 +181,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep it in this folder")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.model]
-    kept = ("model", "sizes", "rates", "seconds", "faster", "local_tokens", "serve")
+    kept = ("model", "loads", "seconds", "faster", "local_tokens", "serve")
     settings = {key: getattr(arguments, key) for key in kept}
     loads = list(workloads(arguments, shape.vocab_size))
     longest = max(each.prompt_tokens + each.output_tokens for _, load, _ in loads for each in load)

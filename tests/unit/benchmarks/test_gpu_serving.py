@@ -9,7 +9,7 @@ from router.api.slo import SloTargets
 
 
 def test_every_size_and_rate_is_a_load_of_its_own() -> None:
-    arguments = argparse.Namespace(sizes=["64/8"], rates=[2, 4], seconds=20, trace=None)
+    arguments = argparse.Namespace(loads=["64/8@2,4"], seconds=20, trace=None)
     slow, fast = workloads(arguments, vocab=1000)
     assert (slow[0], fast[0]) == ("64/8 at 2/s", "64/8 at 4/s")
     assert 20 < len(slow[1]) < len(fast[1])
