@@ -236,8 +236,7 @@ class Peers:
         if not 0 < len(pairs) <= most:
             raise TransferError(f"A READ moves 1 to {most} blocks, not {len(pairs)}.")
         pool, reads = peer
-        remote_ids = [remote for remote, _ in pairs]
-        own_ids = [own for _, own in pairs]
+        remote_ids, own_ids = zip(*pairs, strict=True)
         check_ids(remote_ids, pool.num_blocks, "the peer's")
         check_ids(own_ids, self._num_blocks, "our")
         check_distinct(own_ids)

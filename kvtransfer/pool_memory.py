@@ -18,9 +18,9 @@ def pool_view(pool: BlockPool) -> memoryview:
     return memoryview(memory).cast("B")
 
 
-def check_ids(ids: Iterable[int], num_blocks: int, whose: str) -> None:
-    """Raise TransferError unless every id names a block of a pool of `num_blocks`."""
-    for block in ids:
+def check_ids(ids: Sequence[int], num_blocks: int, whose: str) -> None:
+    """Raise TransferError unless every id, of one at least, names a block of a pool."""
+    for block in (min(ids), max(ids)):
         if not 0 <= block < num_blocks:
             raise TransferError(f"Block {block} is outside {whose} pool of {num_blocks} blocks.")
 
