@@ -1,6 +1,7 @@
 """Changes of logits and log probabilities on the device, and that the host never waits."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -177,8 +178,13 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode(before)
 
 
-def every_kind(rows: int) -> list[SampleSpec]:
-    specs = [spec for kind in KINDS.values() for spec in kind]
+def every_kind(rows: int, vocab_size: int) -> list[SampleSpec]:
+    mask = AllowedIds(vocab_size, 4, vocab_size - 1)
+    specs = [
+        spec if spec.mask is None else replace(spec, mask=mask)
+        for kind in KINDS.values()
+        for spec in kind
+    ]
     specs += [make_spec(top_k=3, logprobs=2), make_spec(top_p=0.9), make_spec(min_p=0.1)]
     return [specs[i % len(specs)] for i in range(rows)]
 
@@ -187,7 +193,7 @@ def every_kind(rows: int) -> list[SampleSpec]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("vocab_size", [3000, 151_936])
 def test_the_host_never_waits(vocab_size: int, no_waiting: None) -> None:
-    specs = every_kind(24)
+    specs = every_kind(24, vocab_size)
     logits = torch.randn(24, vocab_size, device=DEVICE, dtype=torch.bfloat16)
     out = torch.empty(24, dtype=torch.int32, device=DEVICE)
     sampler = Sampler()
