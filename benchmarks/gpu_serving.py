@@ -26,6 +26,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -121,7 +122,8 @@ def measure(
     }
     targets = [Target(url=url, model=model, fields=fields, timeout_s=300) for url in urls]
     _, first, prompts = loads[0]
-    asyncio.run(run(shared(targets, prompts, first[:8], clients=len(urls))))
+    other = replace(prompts, seed=prompts.seed + 1)
+    asyncio.run(run(shared(targets, other, first[:8], clients=len(urls))))
     for name, arrivals, prompts in loads:
         loaded = asyncio.run(run(shared(targets, prompts, arrivals, clients=CLIENTS)))
         print(f"== {system}, {name}", flush=True)
@@ -181,8 +183,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep it in this folder")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.model]
-    kept = ("model", "loads", "seconds", "faster", "local_tokens", "serve")
+    kept = ("model", "loads", "seconds", "trace_requests", "faster", "local_tokens", "serve")
     settings = {key: getattr(arguments, key) for key in kept}
+    settings["trace"] = arguments.trace.name if arguments.trace else None
     loads = list(workloads(arguments, shape.vocab_size))
     longest = max(each.prompt_tokens + each.output_tokens for _, load, _ in loads for each in load)
     with tempfile.TemporaryDirectory() as name:

@@ -2,8 +2,8 @@
 
 Both pools are mapped in one process (CUDA IPC), so a READ is a batch of copies over NVLink or PCIe
 that the peer's process takes no part in: frozen or dead, its memory stays until it is unmapped.
-Measured between two H200s with scattered blocks of 2 MiB: 325 GB/s for 4096 tokens of
-Llama-3.1-8B, where UCX, which launches a copy for each block, moves 206 and one large copy 390
+Measured between two H200s with scattered blocks of 2 MiB: 326 GB/s for 4096 tokens of
+Llama-3.1-8B, where UCX, which launches a copy for each block, moves 206 and one large copy 384
 (`benchmarks/gpu_kv_transfer.py`).
 """
 
@@ -26,10 +26,10 @@ from kvtransfer.transport import BlockPool, Piece
 _METADATA = struct.Struct(f"<8s16s{HANDLE_BYTES}sQQQI")
 _MAGIC = b"DIPTYCHG"
 _STREAMS = 4
-"""Copies from one stream leave gaps: 315 GB/s with one, 367 with two, 356 to 373 with more."""
+"""Copies from one stream leave gaps: 315 GB/s with one, 364 with two, 370 with more."""
 _BATCH = 64
-"""Blocks given to a stream at a time. Queueing one takes about 1.5 us, so that the first batch is
-under way while the last is queued."""
+"""Blocks given to a stream at a time. Queueing one takes 1.2 us, so that the first batch is under
+way while the last is queued; smaller batches cost more in calls than they begin sooner."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
