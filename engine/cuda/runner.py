@@ -35,6 +35,8 @@ from engine.sampler.prompt_logprobs import PromptScores, score_prompts
 
 _UNUSED: Final = SampleSpec(SamplingParams(temperature=0), 0, (), ())
 """Of rows that nobody reads."""
+_TILED: Final = (16, 32, 64, 128)
+"""Numbers of tokens for which products of few rows are divided differently, at the most."""
 
 
 class CudaRunner:
@@ -61,6 +63,7 @@ class CudaRunner:
         self._cos_sin = cos_sin
         device = pool.tensor.device
         self._max_rows = max_rows = limits.max_rows
+        self._max_tokens = limits.max_tokens
         self._attention = attention
         self._writer = StepWriter(self._block_size, max_rows)
         max_blocks = limits.max_table_entries + max_rows
@@ -152,10 +155,14 @@ class CudaRunner:
         self._landings[0].arrived.wait()
 
     def warm_up(self, progress: Callable[[str], None]) -> None:
-        """Compile every kernel and capture the graphs, so that no request has to wait for it."""
+        """Build every kernel and capture the graphs, so that no request has to wait for it."""
         with torch.inference_mode():
             self._decodes.capture_all(progress)
-        self.rehearse(2 * self._block_size, self._block_size)
+            progress("building what other steps need")
+            mixture = self._run_mixed(_one_of_each()[: self._max_rows], write=False)
+            self._sampler.rehearse(mixture.logits)
+        for num_tokens in _TILED:
+            self.rehearse(min(num_tokens, self._max_tokens), self._block_size)
 
     def _run_decodes(self, chunks: Sequence[Chunk]) -> "_Queued":
         """Every chunk has a row of logits, whether it is to be sampled or not."""
@@ -255,6 +262,16 @@ class StepLimits:
     max_rows: int
     max_table_entries: int
     """Blocks in all tables of a step together; blocks shared by several sequences count again."""
+
+
+def _one_of_each() -> list[Chunk]:
+    """A decode, a chunk of a prompt that has begun and a fresh one, of blocks of any size."""
+    table = [0, 0, 0]
+    return [
+        Chunk("rehearsal-decode", [0], 1, table, _UNUSED),
+        Chunk("rehearsal-resumed", [0, 0], 1, table, _UNUSED),
+        Chunk("rehearsal-fresh", [0, 0], 0, table, _UNUSED),
+    ]
 
 
 @dataclass(frozen=True, slots=True)

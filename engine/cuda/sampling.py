@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from core.sampling import SamplingParams
 from engine.cuda.kernels.sampling import CHUNK, chunk_stats, pick, sum_above
 from engine.cuda.kernels.sampling_filter import CANDIDATES, GROUPS, floors_of
 from engine.cuda.sampling_changes import Changes, TokenHistory, apply_, list_changes
 from engine.cuda.sampling_copies import send
 from engine.cuda.sampling_logprobs import DeviceLogprobs, logprobs_of
+from engine.grammar.backend import num_words
 from engine.plan import SampleSpec
 from engine.sampler.logits import is_plain
 
@@ -145,6 +147,19 @@ class Sampler:
         counts = [specs[row].params.logprobs or 0 for row in asked]
         return logprobs_of(logits, out, asked_index, asked, counts)
 
+    def rehearse(self, logits: torch.Tensor) -> None:
+        """Launch every kernel of `draw` once, so that no request has to wait until it is built.
+
+        Args:
+            logits: [1 or more, vocab_size], as those that will be drawn from; not written.
+        """
+        out = torch.zeros(1, dtype=torch.int32, device=logits.device)
+        filters, bias = {"top_p": 0.9, "top_k": 9, "min_p": 0.1}, {"logit_bias": {0: 1.0}}
+        both = _rehearsed(**filters, **bias)
+        both.mask = _Allowing(logits.shape[1])
+        for spec in (_rehearsed(**filters), _rehearsed(**bias), both):
+            self.draw(logits[:1], [spec], out)
+
     def _draw(
         self,
         logits: torch.Tensor,
@@ -218,6 +233,20 @@ def _settings(specs: Sequence[SampleSpec], vocab_size: int) -> _Settings:
         np.array(top_ps, np.float64),
         np.array(drops, np.float32),
     )
+
+
+def _rehearsed(**params: Any) -> SampleSpec:
+    return SampleSpec(SamplingParams(**params), position=0, prompt_ids=(), output_ids=())
+
+
+class _Allowing:
+    """A TokenMask that allows all."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._words = np.full(num_words(vocab_size), -1, np.int32)
+
+    def words(self) -> npt.NDArray[np.int32]:
+        return self._words
 
 
 def _is_filtered(spec: SampleSpec) -> bool:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.cuda.kernels.launch import await_previous, overlap
+from engine.cuda.kernels.launch import await_previous, built_once, overlap
 
 _CHUNK = 1024
 """Pairs that are looked at together while they are gathered."""
@@ -126,7 +126,7 @@ def gather(chosen: torch.Tensor, *, first: int, count: int, total: int) -> Gathe
     return Gathered(order, bounds, count < total, block_m, num_tiles)
 
 
-@triton.jit
+@built_once("pairs")
 def _gather(chosen, order, bounds, pairs, first, count, CHUNK: tl.constexpr, OVERLAP: tl.constexpr):
     index = tl.program_id(0)
     expert = first + index

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as cuda_language
 
-from engine.cuda.kernels.launch import fetch_to_l2, overlap
+from engine.cuda.kernels.launch import built_once, fetch_to_l2, overlap
 from engine.cuda.kernels.product import GATE_TILE, Product
 
 _MAX_BLOCK_M = 64
@@ -134,7 +134,7 @@ def few_rows(
     )
 
 
-@triton.jit
+@built_once("rows")
 def _few_rows(
     x,
     weight,

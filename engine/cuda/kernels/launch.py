@@ -6,6 +6,7 @@ and `gdc_launch_dependents` lets the next one start. So launch and prologue cost
 must not touch anything that an earlier kernel writes, nor write anything, before its `gdc_wait`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,16 @@ import triton.language as tl
 from triton.language.extra import cuda as cuda_language
 
 from engine.cuda.support import has_dependent_launch
+
+
+def built_once(*varying: str) -> Callable[[Any], Any]:
+    """`triton.jit` for a kernel of which some arguments differ from step to step.
+
+    Triton builds a kernel anew for integers that are 1 or multiples of 16, and for addresses that
+    are: half a second in which no sequence goes on. What is named here has no part in that.
+    """
+    decorator: Callable[[Any], Any] = triton.jit(do_not_specialize=varying)
+    return decorator
 
 
 def overlap(tensor: torch.Tensor) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.cuda.kernels.launch import await_previous, overlap
+from engine.cuda.kernels.launch import await_previous, built_once, overlap
 
 CHUNK = 4096
 """Logits that one program reduces: 8 KiB of bf16, 16 bytes per load."""
@@ -198,7 +198,7 @@ def _invert(weights, index, target):
     return tl.minimum(first, last)
 
 
-@triton.jit
+@built_once("rows", "temperatures", "sums")
 def _chunk_stats(
     logits,
     rows,
@@ -231,7 +231,7 @@ def _chunk_stats(
         tl.store(sums + slot, tl.sum(weights, 0))
 
 
-@triton.jit
+@built_once("rows", "temperatures")
 def _sum_above(
     logits,
     rows,
@@ -262,7 +262,7 @@ def _sum_above(
         tl.store(sums + slot, 0.0)
 
 
-@triton.jit
+@built_once("rows", "temperatures", "seeds", "positions", "sums", "out")
 def _pick(
     logits,
     rows,

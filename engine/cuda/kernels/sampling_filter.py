@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.cuda.kernels.launch import await_previous, overlap
+from engine.cuda.kernels.launch import await_previous, built_once, overlap
 from engine.cuda.kernels.sampling import (
     CHUNK,
     exponent_scale,
@@ -210,7 +210,7 @@ def _nucleus(
     return key
 
 
-@triton.jit
+@built_once("top_ks", "top_ps")
 def _bound(
     top_ks,
     top_ps,
@@ -244,7 +244,7 @@ def _bound(
         tl.store(counts + row, 0)
 
 
-@triton.jit
+@built_once("rows")
 def _collect(
     logits,
     rows,
@@ -275,7 +275,7 @@ def _collect(
         tl.store(target, x, mask=(kept > 0) & (place < CANDIDATES))
 
 
-@triton.jit
+@built_once("rows", "temperatures", "top_ks", "top_ps", "drops", "sums")
 def _floor(
     logits,
     rows,

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.cuda.kernels.launch import await_previous, overlap
+from engine.cuda.kernels.launch import await_previous, built_once, overlap
 from engine.cuda.kernels.sampling import CHUNK
 
 _WORD_BITS = tl.constexpr(32)
@@ -36,7 +36,7 @@ def forbid(
     )
 
 
-@triton.jit
+@built_once("rows", "masks")
 def _forbid(
     logits,
     rows,

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.cuda.kernels.launch import built_once
+
 _BLOCK = 1024
 
 
@@ -26,7 +28,7 @@ def resolve_tokens(
     return out
 
 
-@triton.jit
+@built_once("count")
 def _resolve(token_ids, source_rows, last_tokens, out, count, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count

@@ -179,6 +179,27 @@ def test_with_and_without_graphs_tokens_and_logprobs_are_bit_equal(checkpoint: P
     assert len({token for tokens, *_ in outputs[0] for token in tokens}) > 30
 
 
+def test_nothing_is_built_once_it_serves(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(config(dense, dtype="bfloat16"))
+    built: list[str] = []
+    hooks = pytest.importorskip("triton").knobs.runtime
+    monkeypatch.setattr(hooks, "jit_post_compile_hook", lambda **call: built.append(call["repr"]))
+    rng = random.Random(8)
+    prompts = [[rng.randrange(3, 280) for _ in range(rng.randint(1, 90))] for _ in range(40)]
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"top_p": 0.8},
+        {"top_k": 5, "presence_penalty": 0.5},
+        {"logit_bias": {7: 2.0}, "logprobs": 2},
+    ]
+    each = [
+        SamplingParams(max_tokens=rng.randint(2, 20), ignore_eos=True, seed=i, **kinds[i % 4])
+        for i in range(len(prompts))
+    ]
+    llm.generate(prompts, each)
+    assert not built
+
+
 def test_submitting_never_waits_for_the_device(checkpoint: Path) -> None:
     executor = build_executor(config(checkpoint, dtype="bfloat16"))
     tables = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]

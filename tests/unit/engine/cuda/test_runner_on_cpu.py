@@ -59,6 +59,8 @@ def test_generates_what_the_torch_runner_does(
     assert plain.engine.stats().preemptions
     runner = build_cuda_runner_on_cpu(path, config)
     assert runner.overlaps
+    if not overrides:
+        runner.warm_up(lambda _: None)
     ahead = LLM(config, executor=runner)
     done = ahead.generate(prompts, each)
     assert [tokens(one) for one in done] == [tokens(one) for one in expected]
