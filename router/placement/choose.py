@@ -21,7 +21,7 @@ from router.placement.decision import (
     Refusal,
 )
 from router.placement.pairing import cheapest, cheapest_pair
-from router.placement.prices import Demand, Distrust, Outlook, Prices, fits
+from router.placement.prices import Demand, Distrust, Outlook, Prices, Terms, fits
 
 MAX_REASONS = 16
 """Refusals that an error names."""
@@ -126,8 +126,8 @@ class _Plan:
     prefill: int | None
     cost_s: float
     why: str
-    alone: Rows | None = None
-    """The workers that were compared, where one serves alone."""
+    alone: tuple[Rows, Terms] | None = None
+    """The workers that were compared and by what, where one serves alone."""
 
 
 def _choose_among(
@@ -154,7 +154,7 @@ def _choose_among(
     near = decode[prices.uncached[decode] <= limit] if len(prefill) else decode[:0]
     if len(near):
         why = f"it lacks at most {limit} tokens, and no pair is cheaper"
-        plans.append(_alone(prices, near, Mode.LOCAL, why))
+        plans.append(_alone(prices, near, prices.local, Mode.LOCAL, why))
     if not plans:
         plans.append(_any_alone(prices, np.flatnonzero(usable), prefill, decode))
     best = min(plans, key=lambda plan: plan.cost_s)
@@ -188,14 +188,14 @@ def _pairs(
     return [_Plan(Mode.DISAGGREGATED, best.importer, best.exporter, best.cost_s, why)]
 
 
-def _alone(prices: Prices, rows: Rows, mode: Mode, why: str) -> _Plan:
-    side = prices.side(rows, prices.alone)
+def _alone(prices: Prices, rows: Rows, terms: Terms, mode: Mode, why: str) -> _Plan:
+    side = prices.side(rows, terms)
     worker = cheapest(side, prices.columns["placed"])
-    return _Plan(mode, worker, None, float(side.cost_s.min()), why, rows)
+    return _Plan(mode, worker, None, float(side.cost_s.min()), why, (rows, terms))
 
 
 def _any_alone(prices: Prices, everyone: Rows, prefill: Rows, decode: Rows) -> _Plan:
-    plan = _alone(prices, everyone, Mode.DECODE_ONLY, "")
+    plan = _alone(prices, everyone, prices.alone, Mode.DECODE_ONLY, "")
     if prices.columns.flags("prefills")[plan.worker]:
         missing, mode = ("decode" if not len(decode) else "matching decode"), Mode.PREFILL_ONLY
     else:
@@ -231,7 +231,7 @@ def _placement(
     rate, rankings = None, []
     for plan in (best, *(plan for plan in plans if plan is not best)):
         if plan.alone is not None:
-            rankings.append(prices.ranking("local", plan.alone, prices.alone))
+            rankings.append(prices.ranking("local", *plan.alone))
             continue
         assert plan.prefill is not None
         links = columns.link_rates(np.array([plan.prefill]), decode)

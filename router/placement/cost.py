@@ -159,6 +159,6 @@ def growth_blocks(batch: Column, output_tokens: float, block_size: Column) -> Co
     return batch * (output_tokens / 2) / block_size
 
 
-def stall_s(own_prefill_s: Column, batch: Column) -> Column:
-    """What computing a prompt costs the sequences that decode there: each waits for it."""
-    return own_prefill_s * batch
+def stall_s(gap_s: Column, batch: Column) -> Column:
+    """What computing prompts costs the sequences that decode there: each waits for `gap_s`."""
+    return gap_s * batch

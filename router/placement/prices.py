@@ -59,6 +59,10 @@ class Outlook:
     """Uncached tokens up to which decode may compute the prompt itself."""
 
 
+Terms = Mapping[str, Column]
+"""Seconds by the name of the term, of all workers."""
+
+
 class Prices:
     """Terms of every worker in every part, worked out once per choice; arrays are by row."""
 
@@ -122,8 +126,12 @@ class Prices:
             "batch_wait_s": cost.batch_wait_s(decode_s, batch, places),
             "kv_wait_s": cost.kv_wait_s(decode_s, needed, columns["free_blocks"] - growth),
         }
-        stall_s = cost.stall_s(self.prefill["prefill_s"], batch)
-        self.alone = self.prefill | {"stall_s": stall_s} | self.decode
+        own_s = self.prefill["prefill_s"]
+        self.local = self.prefill | {"stall_s": cost.stall_s(own_s, batch)} | self.decode
+        # Where no prompt could go to a prefill worker, it stalls as many sequences as anywhere.
+        # What matters is then that prompts do not meet: they would make one long gap together.
+        gap_s = own_s + self.prefill["backlog_s"]
+        self.alone = self.prefill | {"stall_s": cost.stall_s(gap_s, batch)} | self.decode
 
     def host_copy(self, row: int) -> CopyRate | None:
         """How fast a worker is expected to copy from host memory, if it has to."""

@@ -318,6 +318,15 @@ def test_prompt_is_computed_on_decode_only_where_that_is_cheaper() -> None:
     assert busy.alternatives["local"] > busy.cost_s
 
 
+def test_without_a_prefill_pool_prompts_do_not_meet_where_few_more_decode() -> None:
+    """Whoever computes it stalls somebody; two in a row stall them twice as long at once."""
+    waited = make_view("a", "decode", running=30, backlog_tokens=100)
+    free = make_view("b", "decode", running=33)
+    assert place(waited, free).worker == "b"
+    crowded = make_view("b", "decode", running=90)
+    assert place(waited, crowded).worker == "a"
+
+
 def test_every_candidate_is_ranked_with_the_winner_first() -> None:
     views = [make_view(f"p{i}", "prefill", backlog_tokens=100 - i) for i in range(40)]
     placement = place(*views, make_view("d", "decode"))
