@@ -72,7 +72,7 @@ def serve(device: torch.device, *, with_nixl: bool) -> None:
 
 
 def finish(read: Read) -> float:
-    """Wait for the end as closely as can be; returns what the READ itself took."""
+    """Wait for the end as closely as can be; returns what the copies themselves took."""
     deadline = time.perf_counter() + _DEADLINE_S
     while (state := read.poll()) is ReadState.PENDING:
         if time.perf_counter() > deadline:
@@ -93,10 +93,15 @@ def copy_rate(num_bytes: int) -> list[float]:
         return [num_bytes / elapsed_s(lambda: target.copy_(source), "cuda") for _ in range(REPEATS)]
 
 
-def read_rates(transport: Transport, pool: KVPool, counts: Sequence[int]) -> dict[int, list[float]]:
-    """Bytes per second of READs of so many blocks; a first READ of each size does not count."""
+def read_rates(
+    transport: Transport, pool: KVPool, counts: Sequence[int]
+) -> dict[int, list[tuple[float, float]]]:
+    """READs of so many blocks: bytes per second, whole and of the copies alone.
+
+    A first READ of each size does not count.
+    """
     order = np.random.default_rng(0)
-    rates: dict[int, list[float]] = {}
+    rates: dict[int, list[tuple[float, float]]] = {}
     for count in counts:
         for repeat in range(REPEATS + 1):
             theirs = order.permutation(POOL_BLOCKS)[:count].tolist()
@@ -104,10 +109,11 @@ def read_rates(transport: Transport, pool: KVPool, counts: Sequence[int]) -> dic
             pool.tensor[own].fill_(-1)
             torch.cuda.synchronize()
             begun = time.perf_counter()
-            finish(transport.read("peer", list(zip(theirs, own, strict=True))))
-            seconds = time.perf_counter() - begun
+            copying_s = finish(transport.read("peer", list(zip(theirs, own, strict=True))))
+            whole_s = time.perf_counter() - begun
+            num_bytes = count * pool.layout.block_bytes
             if repeat:
-                rates.setdefault(count, []).append(count * pool.layout.block_bytes / seconds)
+                rates.setdefault(count, []).append((num_bytes / whole_s, num_bytes / copying_s))
         found = pool.tensor[own].view(torch.int16)
         wanted = torch.tensor(theirs, dtype=torch.int16, device=found.device)
         assert bool((found == wanted.view(-1, 1, 1, 1, 1, 1)).all()), "wrong bytes arrived"
@@ -134,11 +140,14 @@ def add_ways(
             for count, rates in read_rates(transport, pool, counts).items():
                 tokens = count * BLOCK_SIZE
                 title = f"{name}: READ of {tokens} tokens, {what}"
-                samples = [rate / 1e9 for rate in rates]
-                report.add(title, median(samples), "GB/s", samples=samples)
+                whole, copying = (
+                    [rate / 1e9 for rate in each] for each in zip(*rates, strict=True)
+                )
+                report.add(title, median(whole), "GB/s", samples=whole)
                 goal = ">= 0.85" if (name, tokens, ranks) == ("gpu", 4096, 1) else ""
-                share = median(rates) / limits[tokens]
+                share = median(whole) * 1e9 / limits[tokens]
                 report.add(f"{title}, share of the limit", share, "x", goal=goal)
+                report.add(f"{title}, the copies alone", median(copying), "GB/s", samples=copying)
         finally:
             transport.close()
 
