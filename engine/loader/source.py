@@ -17,7 +17,7 @@ import torch
 from core.errors import ConfigError
 from engine.config import LoadFormat
 from engine.loader.dummy import dummy_values
-from engine.loader.experts import stored_weights
+from engine.loader.stored import stored_weights
 from engine.parallel.group import RankGroup
 
 
