@@ -51,6 +51,7 @@ def test_shards_compute_what_one_file_computes(tmp_path: Path) -> None:
     (path / "model.safetensors").unlink()
     save_file(dict(weights[::2]), path / "model-00001-of-00002.safetensors")
     save_file(dict(weights[1::2]), path / "model-00002-of-00002.safetensors")
+    save_file({"norm.weight": torch.zeros(2)}, path / "consolidated.safetensors")
     assert output(build(path)) == whole
 
 
