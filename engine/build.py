@@ -76,9 +76,11 @@ def build_rank(
     max_len = config.max_model_len or model_config.max_position
     if max_len > model_config.max_position:
         raise ConfigError(
-            f"max_model_len is {max_len}, but the model knows positions up to "
-            f"{model_config.max_position}; give at most that."
+            f"max_model_len is {max_len}, but {model_config.length_bound}; "
+            f"give at most {model_config.max_position}."
         )
+    if model_config.sliding_window is not None and config.max_model_len is None:
+        progress(f"sequences of up to {max_len} tokens: {model_config.length_bound}")
     device = rank_device(config, group.rank)
     dtype = _dtype(config, model_config, device)
     progress("loading the weights")

@@ -11,6 +11,7 @@ from pathlib import Path
 import xxhash
 
 from core.errors import ConfigError
+from core.modelfile.weight_files import weight_files
 
 _HEAD_BYTES = 1 << 20
 _SAMPLE_BYTES = 1 << 14
@@ -37,12 +38,7 @@ def model_digest(path: Path, *, dummy_seed: int | None = None) -> bytes:
         else:
             hasher.update((path / "config.json").read_bytes())
             if dummy_seed is None:
-                shards = sorted(path.glob("*.safetensors"))
-                if not shards:
-                    raise ConfigError(
-                        f"{path} has no *.safetensors; --load-format dummy needs none."
-                    )
-                for shard in shards:
+                for shard in weight_files(path):
                     _add_file(hasher, shard)
     except OSError as error:
         raise ConfigError(f"Model files in {path} can't be read: {error}.") from error

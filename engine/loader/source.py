@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from core.errors import ConfigError
+from core.modelfile.weight_files import weight_files
 from engine.config import LoadFormat
 from engine.loader.dummy import dummy_values
-from engine.loader.experts import stored_weights
+from engine.loader.stored import stored_weights
 from engine.parallel.group import RankGroup
 
 
@@ -184,12 +185,11 @@ _Reader = Callable[[str, tuple[int, ...]], torch.Tensor]
 def _safetensors_reader(path: Path) -> tuple[Collection[str], _Reader]:
     from safetensors import SafetensorError, safe_open
 
-    shards = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    if not shards:
-        raise ConfigError(f"{path} has no *.safetensors file. --load-format dummy needs none.")
+    if not path.is_dir():
+        raise ConfigError(f"--load-format safetensors needs a folder, and {path} is not one.")
     where: dict[str, Any] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for shard in shards:
+    for shard in weight_files(path):
         try:
             # The file stays mapped as long as one of its tensors lives, and pages are shared
             # between the workers of a host.

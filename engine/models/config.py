@@ -5,7 +5,7 @@ name, so that nothing is silently computed wrong.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -75,11 +75,23 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     experts: ExpertsConfig | None = None
     """None: every layer is dense."""
+    sliding_window: int | None = None
+    """Tokens that a position attends to, itself among them, where this bounds `max_position`."""
 
     @property
     def has_dense_layers(self) -> bool:
         """True unless all layers have experts."""
         return self.experts is None or len(self.experts.layers) < self.num_layers
+
+    @property
+    def length_bound(self) -> str:
+        """Why sequences are no longer than `max_position`, for messages."""
+        if self.sliding_window is None:
+            return f"the model knows positions up to {self.max_position}"
+        return (
+            f"the model attends to the last {self.sliding_window} tokens (sliding_window in "
+            "config.json), and sequences beyond this window are not supported"
+        )
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -103,15 +115,13 @@ def parse_model_config(raw: Mapping[str, Any], eos_token_ids: tuple[int, ...]) -
         raise ConfigError(
             f"Architecture {architecture} is not supported; these are: {', '.join(_TRAITS)}."
         )
+    raw = {**traits.defaults, **raw}
     _refuse_unsupported(raw)
-    if traits.always_slides and raw.get("sliding_window"):
-        raise ConfigError(
-            "sliding_window is not supported; if the model was trained without, as Mixtral 8x7B "
-            "and 8x22B were, set it to null in config.json."
-        )
     hidden_size = _integer(raw, "hidden_size")
     num_heads = _integer(raw, "num_attention_heads")
     attention_bias = bool(raw.get("attention_bias", False))
+    max_position = _integer(raw, "max_position_embeddings")
+    window = _bounding_window(raw, max_position) if traits.always_slides else None
     return ModelConfig(
         architecture=architecture,
         vocab_size=_integer(raw, "vocab_size"),
@@ -121,9 +131,9 @@ def parse_model_config(raw: Mapping[str, Any], eos_token_ids: tuple[int, ...]) -
         num_heads=num_heads,
         num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
         head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
-        max_position=_integer(raw, "max_position_embeddings"),
+        max_position=window or max_position,
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope=_rope(raw),
+        rope=_rope(raw, traits.rope_kinds),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=traits.always_qkv_bias or attention_bias,
         output_bias=attention_bias and not traits.always_qkv_bias,
@@ -132,7 +142,19 @@ def parse_model_config(raw: Mapping[str, Any], eos_token_ids: tuple[int, ...]) -
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         eos_token_ids=eos_token_ids,
         experts=traits.experts(raw),
+        sliding_window=window,
     )
+
+
+def _bounding_window(raw: Mapping[str, Any], max_position: int) -> int | None:
+    """The window of attention in all layers, if it is shorter than the positions reach.
+
+    Up to its length, attention within it is attention to everything.
+    """
+    if raw.get("sliding_window") is None:
+        return None
+    window = _integer(raw, "sliding_window")
+    return window if window < max_position else None
 
 
 def _no_experts(_raw: Mapping[str, Any]) -> None:
@@ -188,15 +210,33 @@ class _Traits:
     qk_norm: bool = False
     always_slides: bool = False
     """`sliding_window` counts wherever it is given; elsewhere `use_sliding_window` switches it."""
+    rope_kinds: tuple[RopeKind, ...] = get_args(RopeKind)
     experts: Callable[[Mapping[str, Any]], ExpertsConfig | None] = _no_experts
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers takes for a key that is absent, where that is not what most mean by it."""
 
 
 _TRAITS = {
     "LlamaForCausalLM": _Traits(),
-    "Qwen2ForCausalLM": _Traits(always_qkv_bias=True),
-    "Qwen3ForCausalLM": _Traits(qk_norm=True),
-    "Qwen3MoeForCausalLM": _Traits(qk_norm=True, experts=_qwen3_experts),
-    "MixtralForCausalLM": _Traits(always_slides=True, experts=_mixtral_experts),
+    "MistralForCausalLM": _Traits(
+        always_slides=True, defaults={"sliding_window": 4096, "num_key_value_heads": 8}
+    ),
+    # The names of other kinds mean longrope there.
+    "Phi3ForCausalLM": _Traits(
+        always_slides=True, rope_kinds=("default",), defaults={"rms_norm_eps": 1e-5}
+    ),
+    "Qwen2ForCausalLM": _Traits(always_qkv_bias=True, defaults={"num_key_value_heads": 32}),
+    "Qwen3ForCausalLM": _Traits(
+        qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128}
+    ),
+    "Qwen3MoeForCausalLM": _Traits(
+        qk_norm=True, experts=_qwen3_experts, defaults={"num_key_value_heads": 4}
+    ),
+    "MixtralForCausalLM": _Traits(
+        always_slides=True,
+        experts=_mixtral_experts,
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    ),
 }
 
 
@@ -205,7 +245,10 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     if activation != "silu":
         raise ConfigError(f"hidden_act {activation!r} is not supported, only 'silu' is.")
     if raw.get("use_sliding_window"):
-        raise ConfigError("use_sliding_window is not supported; set it to false in config.json.")
+        raise ConfigError(
+            "use_sliding_window, a window in some layers, is not supported; if the model was "
+            "trained without, set it to false in config.json."
+        )
     if "sliding_attention" in (raw.get("layer_types") or ()):
         raise ConfigError("layer_types with sliding_attention are not supported.")
     if raw.get("quantization_config"):
@@ -214,11 +257,11 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         raise ConfigError("pretraining_tp other than 1 is not supported.")
 
 
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+def _rope(raw: Mapping[str, Any], kinds: Iterable[RopeKind]) -> RopeConfig:
     """Read RoPE settings as transformers writes them: version 5 nests theta, version 4 does not."""
     nested = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(nested.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    kind = _rope_kind(nested.get("rope_type") or nested.get("type") or "default")
+    kind = _rope_kind(nested.get("rope_type") or nested.get("type") or "default", kinds)
     if nested.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ConfigError("partial_rotary_factor other than 1 is not supported.")
     if kind == "yarn" and (nested.get("mscale") or nested.get("mscale_all_dim")):
@@ -244,13 +287,12 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
     )
 
 
-def _rope_kind(name: str) -> RopeKind:
-    for kind in get_args(RopeKind):
+def _rope_kind(name: str, kinds: Iterable[RopeKind]) -> RopeKind:
+    for kind in kinds:
         if kind == name:
-            found: RopeKind = kind
-            return found
+            return kind
     raise ConfigError(
-        f"RoPE scaling {name!r} is not supported; these are: {', '.join(get_args(RopeKind))}."
+        f"RoPE scaling {name!r} is not supported for this model; these are: {', '.join(kinds)}."
     )
 
 

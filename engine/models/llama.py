@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and everything that says it is one (SmolLM2, Mistral-like dense models)."""
+"""Llama 2 and 3, and everything that says it is one (SmolLM2)."""
 
 from engine.layers.decoder import DecoderModel
 

@@ -6,5 +6,5 @@ from engine.layers.decoder import DecoderModel
 class MixtralForCausalLM(DecoderModel):
     """Llama whose every layer has experts. Source: arXiv:2401.04088.
 
-    Its weights are known here by the names that transformers 5 has; see engine/loader/experts.py.
+    Its weights are known here by the names that transformers 5 has; see engine/loader/stored.py.
     """

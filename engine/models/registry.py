@@ -7,6 +7,8 @@ from engine.models.config import ModelConfig
 
 _MODULES = {
     "LlamaForCausalLM": "engine.models.llama",
+    "MistralForCausalLM": "engine.models.mistral",
+    "Phi3ForCausalLM": "engine.models.phi3",
     "Qwen2ForCausalLM": "engine.models.qwen2",
     "Qwen3ForCausalLM": "engine.models.qwen3",
     "Qwen3MoeForCausalLM": "engine.models.qwen3_moe",

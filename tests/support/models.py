@@ -16,14 +16,16 @@ CHAT_TEMPLATE = (
     " + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_MODEL_TYPES = {
+MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "MixtralForCausalLM": "mixtral",
 }
-_EXPERTS: dict[str, dict[str, Any]] = {
+EXPERTS: dict[str, dict[str, Any]] = {
     "Qwen3MoeForCausalLM": {
         "num_experts": 6,
         "num_experts_per_tok": 3,
@@ -59,12 +61,12 @@ def make_checkpoint(
         The checkpoint's folder. Weights are large enough for greedy outputs to vary and for the two
         most likely tokens to lie well apart.
     """
-    target = folder / f"{_MODEL_TYPES[arch]}-{seed}"
+    target = folder / f"{MODEL_TYPES[arch]}-{seed}"
     target.mkdir(parents=True)
     tokenizer = make_tokenizer()
     config: dict[str, Any] = {
         "architectures": [arch],
-        "model_type": _MODEL_TYPES[arch],
+        "model_type": MODEL_TYPES[arch],
         "hidden_act": "silu",
         "dtype": "float32",
         "vocab_size": tokenizer.get_vocab_size(),
@@ -81,7 +83,7 @@ def make_checkpoint(
         "bos_token_id": 1,
         "eos_token_id": EOS_ID,
         "pad_token_id": 0,
-        **_EXPERTS.get(arch, {}),
+        **EXPERTS.get(arch, {}),
         **overrides,
     }
     _write_json(target / "config.json", config)
@@ -153,7 +155,19 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]
     weights["model.norm.weight"] = vector(hidden, 1.0)
     if not config["tie_word_embeddings"]:
         weights["lm_head.weight"] = matrix(config["vocab_size"], hidden, 4.0)
+    if model_type == "phi3":
+        _fuse(weights, "self_attn", ("q", "k", "v"))
+        _fuse(weights, "mlp", ("gate", "up"))
     return weights
+
+
+def _fuse(weights: dict[str, torch.Tensor], module: str, parts: tuple[str, ...]) -> None:
+    """Store matrices of each layer as one, which is named after all of them."""
+    for first in [name for name in weights if name.endswith(f"{module}.{parts[0]}_proj.weight")]:
+        prefix = first.removesuffix(f"{parts[0]}_proj.weight")
+        matrices = [weights.pop(f"{prefix}{part}_proj.weight") for part in parts]
+        fused = "".join(parts) if module == "self_attn" else "_".join(parts)
+        weights[f"{prefix}{fused}_proj.weight"] = torch.cat(matrices)
 
 
 def _feed_forwards(config: dict[str, Any], layer: int) -> dict[str, int]:

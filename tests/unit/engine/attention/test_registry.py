@@ -59,6 +59,7 @@ OBSTACLES = [
     ({"device": CPU}, r"needs a GPU, and the device is cpu; set device to cuda"),
     ({"dtype": torch.float32}, r"not torch\.float32; set dtype to bfloat16"),
     ({"model": model(head_dim=80)}, r"no kernels for heads of 80 elements"),
+    ({"model": model(head_dim=96)}, r"no kernels for heads of 96 elements"),  # Phi-3-mini
     ({"installed": without("flashinfer")}, r"not installed: flashinfer; .*extra 'gpu'"),
     ({"installed": without("triton")}, r"not installed: triton; "),
     ({"installed": without("triton", "flashinfer")}, r"not installed: flashinfer, triton; "),

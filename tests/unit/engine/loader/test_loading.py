@@ -26,6 +26,8 @@ MIXTRAL = {
     "num_experts_per_tok": 2,
 }
 
+PHI3 = {"architectures": ["Phi3ForCausalLM"]}
+
 
 def build(path: Path, **settings: Any) -> Executor:
     return build_executor(EngineConfig(model=str(path), num_blocks=8, num_threads=1, **settings))
@@ -49,6 +51,7 @@ def test_shards_compute_what_one_file_computes(tmp_path: Path) -> None:
     (path / "model.safetensors").unlink()
     save_file(dict(weights[::2]), path / "model-00001-of-00002.safetensors")
     save_file(dict(weights[1::2]), path / "model-00002-of-00002.safetensors")
+    save_file({"norm.weight": torch.zeros(2)}, path / "consolidated.safetensors")
     assert output(build(path)) == whole
 
 
@@ -110,6 +113,27 @@ def test_missing_misshapen_or_surplus_weights_are_refused_by_name(
         build(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "stored", "name"),
+    [
+        (_reshaped, "self_attn.qkv_proj", "layers.1.self_attn.k_proj.weight has shape"),
+        (_without, "self_attn.o_proj", "lacks the weight model.layers.1.self_attn.q_proj"),
+        (_without, "self_attn.qkv_proj", "lacks the weight model.layers.1.self_attn.q_proj"),
+        (_reshaped, "mlp.gate_up_proj", "layers.1.mlp.gate_proj.weight has shape"),
+        (_extra, "mlp.up_proj", "holds model.layers.1.mlp.up_proj.weight twice"),
+    ],
+)
+def test_fused_weights_that_do_not_fit_are_refused(
+    change: Any, stored: str, name: str, tmp_path: Path
+) -> None:
+    path = make_checkpoint(tmp_path, "Phi3ForCausalLM")
+    weights = load_file(path / "model.safetensors")
+    change(weights, f"model.layers.1.{stored}.weight")
+    save_file(weights, path / "model.safetensors")
+    with pytest.raises(ConfigError, match=name):
+        build(path)
+
+
 def test_broken_safetensors_file_is_refused(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path)
     (path / "model.safetensors").write_bytes(b"\xff" * 64)
@@ -129,10 +153,14 @@ def test_context_longer_than_the_models_is_refused(tmp_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "moe_intermediate_size"),
         ({**MIXTRAL, "num_local_experts": 1}, "2 experts per token"),
-        ({**MIXTRAL, "sliding_window": 4096}, "sliding_window"),
+        ({**MIXTRAL, "sliding_window": 0}, "sliding_window"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"use_sliding_window": True}, "sliding_window"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
+        ({**PHI3, "rope_scaling": {"type": "su"}, "partial_rotary_factor": 0.75}, "'su'"),
+        ({**PHI3, "rope_scaling": {"type": "yarn"}}, "'yarn' .* these are: default"),
+        ({**PHI3, "partial_rotary_factor": 0.75}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "awq"}}, "uantised"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers"),
     ],
@@ -160,6 +188,7 @@ def test_layers_with_experts_are_those_that_the_configuration_names(tmp_path: Pa
     ("arch", "changes"),
     [
         ("LlamaForCausalLM", {}),
+        ("Phi3ForCausalLM", {}),
         ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1]}),
         ("MixtralForCausalLM", {}),
     ],

@@ -1,19 +1,23 @@
 """Steps computed by hand-made plans against transformers in float32."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from core.errors import ConfigError
 from core.sampling import SamplingParams
 from engine.build import build_executor
 from engine.config import EngineConfig
 from engine.executor import Executor
 from engine.plan import Chunk, SampleSpec, StepPlan
 from tests.support.models import make_checkpoint
+from tests.support.oracle import Oracle
 
+WINDOW = 24
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
     "llama-tied-mha": (
@@ -56,6 +60,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": False,
             "num_experts_per_tok": 2,
         },
+    ),
+    # Heads of which hidden_size is not made up, as Nemo's; a window that the longest just fits.
+    "mistral": ("MistralForCausalLM", {"head_dim": 32, "sliding_window": 82}),
+    "phi3": (
+        "Phi3ForCausalLM",
+        {"hidden_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 96},
     ),
     "mixtral": ("MixtralForCausalLM", {"sliding_window": None}),
 }
@@ -141,3 +151,27 @@ def _greedy(oracle: Any, tokens: list[int], num_prompt: int) -> tuple[list[int],
     with torch.inference_mode():
         logits = oracle(torch.tensor([tokens])).logits[0, num_prompt - 1 : -1]
     return logits.argmax(-1).tolist(), logits
+
+
+@pytest.mark.parametrize("arch", ["MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM"])
+def test_sequences_end_where_a_sliding_window_would_begin_to_hide(
+    arch: str, tmp_path: Path
+) -> None:
+    path = make_checkpoint(tmp_path, arch, seed=3, sliding_window=WINDOW)
+    sliding = Oracle(path)
+    unbounded = Oracle(make_checkpoint(tmp_path / "unbounded", arch, seed=3, sliding_window=None))
+    rng = random.Random(1)
+    ids = [rng.randrange(3, 300) for _ in range(WINDOW + 1)]
+    torch.testing.assert_close(sliding.logits(ids[:WINDOW]), unbounded.logits(ids[:WINDOW]))
+    assert not torch.allclose(sliding.logits(ids), unbounded.logits(ids), atol=0.01)
+
+    told: list[str] = []
+    config = EngineConfig(model=str(path), block_size=8, num_blocks=30, num_threads=1)
+    executor = build_executor(config, told.append)
+    assert executor.model_config.max_position == WINDOW
+    assert any(f"up to {WINDOW} tokens" in line and "sliding_window" in line for line in told)
+    sequence = Sequence(0, ids[: WINDOW - 8], 8, 4)
+    run(executor, [sequence], WINDOW, steps=8)
+    assert sequence.tokens[-8:] == sliding.greedy(ids[: WINDOW - 8], 8, ignore_eos=True)
+    with pytest.raises(ConfigError, match=f"sliding_window .* at most {WINDOW}"):
+        build_executor(replace(config, max_model_len=WINDOW + 1))

@@ -141,10 +141,14 @@ def test_a_rank_holds_its_heads_of_every_block(one_rank: LLM, two_ranks: LLM) ->
     assert two_ranks.engine.vocab_size == one_rank.engine.vocab_size
 
 
-@pytest.mark.parametrize("form", ["dummy", "gguf"])
+@pytest.mark.parametrize("form", ["dummy", "gguf", "fused"])
 def test_other_forms_of_weights_are_shared_alike(tmp_path: Path, form: str) -> None:
-    path = make_checkpoint(tmp_path, vocab_size=387 if form == "dummy" else 384)
-    config = settings(make_gguf(path) if form == "gguf" else path, load_format=form)
+    arch = "Phi3ForCausalLM" if form == "fused" else "LlamaForCausalLM"
+    path = make_checkpoint(tmp_path, arch, vocab_size=387 if form == "dummy" else 384)
+    config = settings(path)
+    if form != "fused":
+        model = make_gguf(path) if form == "gguf" else path
+        config = replace(config, model=str(model), load_format=form)
     sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, logprobs=0)
     logprobs = []
     for size in (1, 2):
