@@ -159,7 +159,8 @@ class CudaRunner:
         with torch.inference_mode():
             self._decodes.capture_all(progress)
             progress("building what other steps need")
-            mixture = self._run_mixed(_one_of_each()[: self._max_rows], write=False)
+            room = max(1, min(self._max_rows, self._max_tokens // 2))
+            mixture = self._run_mixed(_one_of_each()[:room], write=False)
             self._sampler.rehearse(mixture.logits)
         for num_tokens in _TILED:
             self.rehearse(min(num_tokens, self._max_tokens), self._block_size)

@@ -75,5 +75,23 @@ def test_generates_what_the_torch_runner_does(
     ahead.engine.check_integrity()
 
 
+@pytest.mark.parametrize(("rows", "step_tokens"), [(1, 1), (2, 3)])
+def test_the_smallest_steps_can_be_rehearsed(tmp_path: Path, rows: int, step_tokens: int) -> None:
+    from tests.support.cuda import build_cuda_runner_on_cpu
+
+    path = make_checkpoint(tmp_path, "LlamaForCausalLM", num_hidden_layers=1)
+    config = EngineConfig(
+        model=str(path),
+        block_size=1,
+        num_blocks=8,
+        max_num_seqs=rows,
+        max_step_tokens=step_tokens,
+        num_threads=1,
+    )
+    runner = build_cuda_runner_on_cpu(path, config)
+    runner.warm_up(lambda _: None)
+    runner.close()
+
+
 def tokens(completion: Completion) -> list[int]:
     return list(completion.token_ids)
