@@ -4,6 +4,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.cluster import Cluster, cluster
 from tests.support.oracle import Oracle
 
@@ -44,25 +46,26 @@ async def all_streams(system: Cluster) -> list[list[int]]:
         return await asyncio.gather(*(stream(client, model, i) for i in range(STREAMS)))
 
 
-def test_64_streams_of_mixed_lengths(tiny_llama: Path) -> None:
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Path) -> list[list[int]]:
     oracle = Oracle(tiny_llama)
-    expected = [
+    return [
         oracle.greedy(oracle.tokenizer(prompt_of(i))["input_ids"], length_of(i), ignore_eos=True)
         for i in range(STREAMS)
     ]
+
+
+def test_64_streams_of_mixed_lengths(tiny_llama: Path, expected: list[list[int]]) -> None:
     with cluster(tiny_llama, prefill=2, decode=2) as system:
         got = asyncio.run(all_streams(system))
         system.wait_balanced()
     assert got == expected
 
 
-def test_a_pool_too_small_for_all_serves_them_in_turn(tiny_llama: Path) -> None:
+def test_a_pool_too_small_for_all_serves_them_in_turn(
+    tiny_llama: Path, expected: list[list[int]]
+) -> None:
     """Blocks run out on both sides: prompts wait, sequences are preempted, all end right."""
-    oracle = Oracle(tiny_llama)
-    expected = [
-        oracle.greedy(oracle.tokenizer(prompt_of(i))["input_ids"], length_of(i), ignore_eos=True)
-        for i in range(STREAMS)
-    ]
     with cluster(tiny_llama, worker={"num_blocks": 160}) as system:
         got = asyncio.run(all_streams(system))
         system.wait_balanced()

@@ -40,15 +40,13 @@ MESSAGES: Any = [{"role": "user", "content": "What will the weather be in Rome? 
 NAMED: Any = {"type": "function", "function": {"name": "weather"}}
 
 
-@pytest.fixture(scope="module", params=["nixl", "tcp"])
-def system(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = make_checkpoint(tmp_path_factory.mktemp("tools"), max_position_embeddings=8192)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["chat_template"] = TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    with cluster(folder, prefill=2, transport=request.param) as running:
+    with cluster(folder, prefill=2) as running:
         yield running
         running.wait_balanced()
 

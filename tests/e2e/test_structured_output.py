@@ -36,12 +36,11 @@ FORMAT: Any = {
 }
 
 
-@pytest.fixture(scope="module", params=["nixl", "tcp"])
-def system(request: pytest.FixtureRequest, slow_llama: Path) -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def system(slow_llama: Path) -> Iterator[Cluster]:
     with cluster(
         slow_llama,
         decode=2,
-        transport=request.param,
         worker={"stall_after_s": "3s"},
         router={"worker_silence_s": "2s", "request_timeout_s": "60s"},
     ) as running:
