@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from core.modelfile.resolve import resolve_model
-from tests.support.cluster import Cluster
+from tests.support.cluster import Cluster, cluster
 from tests.support.models import make_checkpoint
 from tests.support.oracle import Oracle
 from tests.support.stream import LONG_PROMPT, LONG_TOKENS
@@ -39,6 +39,14 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tiny_llama(tiny_models: dict[str, Path]) -> Path:
     return tiny_models["llama"]
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_llama: Path) -> Iterator[Cluster]:
+    """One worker of each role, set as users find them; whoever asks for it leaves it well."""
+    with cluster(tiny_llama) as running:
+        yield running
+        running.wait_balanced()
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.cluster import cluster
+from tests.support.cluster import Cluster
 
 
 def test_streams_are_as_long_as_was_asked_and_timelines_account_for_them(
-    tiny_llama: Path, tmp_path: Path
+    plain: Cluster, tmp_path: Path
 ) -> None:
     kept = tmp_path / "run.json"
     trace = tmp_path / "trace.jsonl"
@@ -21,28 +21,27 @@ def test_streams_are_as_long_as_was_asked_and_timelines_account_for_them(
         for n in range(4)
     ]
     trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with cluster(tiny_llama) as system:
 
-        def bench(*argv: str) -> dict[str, Any]:
-            command = [sys.executable, "-m", "diptych", "bench", "--url", system.url, "--strict"]
-            done = subprocess.run(
-                [*command, "--clients=2", f"--json={kept}", *argv],
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            found: dict[str, Any] = json.loads(kept.read_text())
-            return found | {"shown": done.stdout}
-
-        drawn = bench(
-            *("--rate=20", "--requests=10", "--prompt-tokens=16..48", "--output-tokens=4..12"),
-            *("--timelines=3", "--seed=5"),
+    def bench(*argv: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "diptych", "bench", "--url", plain.url, "--strict"]
+        done = subprocess.run(
+            [*command, "--clients=2", f"--json={kept}", *argv],
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
-        requests = drawn["requests"]
-        assert isinstance(requests, list) and len(requests) == 10
-        replay = bench("--trace", str(trace), "--faster=2", "--warmup=0")
-        system.wait_balanced()
+        assert done.returncode == 0, done.stdout + done.stderr
+        found: dict[str, Any] = json.loads(kept.read_text())
+        return found | {"shown": done.stdout}
+
+    drawn = bench(
+        *("--rate=20", "--requests=10", "--prompt-tokens=16..48", "--output-tokens=4..12"),
+        *("--timelines=3", "--seed=5"),
+    )
+    requests = drawn["requests"]
+    assert isinstance(requests, list) and len(requests) == 10
+    replay = bench("--trace", str(trace), "--faster=2", "--warmup=0")
+    plain.wait_balanced()
 
     assert drawn["endpoint"]["software"] == "diptych"
     assert all(16 <= each["prompt_tokens"] <= 48 for each in requests)

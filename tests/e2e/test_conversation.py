@@ -1,15 +1,12 @@
 """Turns of a conversation find their KV by prefix alone: nothing has to be opened or closed."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
-from tests.support.cluster import Cluster, cluster
+from tests.support.cluster import Cluster
 
 BLOCK = 16
 FIRST, NEXT, ANSWER = 200, 20, 24
@@ -40,19 +37,12 @@ class Conversation:
         self.ids += choice["token_ids"]
 
 
-@pytest.fixture(scope="module")
-def system(slow_llama: Path) -> Iterator[Cluster]:
-    with cluster(slow_llama) as running:
-        yield running
-        running.wait_balanced()
-
-
-def test_each_turn_computes_and_moves_only_what_the_last_one_left_out(system: Cluster) -> None:
+def test_each_turn_computes_and_moves_only_what_the_last_one_left_out(plain: Cluster) -> None:
     talks = [Conversation(seed) for seed in range(4)]
     for _ in range(4):
         for talk in talks:
-            talk.say(system)
-    block_bytes = system.decode[0].describe().worker.layout.block_bytes
+            talk.say(plain)
+    block_bytes = plain.decode[0].describe().worker.layout.block_bytes
     for talk in talks:
         for before, turn in zip(talk.turns, talk.turns[1:], strict=False):
             assert turn["cached"] == before["prompt"] // BLOCK * BLOCK
@@ -60,16 +50,18 @@ def test_each_turn_computes_and_moves_only_what_the_last_one_left_out(system: Cl
             there = (before["prompt"] + ANSWER - 1) // BLOCK
             moved = turn["line"]["attempts"][0]["kv_bytes"] // block_bytes
             assert moved == -(-turn["prompt"] // BLOCK) - there
+    plain.wait_balanced()
 
 
-def test_the_last_turn_is_what_the_whole_conversation_gives_at_once(system: Cluster) -> None:
+def test_the_last_turn_is_what_the_whole_conversation_gives_at_once(plain: Cluster) -> None:
     talk = Conversation(9)
     for _ in range(3):
-        talk.say(system)
+        talk.say(plain)
     answered = talk.ids[-ANSWER:]
-    for worker in system.workers:
+    for worker in plain.workers:
         worker.flush_cache()
     again = Conversation(9, ids=talk.ids[: -ANSWER - NEXT], turns=talk.turns[:-1])
-    again.say(system)
+    again.say(plain)
     assert again.turns[-1]["cached"] == 0
     assert again.ids[-ANSWER:] == answered
+    plain.wait_balanced()

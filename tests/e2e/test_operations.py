@@ -17,10 +17,9 @@ from tests.support.process import wait_until
 
 
 @pytest.fixture(scope="module")
-def system(tiny_llama: Path) -> Iterator[Cluster]:
-    with cluster(tiny_llama) as running:
-        yield running
-        running.wait_balanced()
+def system(plain: Cluster) -> Iterator[Cluster]:
+    yield plain
+    plain.wait_balanced()
 
 
 @contextmanager

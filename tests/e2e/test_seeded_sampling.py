@@ -35,13 +35,12 @@ async def sample(system: Cluster, *, crowd: int) -> list[int]:
     return answers[0]
 
 
-def test_same_seed_same_tokens(tiny_llama: Path) -> None:
-    with cluster(tiny_llama, prefill=1, decode=1) as system:
-        alone = asyncio.run(sample(system, crowd=0))
-        again = asyncio.run(sample(system, crowd=0))
-        crowded = asyncio.run(sample(system, crowd=24))
-        system.wait_balanced()
-        other = asyncio.run(sample_seed(system, 99))
+def test_same_seed_same_tokens(plain: Cluster, tiny_llama: Path) -> None:
+    alone = asyncio.run(sample(plain, crowd=0))
+    again = asyncio.run(sample(plain, crowd=0))
+    crowded = asyncio.run(sample(plain, crowd=24))
+    plain.wait_balanced()
+    other = asyncio.run(sample_seed(plain, 99))
     assert again == alone
     assert crowded == alone
     assert other != alone
@@ -56,14 +55,13 @@ async def sample_seed(system: Cluster, seed: int) -> list[int]:
         return list(response.choices[0].token_ids)
 
 
-def test_choices_of_one_seed_differ_from_each_other_and_repeat(tiny_llama: Path) -> None:
-    with cluster(tiny_llama) as system:
-        client = system.openai()
-        model = client.models.list().data[0].id
-        first = client.completions.create(model=model, n=3, **BODY)
-        second = client.completions.create(model=model, n=3, **BODY)
-        ids = [list(choice.token_ids) for choice in first.choices]
-        assert ids == [list(choice.token_ids) for choice in second.choices]
-        assert len({tuple(one) for one in ids}) == 3
-        system.wait_balanced()
-        client.close()
+def test_choices_of_one_seed_differ_from_each_other_and_repeat(plain: Cluster) -> None:
+    client = plain.openai()
+    model = client.models.list().data[0].id
+    first = client.completions.create(model=model, n=3, **BODY)
+    second = client.completions.create(model=model, n=3, **BODY)
+    ids = [list(choice.token_ids) for choice in first.choices]
+    assert ids == [list(choice.token_ids) for choice in second.choices]
+    assert len({tuple(one) for one in ids}) == 3
+    plain.wait_balanced()
+    client.close()
