@@ -68,13 +68,22 @@ def installed(
         _, _, rest = program.read_text().partition("\n")
         program.write_text(f"#!{environment}/bin/python\n{rest}")
         _step(source, "check", image, str(environment))
+        # What several pods load is compiled once: they can't keep it, their roots are read-only.
+        loaded = "router.main" if image == "router" else "decode.engine_process"
+        subprocess.run(
+            [str(environment / "bin" / "python"), "-c", f"import {loaded}"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": ""},
+            check=True,
+        )
     yield environments
     shutil.rmtree(folder)
 
 
 def _step(source: Path, *words: str) -> None:
-    # Byte code would only take time here.
-    env = {**os.environ, "PIP_NO_COMPILE": "1", "PYTHONPATH": ""}
+    # Byte code of everything would only take time here. For pip, a variable of a negative option
+    # says what the positive one is to be.
+    env = {**os.environ, "PIP_NO_COMPILE": "no", "PYTHONPATH": ""}
     done = subprocess.run(
         [sys.executable, str(source / "scripts" / "install_image.py"), *words],
         env=env,
