@@ -4,12 +4,22 @@ Used by tests/property/kvtransfer; what may happen and what must hold is in hand
 the way there and back in handover_course.py.
 """
 
+import copyreg
+import io
 import pickle
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any, get_args
 
+from core.kv_layout import KvLayout
+from kvtransfer.export_book import Ending
+from kvtransfer.export_config import ExportConfig
+from kvtransfer.handover_config import HandoverConfig
+from kvtransfer.handover_record import PendingRead
+from kvtransfer.messages import DecodeMessage, Key, PrefillMessage
 from tests.support.handover_course import drain, prepared
 from tests.support.handover_scenario import Scenario
 from tests.support.handover_world import Violation, World
@@ -24,23 +34,24 @@ def explore(scenario: Scenario, max_states: int = 30_000) -> int:
     Raises:
         Violation: with the shortest sequence of events that leads to it.
     """
-    start = pickle.dumps(prepared(scenario), -1)
+    start = _packed(prepared(scenario))
     parents: dict[bytes, tuple[bytes, str] | None] = {start: None}
     todo = deque([start])
     while todo:
         state = todo.popleft()
-        names = [name for name, _ in pickle.loads(state).events()]
-        for name in names:
-            world = pickle.loads(state)
+        world = pickle.loads(state)
+        events = list(world.events())
+        for name, event in events:
             with _told(lambda n=name, s=state: _path(parents, s, n)):  # type: ignore[misc]
-                dict(world.events())[name](world)
-            after = pickle.dumps(world, -1)
+                event(world)
+            after = _packed(world)
             if after not in parents:
                 parents[after] = (state, name)
                 todo.append(after)
-        if scenario.last_time == 0 or not names:
+            world = pickle.loads(state)
+        if scenario.last_time == 0 or not events:
             with _told(lambda s=state: _path(parents, s, "drain")):  # type: ignore[misc]
-                drain(pickle.loads(state))
+                drain(world)
         assert len(parents) <= max_states, f"more than {max_states} states"
     return len(parents)
 
@@ -62,6 +73,49 @@ def wander(scenario: Scenario, seed: int, steps: int) -> World:
         names.append("drain")
         drain(world)
     return world
+
+
+def _packed(world: World) -> bytes:
+    """A state as bytes that equal states share."""
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, -1)
+    pickler.dispatch_table = _reducers()
+    pickler.dump(world)
+    return file.getvalue()
+
+
+# What never changes is packed as a number, and is the same object in every world: taking it apart
+# and putting it together again was most of the work.
+
+
+@cache
+def _reducers() -> dict[type, Any]:
+    kinds = (Key, KvLayout, Scenario, HandoverConfig, ExportConfig, Ending, PendingRead)
+    messages = (*get_args(DecodeMessage), *get_args(PrefillMessage))
+    return copyreg.dispatch_table | dict.fromkeys((*kinds, *messages), _as_number)
+
+
+def _as_number(value: object) -> tuple[Callable[[int], object], tuple[int]]:
+    numbers, values = _numbers(), _values()
+    key = (type(value), value)
+    if key not in numbers:
+        numbers[key] = len(values)
+        values.append(value)
+    return _of_number, (numbers[key],)
+
+
+def _of_number(number: int) -> object:
+    return _values()[number]
+
+
+@cache
+def _numbers() -> dict[tuple[type, object], int]:
+    return {}
+
+
+@cache
+def _values() -> list[object]:
+    return []
 
 
 @contextmanager
