@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.cluster import Cluster, cluster
+from tests.support.cluster import QUICK_START, Cluster, cluster
 from tests.support.process import wait_until
 
 FREED_WITHIN_S = 1.0
@@ -17,7 +17,9 @@ PROMPT = "The keeper of the lighthouse wrote in her log: " * 20
 @pytest.fixture(scope="module", params=["nixl", "tcp"])
 def system(request: pytest.FixtureRequest, slow_llama: Path) -> Iterator[Cluster]:
     with cluster(
-        slow_llama, transport=request.param, worker={"max_step_tokens": 64, "max_num_seqs": 8}
+        slow_llama,
+        transport=request.param,
+        worker={**QUICK_START, "max_step_tokens": 64, "max_num_seqs": 8},
     ) as running:
         yield running
 

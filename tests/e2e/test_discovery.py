@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import START_S, Cluster, make_worker, routed
+from tests.support.cluster import QUICK_START, START_S, Cluster, make_worker, routed
 from tests.support.kube.announce import Announcer, reader_token
 from tests.support.kube.server import DIRECT, KubeServer, kube_server
 from tests.support.process import wait_until
@@ -75,7 +75,8 @@ def test_completions_go_on_while_workers_come_go_and_are_replaced(
 ) -> None:
     listed = Announcer(server)
     prefill, first, second = (
-        make_worker(role, tiny_llama, "nixl") for role in ("prefill", "decode", "decode")
+        make_worker(role, tiny_llama, "nixl", QUICK_START)
+        for role in ("prefill", "decode", "decode")
     )
     with ExitStack() as stack:
         for worker in (prefill, first, second):

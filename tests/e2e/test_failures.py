@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import Cluster, cluster
+from tests.support.cluster import QUICK_START, Cluster, cluster
 from tests.support.process import alive, frozen, http_status, wait_until
 from tests.support.stream import LONG_TOKENS, Stream, busy, prefilling
 
-WORKER = {"max_step_tokens": 64, "stall_after_s": "3s"}
+WORKER = {**QUICK_START, "max_step_tokens": 64, "stall_after_s": "3s"}
 ROUTER = {"worker_silence_s": "2s", "no_worker_grace_s": "2s", "request_timeout_s": "60s"}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import Cluster, Worker, cluster, routed
+from tests.support.cluster import QUICK_START, Cluster, Worker, cluster, routed
 from tests.support.process import wait_until
 from tests.support.stream import LONG_PROMPT, Stream, busy, prefilling
 from tests.support.wires import SETTINGS, Wires, wires
@@ -32,7 +32,7 @@ def wired(request: pytest.FixtureRequest, slow_llama: Path) -> Iterator[Wired]:
         cluster(
             slow_llama,
             transport=request.param,
-            worker={"max_step_tokens": 64, "stall_after_s": "3s"},
+            worker={**QUICK_START, "max_step_tokens": 64, "stall_after_s": "3s"},
             # Room for one long prompt: the next one takes the same blocks.
             prefill_worker={**SETTINGS, "lease_ttl_s": LEASE_S, "num_blocks": 48},
             decode_worker={"peer_silence_s": PEER_SILENCE_S, "probe_bytes": 0},

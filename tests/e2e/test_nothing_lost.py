@@ -20,7 +20,7 @@ import pytest
 
 from tests.e2e.test_front_door import PARAMETERS, TEMPLATE, TOOLS
 from tests.support.answers import answer_of, differences
-from tests.support.cluster import Cluster, Worker, cluster, routed
+from tests.support.cluster import QUICK_START, Cluster, Worker, cluster, routed
 from tests.support.models import make_checkpoint
 from tests.support.process import wait_until
 
@@ -169,7 +169,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         folder,
         prefill=2,
         decode=2,
-        worker={"max_step_tokens": 64, "stall_after_s": "3s"},
+        worker={**QUICK_START, "max_step_tokens": 64, "stall_after_s": "3s"},
         prefill_worker={"lease_ttl_s": "4s"},
         # Without the delay no lease lasts long enough to be seen from outside.
         decode_worker=[

@@ -23,6 +23,9 @@ from tests.support.process import Process, descendants, free_port, frozen, runni
 Settings = Mapping[str, object]
 TOKEN = "test-token"
 START_S = 120.0
+QUICK_START: Settings = {"attention_backend": "torch_native"}
+"""Of workers that tests start again and again: without the compiled kernels, loading which takes a
+quarter of the processor's time that a start takes."""
 
 
 @dataclass
