@@ -56,7 +56,7 @@ def test_a_node_that_ray_placed_serves_and_the_worker_ends_with_its_actor(
         assert TOKEN.encode() not in ray.bytes_kept()
 
         os.kill(actor, signal.SIGKILL)
-        assert leader.wait(20) == 3
+        assert leader.wait(20) == 3, leader.log
         assert "Node 1 (127.0.0.1) was lost: " in leader.log
         wait_until(lambda: not any(alive(pid) for pid in below), 20, "every process to end")
         wait_until(lambda: not ray.actors(), 10, "Ray to take back what it gave")
