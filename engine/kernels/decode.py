@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from core.modelfile.cache import models_cache_dir
+from engine.kernels.compiled_once import LOCK, compiled_once
 from engine.kv.pool import KVPool
 from engine.layers.decoder import DecoderLayer, DecoderModel
 from engine.layers.linear import Linear
@@ -51,16 +52,16 @@ def make_compiled_decode(
     folder = models_cache_dir().parent / "kernels" / _source_digest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
     except OSError as error:
         progress(f"no compiled CPU kernels: {folder} can't be written ({error})")
         return None
     # Before the functions are declared; the compiler's own check sees changes of one file only.
     settings: Any = numba.config  # its names are made at run time
     settings.CACHE_DIR = str(folder)
-    if not any(folder.rglob("*.nbi")):
-        progress("compiling CPU kernels (once)")
     decode = CompiledDecode(model, config, pool, rope, num_threads)
-    decode.warm_up()
+    with compiled_once(folder, "CPU kernels", progress):
+        decode.warm_up()
     return decode
 
 
