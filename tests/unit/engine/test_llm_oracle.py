@@ -21,6 +21,8 @@ ARCHITECTURES = (
 )
 LENGTHS = (1, 5, 16, 17, 40, 64, 90, 33)
 NUM_NEW = 12
+MOST_TIMES = 20
+"""That the prompts are asked until some came back from host memory."""
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True)
 
 
@@ -79,11 +81,14 @@ def test_greedy_tokens_equal_those_of_transformers(
     llm = LLM(config)
     asked = prompts(llm.engine.vocab_size)
     try:
-        for _ in range(2):  # the second time from the prefix cache
+        for times in range(1, MOST_TIMES + 1):  # the second time from the prefix cache
             completions = llm.generate(asked, GREEDY)
             assert [list(each.token_ids) for each in completions] == expected
             llm.engine.check_integrity()
-        stats = llm.engine.stats()
+            stats = llm.engine.stats()
+            # On a busy machine blocks may be evicted before their copies are made.
+            if times > 1 and (stats.host.hit_tokens or name != "from host memory"):
+                break
     finally:
         llm.close()
     assert (stats.host.hit_tokens > 0) == (name == "from host memory")
