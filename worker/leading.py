@@ -124,6 +124,12 @@ class NodesService(nodes_pb2_grpc.NodesServicer):
             if not node.host
         )
 
+    @property
+    def lost(self) -> str:
+        """Which node was lost first, and how; empty if none was."""
+        error = self._lost.result() if self._lost.done() else None
+        return str(error) if isinstance(error, NodeLostError) else ""
+
     async def watch(self) -> None:
         """Remind of nodes that don't come, until one that came is lost.
 

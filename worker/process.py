@@ -173,6 +173,9 @@ async def _serve(settings: WorkerSettings, role: RoleProcesses) -> int:
         if nodes:
             if status == 0:
                 await child.end()  # while other nodes can hear of it through this process
+                if nodes.lost:  # one that was told to end did so before the rest
+                    log.error("%s", nodes.lost)
+                    status, reason = EXIT_NODE_LOST, nodes.lost
             await nodes.dismiss(reason or "it was told to end")
     return status
 

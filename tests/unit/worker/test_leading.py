@@ -68,6 +68,7 @@ async def lost(leader: Leader) -> str:
     async with asyncio.timeout(SOON_S):
         with pytest.raises(NodeLostError) as raised:
             await leader.service.watch()
+    assert leader.service.lost == str(raised.value)
     return str(raised.value)
 
 
@@ -190,6 +191,7 @@ async def test_nodes_are_told_why_when_the_engine_or_the_worker_ends(model: Path
         async with asyncio.timeout(SOON_S):
             with pytest.raises(EngineFailedError):
                 await leader.service.watch()
+        assert not leader.service.lost
     async with leading(node_settings(model)) as leader, stream(leader) as node:
         await node.send(hello=hello(model))
         await node.heard()
