@@ -87,11 +87,12 @@ def install_system(image: Image) -> None:
 
 def install_dependencies(image: Image, folder: Path) -> None:
     """Make an environment with everything but our own code."""
-    _run(sys.executable, "-m", "venv", "--without-pip", str(folder))
+    _run(sys.executable, "-m", "venv", str(folder))
     files = [CONSTRAINTS, *([CUDA_CONSTRAINTS] if image.cuda else [])]
     pip = [*_pip(folder), *(word for file in files for word in ("--constraint", str(file)))]
-    # What venv would bring along is as old as the interpreter.
-    wanted = ["pip", "setuptools", *requirements(image)]
+    # What venv brings along is as old as the interpreter.
+    _run(*pip, "pip", "setuptools")
+    wanted = requirements(image)
     if any(each.startswith("torch") for each in wanted):
         # Alone, from where TORCH_PIP_ARGS point: the build without CUDA is on an index of its own,
         # which must not be asked for anything else.
@@ -145,8 +146,7 @@ def complete_toolkit(folder: Path) -> None:
 
 def _pip(environment: Path) -> list[str]:
     python = str(environment / "bin" / "python")
-    pip = [sys.executable, "-m", "pip", "--python", python]
-    return [*pip, "--disable-pip-version-check", "install", "--no-input"]
+    return [python, "-m", "pip", "--disable-pip-version-check", "install", "--no-input"]
 
 
 def _run(*command: str) -> None:
