@@ -28,7 +28,7 @@ from core.errors import TransferError
 
 HANDLE_BYTES = 64
 _NON_BLOCKING = 1
-_SLEEPING = 1
+_TIMED = 0
 _NOT_READY = 600
 _LAZY_PEER_ACCESS = 1
 _SOURCE_ANY_TIME = 3
@@ -107,6 +107,7 @@ class CudaDriver:
         self._driver = load_driver()
         self._driver.cuIpcOpenMemHandle_v2.argtypes = [POINTER(c_uint64), _Handle, c_uint]
         self._contexts: dict[int, c_void_p] = {}
+        self._kernels: dict[str, int] = {}
 
     def use(self, device_id: int) -> None:
         """Make a GPU current in this thread."""
@@ -153,7 +154,7 @@ class CudaDriver:
     def new_event(self) -> int:
         """A mark that can be set behind what a stream has been given."""
         event = c_void_p()
-        self._call("cuEventCreate", byref(event), c_uint(_SLEEPING))
+        self._call("cuEventCreate", byref(event), c_uint(_TIMED))
         assert event.value is not None
         return event.value
 
@@ -175,10 +176,6 @@ class CudaDriver:
         if code not in (0, _NOT_READY):
             raise TransferError(f"cuEventQuery gave CUDA error {code}.")
         return bool(code == 0)
-
-    def wait(self, event: int) -> None:
-        """Sleep until a mark is reached."""
-        self._call("cuEventSynchronize", c_void_p(event))
 
     def seconds_between(self, begin: int, end: int) -> float:
         """From one reached mark to another, by the GPU's clock."""
@@ -229,11 +226,18 @@ class CudaDriver:
         )
 
     def load_kernel(self, code: bytes, name: str) -> int:
-        """Translate PTX for the current GPU, where it stays; returns one kernel of it."""
+        """Translate PTX for the current GPU; returns one kernel of it.
+
+        Once for all peers: it stays on the GPU as long as the process lives.
+        """
+        known = self._kernels.get(name)
+        if known is not None:
+            return known
         module, function = c_void_p(), c_void_p()
         self._call("cuModuleLoadData", byref(module), c_char_p(code))
         self._call("cuModuleGetFunction", byref(function), module, c_char_p(name.encode()))
         assert function.value is not None
+        self._kernels[name] = function.value
         return function.value
 
     def launch(

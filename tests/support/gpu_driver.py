@@ -82,9 +82,6 @@ class SharedMemoryDriver(CudaDriver):
     def reached(self, event: int) -> bool:
         return True
 
-    def wait(self, event: int) -> None:
-        pass
-
     def seconds_between(self, begin: int, end: int) -> float:
         return 1e-6
 

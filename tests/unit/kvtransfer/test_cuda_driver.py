@@ -1,9 +1,11 @@
 import ctypes
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from core.errors import TransferError
-from kvtransfer.cuda_driver import use_gpu
+from kvtransfer.cuda_driver import CudaDriver, use_gpu
 
 
 class Driver:
@@ -48,3 +50,17 @@ def test_without_a_driver_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(TransferError, match="driver can't be loaded"):
         use_gpu(0)
+
+
+def test_a_kernel_is_translated_once_for_all_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Translating(Driver):
+        def cuModuleGetFunction(self, function: Any, module: object, name: object) -> int:
+            function._obj.value = 77
+            return 0
+
+    made = Translating("")
+    made.cuIpcOpenMemHandle_v2 = SimpleNamespace()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: made)
+    driver = CudaDriver()
+    assert [driver.load_kernel(b"code", "copy_rows") for _ in range(3)] == [77] * 3
+    assert made.called == ["cuModuleLoadData"]
