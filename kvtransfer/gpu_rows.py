@@ -85,20 +85,18 @@ class RowKernel:
     ) -> None:
         """Queue a copy of these rows for each pair of addresses of a first row, [num_blocks].
 
-        All addresses are multiples of `UNIT_BYTES`.
+        All addresses are multiples of `UNIT_BYTES`, and there are `_MOST_BLOCKS` of each at most.
         """
+        assert len(targets) <= _MOST_BLOCKS, "one launch takes no more"
         width = rows.first.num_bytes // UNIT_BYTES
         lanes = min(_THREADS, -(-width // _UNITS_PER_THREAD))
         lines = _THREADS // lanes
-        pairs = np.stack([sources, targets], axis=1)
-        for begin in range(0, len(pairs), _MOST_BLOCKS):
-            part = pairs[begin : begin + _MOST_BLOCKS]
-            programs = min(_MOST_PROGRAMS, -(-len(part) * rows.count // lines))
-            work = _WORK.pack(rows.remote_pitch, rows.own_pitch, rows.count, width, len(part))
-            self._driver.launch(
-                self._function,
-                programs=programs,
-                threads=(lanes, lines),
-                argument=(work + part.tobytes()).ljust(_WORK.size + _MOST_BLOCKS * 16, b"\0"),
-                stream=stream,
-            )
+        work = _WORK.pack(rows.remote_pitch, rows.own_pitch, rows.count, width, len(targets))
+        pairs = np.stack([sources, targets], axis=1).tobytes()
+        self._driver.launch(
+            self._function,
+            programs=min(_MOST_PROGRAMS, -(-len(targets) * rows.count // lines)),
+            threads=(lanes, lines),
+            argument=(work + pairs).ljust(_WORK.size + _MOST_BLOCKS * 16, b"\0"),
+            stream=stream,
+        )
